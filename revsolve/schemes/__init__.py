@@ -1,0 +1,1 @@
+"""Schemes: Butcher tableaus as data, and the coupling updates that make them reversible."""
