@@ -1,0 +1,77 @@
+# Every check of the project, as one command each. `make help` lists them.
+# .venv is made on first use; a stamp per extra makes the second run start at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+# Half a second of imports a worker: more than eight would cost more than they save.
+WORKERS ?= -n auto --maxprocesses 8
+# One thread a process: the same numbers on every machine, and workers that do not fight over cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two targets at once (make -j) would run two installers in one environment.
+.NOTPARALLEL:
+.PHONY: help demo test slow format lint types docs notebooks render bench build check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "revsolve needs Python >= 3.10, but " \
+	  "$(PYTHON) is " + sys.version.split()[0] + ": name another, as in `make demo PYTHON=python3.12`.")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/with-%: pyproject.toml constraints.txt | $(VENV)/created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+# Pattern rules would otherwise treat the stamps as intermediate and delete them.
+.PRECIOUS: $(VENV)/with-%
+
+demo: $(VENV)/with-demo ## train a Neural ODE on the lynx and hare record; writes build/demo.png
+	$(BIN)/python notebooks/demo.py
+
+test: $(VENV)/with-test ## run the test suite and the docstring examples
+	$(PYTEST) $(WORKERS)
+
+slow: $(VENV)/with-test ## run the tests that `make test` leaves out for their time
+	$(PYTEST) $(WORKERS) -m slow
+
+format: $(VENV)/with-lint ## rewrite the code in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/with-lint ## check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/with-lint ## check the types of the package
+	$(BIN)/mypy
+
+docs: $(VENV)/with-docs ## build the documentation site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+notebooks: $(VENV)/with-notebooks ## execute every notebook in its small mode
+	$(PYTEST) $(WORKERS) -m notebook tests/test_notebooks.py
+
+render: $(VENV)/with-notebooks ## execute every notebook in full and keep the plots in it
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+bench: $(VENV)/with-test ## run the benchmarks of docs/benchmarks
+	$(BIN)/python docs/benchmarks/run.py
+
+build: $(VENV)/with-build ## build sdist and wheel, and install the wheel into a fresh environment
+	rm -rf dist build/fresh
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && fresh/bin/python -W error ../tests/check_install.py
+
+check: lint types build docs notebooks demo test ## all that CI checks, in its order
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/notebooks

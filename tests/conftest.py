@@ -1,0 +1,53 @@
+"""What every test shares: one thread, fixed seeds, reproducible hypothesis runs, a device to run on."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# More threads would change the order of summation, and with it the last digits, from machine to machine.
+torch.set_num_threads(1)
+
+# Solves of hundreds of steps take longer than hypothesis' default deadline of 200 ms on a busy machine.
+settings.register_profile("fixed", max_examples=50, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "explore",
+    max_examples=2000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# `pytest --hypothesis-profile=explore` searches at random; everything else repeats the same examples.
+settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Tensors and modules made in the test are double precision, unless it says otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device of this machine in turn."""
+    return torch.device(request.param)

@@ -1,0 +1,90 @@
+"""The package is layers, and imports point down only (docs/architecture.md).
+
+An arrow up would let the engine know who uses it; two modules importing each other could only be read together.
+"""
+
+import ast
+import re
+import sys
+from graphlib import TopologicalSorter
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "revsolve"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+CONTENTS = {path.name for path in PACKAGE.iterdir()}
+LAYERS = (
+    {"core"},
+    {"schemes", "drivers"},
+    {"problem", "solution"},
+    {"ode", "cde", "sde", "fixed_point"},
+    {"__init__"},
+)
+TORCH_ONLY = {"core"}
+DEPENDENCIES = {re.match(r"[\w-]+", r).group() for r in requires("revsolve") if "extra ==" not in r} | {"numpy"}
+
+
+def module_name(path: Path) -> str:
+    """`revsolve.core.engine`; a package is named by its folder."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute dotted names of everything a file imports, at any depth; `from a import b` gives a.b."""
+    package = module_name(path) if path.stem == "__init__" else module_name(path).rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {f"{source}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(name: str) -> str:
+    """What stands in LAYERS for a dotted name: `core` for `revsolve.core.engine`; a public name is `__init__`'s."""
+    first = name.split(".")[1:2]
+    return first[0] if first and {first[0], f"{first[0]}.py"} & CONTENTS else "__init__"
+
+
+def level(name: str) -> int:
+    found = [i for i, layer in enumerate(LAYERS) if part(name) in layer]
+    assert found, (
+        f"{name}: give {part(name)!r} its place in LAYERS of {Path(__file__).name} and in docs/architecture.md"
+    )
+    return found[0]
+
+
+def own_imports(path: Path) -> set[str]:
+    return {name for name in imported_names(path) if name.split(".")[0] == "revsolve"}
+
+
+def foreign_imports(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_names(path)} - {"revsolve"} - sys.stdlib_module_names
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Like own_imports, but cut back to the module a name was taken from."""
+    known = {module_name(module) for module in MODULES}
+    return {name if name in known else name.rpartition(".")[0] for name in own_imports(path)} - {module_name(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    name = module_name(path)
+    upward = {other for other in own_imports(path) if part(other) != part(name) and not level(other) < level(name)}
+    assert not upward, f"{name} imports {upward}: only layers below its own may be imported"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_declared_dependencies(path: Path) -> None:
+    allowed = {"torch"} if part(module_name(path)) in TORCH_ONLY else DEPENDENCIES
+    assert foreign_imports(path) <= allowed
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    TopologicalSorter({module_name(path): imported_modules(path) for path in MODULES}).prepare()
