@@ -55,7 +55,7 @@ docs: $(VENV)/with-docs ## build the documentation site into build/docs; a warni
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 notebooks: $(VENV)/with-notebooks ## execute every notebook in its small mode
-	$(PYTEST) $(WORKERS) -m notebook tests/test_notebooks.py
+	$(PYTEST) $(WORKERS) notebooks
 
 render: $(VENV)/with-notebooks ## execute every notebook in full and keep the plots in it
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
@@ -69,7 +69,7 @@ build: $(VENV)/with-build ## build sdist and wheel, and install the wheel into a
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/fresh
 	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd build && fresh/bin/python -W error ../tests/check_install.py
+	cd build && fresh/bin/python -W error ../.ci/check_install.py
 
 check: lint types build docs notebooks demo test ## all that CI checks, in its order
 

@@ -1,0 +1,32 @@
+"""The python blocks of README and docs run as they stand, page by page, in order."""
+
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from tests.pages import PAGES, fences, page_name
+
+# Anything else could hide code from this test: ```py, ```pycon, a fence that names nothing.
+NOT_RUN = {"text", "console", "bibtex"}
+
+
+def run_blocks(page: Path) -> None:
+    """Run the page's python blocks in one namespace; a traceback shows the page's own line numbers."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for info, line, body in fences(page):
+        if info == "python":
+            exec(compile("\n" * line + body, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    run_blocks(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_block_says_what_it_holds(page: Path) -> None:
+    unknown = {info for info, _, _ in fences(page) if not info.startswith("{")} - NOT_RUN - {"python"}
+    assert not unknown, f"name each fence python (it is run) or one of {sorted(NOT_RUN)} (it is not)"
