@@ -155,6 +155,7 @@ class Tableau:
 
 
 # fmt: off
+R2 = math.sqrt(2)
 EULER = Tableau(name="euler", order=1, a=[[]], b=[1], c=[0])
 MIDPOINT = Tableau(name="midpoint", order=2, a=[[], [1/2]], b=[0, 1], c=[0, 1/2])
 HEUN2 = Tableau(name="heun2", order=2, a=[[], [1]], b=[1/2, 1/2], c=[0, 1])
@@ -224,30 +225,26 @@ TSIT5 = Tableau(
 DOP853 = Tableau(
     name="dopri8", order=8, error_order=5, a=dop853.A, b=dop853.B, c=dop853.C, b_error=dop853.B_ERROR,
 )
-# Shmelev et al. (2025), "Explicit and Effectively Symmetric Runge-Kutta methods", EES(2,5; x = 1/10): a step
-# of -h undoes a step of h up to O(h^6).
+# Shmelev et al. (2025), "Explicit and Effectively Symmetric Runge-Kutta methods": EES(2,5) at x = 1/10
+# and EES(2,7) at x = (5 - 3 sqrt 2)/14. A step of -h undoes a step of h up to O(h^6) and O(h^8).
 EES25 = Tableau(
     name="ees25", order=2, a=[[], [1/3], [-5/48, 15/16]], b=[1/10, 1/2, 2/5], c=[0, 1/3, 5/6],
 )
-# fmt: on
+EES27 = Tableau(
+    name="ees27", order=2,
+    a=[
+        [], [(2 - R2)/3], [(R2 - 4)/24, (4 + R2)/8],
+        [(145 * R2 - 176)/168, (24 - 15 * R2)/56, (9 - 3 * R2)/7],
+    ],
+    b=[(5 - 3 * R2)/14, (3 + R2)/14, (6 * R2 - 3)/14, (9 - 4 * R2)/14],
+    c=[0, (2 - R2)/3, (2 + R2)/6, (4 + R2)/6],
+)
 
 TABLEAUS: dict[str, Tableau] = {
     tableau.name: tableau
     for tableau in (
-        EULER,
-        MIDPOINT,
-        HEUN2,
-        RALSTON2,
-        HEUN3,
-        RALSTON3,
-        RK4,
-        RK4_38,
-        HEUN_EULER,
-        BOSH3,
-        FEHLBERG45,
-        DOPRI5,
-        TSIT5,
-        DOP853,
-        EES25,
+        EULER, MIDPOINT, HEUN2, RALSTON2, HEUN3, RALSTON3, RK4, RK4_38,
+        HEUN_EULER, BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOP853, EES25, EES27,
     )
 } | {"dop853": DOP853}
+# fmt: on
