@@ -192,7 +192,7 @@ def _slope(coefficients: Sequence[Tensor], s: Time) -> Tensor:
 
 
 def _weighted_sum(terms: Sequence[Tensor], weights: Sequence[Time]) -> Tensor:
-    """The first of `terms`, and each later one times its weight; one kernel per term where weights are plain numbers."""
+    """The first of `terms`, and each later one times its weight; a single kernel per term if weights are numbers."""
     value = terms[0]
     for c, weight in zip(terms[1:], weights, strict=True):
         value = value + weight * c if isinstance(weight, Tensor) else torch.add(value, c, alpha=weight)

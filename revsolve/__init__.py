@@ -1,0 +1,25 @@
+"""Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
+
+from revsolve.core.engine import ReconstructionWarning, Stats
+from revsolve.core.restarts import Restarts
+from revsolve.ode import odeint
+from revsolve.schemes.names import method_names
+from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
+from revsolve.schemes.tableau import Tableau
+from revsolve.solution import Solution
+
+__all__ = [
+    "ReconstructionWarning",
+    "Restarts",
+    "Solution",
+    "Stats",
+    "Tableau",
+    "alf",
+    "leapfrog",
+    "method_names",
+    "odeint",
+    "plain",
+    "reversible",
+    "reversible_heun",
+]
+__version__ = "0.1.0"

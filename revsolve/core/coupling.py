@@ -1,0 +1,292 @@
+"""Coupling updates: the only arithmetic that ever touches the pair (y, z), forward, undone and differentiated.
+
+One update reads one member of the pair and writes the other (a plain, irreversible method reads and writes y):
+
+    target <- keep * target + mix * source + gain * increment(where, source)
+
+A scheme is a list of them. `advance` applies an update, `pull_back` undoes it and carries cotangents across it with a single
+evaluation of the increment; the vector-Jacobian products of evaluations that share their source are taken together by `Tape`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+Time = float | Tensor
+Pair = tuple[Tensor, Tensor | None]
+Grads = list[Tensor | None]
+Combination = list[tuple[float, Tensor]]  # sum of weight * tensor
+
+
+class Term(Protocol):
+    """What is integrated: a field, and how its value becomes an increment over a span of time."""
+
+    def value(self, t: Time, x: Tensor) -> Any: ...
+
+    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
+        """The increment over t0 -> t1 as (k, scale), meaning scale * k; linear in value."""
+        ...
+
+
+class Increment(Protocol):
+    """What an update adds: a linear combination of stage values, and the same for its error estimate."""
+
+    def __call__(
+        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+    ) -> tuple[Combination, Combination]: ...
+
+    @property
+    def ends_in_value(self) -> bool:
+        """Whether the last evaluation of a call with error estimate was made at the updated state (FSAL)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CouplingUpdate:
+    """target <- keep * target + mix * source + gain * increment(source), over the part `start` -> `end` of the step.
+
+    target, source: 0 for y, 1 for z. With `rate`, one member is a velocity: mix is multiplied by the span, gain divided by it.
+    error: how much of the increment (of its embedded error, if it has one; of the mixed part, if there is no increment) enters
+    the error estimate of the step.
+    """
+
+    target: int
+    source: int
+    keep: Scalar = 1.0
+    mix: Scalar = 0.0
+    gain: Scalar = 0.0
+    increment: Increment | None = None
+    start: float = 0.0
+    end: float = 1.0
+    rate: bool = False
+    error: float = 0.0
+
+    def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
+        if not self.rate:
+            return self.keep, self.mix, self.gain
+        return self.keep, self.mix * (t1 - t0), self.gain / (t1 - t0)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A method as data: the updates of one step, and those that make z follow from y at the start and at every restart.
+
+    order is that of the solution, error_order that of the embedded solution (None: no error estimate). A scheme whose
+    `restart` is empty is a plain method: its z is not used and its steps cannot be undone. `staggered` says that z is a
+    velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
+    step from a restart that measure grows to the order h ** gap_order.
+    """
+
+    name: str
+    updates: tuple[CouplingUpdate, ...]
+    restart: tuple[CouplingUpdate, ...]
+    order: int
+    error_order: int | None = None
+    staggered: bool = False
+    gap_order: int = 2
+
+    @property
+    def reversible(self) -> bool:
+        return bool(self.restart)
+
+
+class Memo:
+    """A term that keeps its latest evaluation, because the next update may ask for the same one."""
+
+    __slots__ = ("latest", "num_evaluations", "product", "term")
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+        self.product = term.product
+        self.num_evaluations = 0
+        self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        kept_x, kept_t, kept = self.latest
+        if x is kept_x and (t is kept_t or bool(t == kept_t)):
+            return kept
+        self.num_evaluations += 1
+        kept = self.term.value(t, x)
+        self.latest = (x, t, kept)
+        return kept
+
+
+class Tape:
+    """Recorded evaluations of one member of the pair, waiting to be differentiated together.
+
+    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
+    """
+
+    def __init__(self, term: Term, tensors: Sequence[Tensor], audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None]) -> None:
+        self.memo = Memo(term)
+        self.tensors = tuple(tensors)
+        self.audit = audit
+        self.audit_due = True
+        self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
+        self.times: dict[Tensor, Tensor | None] = {}
+        self.member: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.member, self.source, self.leaf = None, None, None
+        self.outputs: list[Tensor] = []
+        self.cotangents: list[Tensor] = []
+
+    def watch(self, member: int, source: Tensor, grads: Grads) -> Tensor:
+        """The leaf that stands for `source` in what is recorded next."""
+        if self.source is not source:
+            self.flush(grads)
+            self.member, self.source = member, source
+            self.leaf = source.detach().requires_grad_()
+        assert self.leaf is not None
+        return self.leaf
+
+    def add(self, output: Tensor, cotangent: Tensor) -> None:
+        if output.requires_grad:
+            self.outputs.append(output)
+            self.cotangents.append(cotangent)
+
+    def flush(self, grads: Grads) -> None:
+        """Take the vector-Jacobian products of all that was recorded, and add them up."""
+        if self.outputs:
+            assert self.member is not None and self.leaf is not None
+            if self.audit_due:
+                self.audit(self.outputs, (self.leaf, *self.times))
+                self.audit_due = False
+            inputs = (self.leaf, *self.times, *self.tensors)
+            got = torch.autograd.grad(self.outputs, inputs, self.cotangents, allow_unused=True)
+            grads[self.member] = accumulate(grads[self.member], got[0])
+            for time, grad in zip(self.times, got[1:], strict=False):
+                self.times[time] = accumulate(self.times[time], grad)
+            self.add_up(got[1 + len(self.times) :])
+        self._forget()
+
+    def add_up(self, grads: Sequence[Tensor | None]) -> None:
+        for total, grad in zip(self.sums, grads, strict=True):
+            if grad is not None:
+                total.add_(grad)
+
+
+def advance(
+    update: CouplingUpdate, pair: Pair, t0: Time, t1: Time, memo: Memo, error: list[Tensor] | None = None
+) -> Pair:
+    """The pair after the update over the step t0 -> t1; parts of the step's error estimate are appended to `error`."""
+    start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
+    keep, mix, gain = update.coefficients(start, end)
+    target, source = pair[update.target], pair[update.source]
+    assert source is not None
+    out = None if _is(keep, 0.0) else target
+    if update.source != update.target:
+        out = linear(keep, out, mix, source)
+    if update.increment is not None:
+        with_error = error is not None and update.error != 0.0
+        parts, error_parts = update.increment(memo, source, start, end, with_error)
+        for weight, k in parts:
+            out = scaled_add(out, k, gain * weight)
+        if with_error:
+            assert error is not None
+            error.extend(k.detach() * (update.error * weight) for weight, k in error_parts)
+            if update.increment.ends_in_value and update.source == update.target:
+                memo.latest = (out, end, memo.latest[2])
+    elif error is not None and update.error:
+        error.append((source * (mix * update.error)).detach())
+    assert out is not None
+    return (out, pair[1]) if update.target == 0 else (pair[0], out)
+
+
+def pull_back(
+    update: CouplingUpdate, pair: Pair, grads: Grads, t0: Time, t1: Time, tape: Tape, restored: Tensor | None = None
+) -> Pair:
+    """Undo the update and carry the cotangents in `grads` (changed in place) across it; returns the pair before it.
+
+    An update with keep = 0 overwrote its target: that is given back as `restored`.
+    """
+    if tape.member == update.target:
+        tape.flush(grads)
+    target, source = pair[update.target], pair[update.source]
+    assert target is not None and source is not None
+    with torch.enable_grad():
+        start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
+        keep, mix, gain = update.coefficients(start, end)
+        parts: Combination = []
+        if update.increment is not None:
+            x = tape.watch(update.source, source, grads)
+            parts = update.increment(tape.memo, x, start, end)[0]
+            parts = [(w, gain * k) if isinstance(gain, Tensor) else (gain * w, k) for w, k in parts]
+        if isinstance(mix, Tensor):
+            parts.append((1.0, mix.to(source.real.dtype) * tape.watch(update.source, source, grads)))
+            mix = 0.0
+    grad = grads[update.target]
+    if _is(keep, 0.0):
+        before = restored
+    else:
+        before = target
+        for weight, k in parts:
+            before = torch.add(before, k.detach(), alpha=-weight)
+        before = linear(1.0 / keep, before, -mix / keep, source)
+    if grad is not None:
+        scaled: dict[float, Tensor] = {1.0: grad}
+        for weight, k in parts:
+            if weight not in scaled:
+                scaled[weight] = grad * weight
+            tape.add(k, scaled[weight])
+        if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
+            with torch.enable_grad():
+                tape.watch(update.source, source, grads)
+                tape.add(keep * before, grad)
+        if not _is(mix, 0.0):
+            grads[update.source] = scaled_add(grads[update.source], grad, mix)
+        grads[update.target] = None if _is(keep, 0.0) else grad if _is(keep, 1.0) else keep * grad
+    return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
+
+
+def moment(t0: Time, t1: Time, fraction: float) -> Time:
+    """t0 + fraction * (t1 - t0), exact at both ends."""
+    if fraction == 0.0:
+        return t0
+    if fraction == 1.0:
+        return t1
+    return t0 + fraction * (t1 - t0)
+
+
+def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar) -> Tensor:
+    """x + weight * k, where x = None stands for zero."""
+    if isinstance(weight, Tensor):
+        scaled = weight.to(k.dtype) * k if weight.ndim == 0 else weight * k
+        return scaled if x is None else x + scaled
+    if x is None:
+        return k if weight == 1.0 else k * weight
+    return torch.add(x, k, alpha=weight)
+
+
+def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:
+    """keep * target + mix * source in as few kernels as the coefficients allow; None stands for zero."""
+    if isinstance(keep, Tensor) or isinstance(mix, Tensor):
+        out = None if target is None else target if _is(keep, 1.0) else keep * target
+        return out if _is(mix, 0.0) else scaled_add(out, source, mix)
+    if target is None:
+        return None if mix == 0.0 else source if mix == 1.0 else source * mix
+    if keep == 1.0:
+        return target if mix == 0.0 else torch.add(target, source, alpha=mix)
+    if math.isclose(keep + mix, 1.0, abs_tol=1e-14):
+        return torch.lerp(source, target, keep)
+    out = target * keep
+    return out if mix == 0.0 else torch.add(out, source, alpha=mix)
+
+
+def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """total + grad, where None stands for zero."""
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total + grad
+
+
+def _is(coefficient: Scalar, number: float) -> bool:
+    return not isinstance(coefficient, Tensor) and coefficient == number

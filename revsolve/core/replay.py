@@ -1,0 +1,81 @@
+"""What a replayed step needs to be the same step again: the same noise and autocast state, and inputs cut off from their past."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Term, Time
+
+
+class Ambient:
+    """The autocast state of the forward pass, as a context for the backward pass."""
+
+    def __init__(self, states: list[tuple[str, bool, torch.dtype]], cache: bool) -> None:
+        self.states, self.cache = states, cache
+        self.entered: list[Any] = []
+
+    @classmethod
+    def now(cls) -> Ambient:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+        return cls(states, torch.is_autocast_cache_enabled())
+
+    def __enter__(self) -> None:
+        for device, enabled, dtype in self.states:
+            if enabled != torch.is_autocast_enabled(device) or enabled:
+                context = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.cache)
+                context.__enter__()
+                self.entered.append(context)
+
+    def __exit__(self, *error: Any) -> None:
+        while self.entered:
+            self.entered.pop().__exit__(*error)
+
+
+class Noisy:
+    """A term whose field draws random numbers: the draw becomes a function of the time, the same however often it is asked.
+
+    The seed is drawn once per solve; the surrounding random state is left as it was found.
+    """
+
+    def __init__(self, term: Term, seed: int, devices: list[torch.device]) -> None:
+        self.term, self.seed, self.devices = term, seed, devices
+        self.product = term.product
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        with torch.random.fork_rng(self.devices):
+            torch.manual_seed(hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF)
+            return self.term.value(t, x)
+
+
+class Gate:
+    """Cuts tensors off from their history while the context is open, and joins them to it again afterwards.
+
+    A gradient that is itself differentiable must not run into the history of its inputs while it is taken (the surrounding
+    backward pass does that), but derivatives of it must.
+    """
+
+    def __enter__(self) -> Gate:
+        self.shut = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shut = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Gated.apply(self, x)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, x: Tensor) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        return None, None if ctx.gate.shut else grad

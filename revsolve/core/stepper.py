@@ -1,0 +1,184 @@
+"""Steppers decide where steps end; they record the accepted grid, so that every later pass replays the very same steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from revsolve.core.coupling import Pair
+
+
+class Step(Protocol):
+    """Takes one step from t0 to t1, after a restart where asked for."""
+
+    def __call__(
+        self, pair: Pair, t0: float, t1: float, restart: bool, with_error: bool = False
+    ) -> tuple[Pair, Tensor | None]: ...
+
+    def forget_attempt(self) -> None: ...
+
+
+@dataclass
+class Grid:
+    """The accepted steps: `times` (one more than steps), the step counts at which outputs are due, and where z was reset."""
+
+    times: list[float]
+    outputs: list[int]
+    restarts: set[int] = field(default_factory=set)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.times) - 1
+
+
+class Stepper(Protocol):
+    grid: Grid
+    num_steps: int  # accepted so far
+    num_total: int | None  # in all, where known beforehand
+    num_rejected: int
+
+    @property
+    def done(self) -> bool: ...
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        """The pair after one more accepted step."""
+        ...
+
+    def rewind(self, num_steps: int) -> None:
+        """Forget the accepted steps after the first `num_steps`."""
+        ...
+
+    def tolerance(self, size: float) -> float:
+        """The error that a step may make in a state of this size; zero where steps are not chosen by their error."""
+        ...
+
+
+class FixedGrid:
+    """Steps between given times; `outputs` are the step counts at which outputs are due."""
+
+    num_rejected = 0
+
+    def __init__(self, times: list[float], outputs: list[int]) -> None:
+        self.grid = Grid(times, outputs)
+        self.num_steps = 0
+        self.num_total = len(times) - 1
+
+    @property
+    def done(self) -> bool:
+        return self.num_steps == self.num_total
+
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        n = self.num_steps
+        pair, _ = step(pair, self.grid.times[n], self.grid.times[n + 1], restart, False)
+        self.num_steps = n + 1
+        return pair
+
+    def rewind(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def tolerance(self, size: float) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Control:
+    """How steps follow the error: it is accepted where norm(error / (atol + rtol max(|y0|, |y1|))) <= 1, and a PI controller
+    (Gustafsson 1991) scales the next step by safety * error**-(0.7/k) * previous**(0.4/k), k = error_order + 1."""
+
+    rtol: float | Tensor
+    atol: float | Tensor
+    norm: Callable[[Tensor], Tensor]
+    loosest: tuple[float, float]  # largest entries of (atol, rtol)
+    error_order: int
+    first_step: float
+    safety: float = 0.9
+    shrink: float = 0.2
+    grow: float = 10.0
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 100_000
+
+
+class Adaptive:
+    """Steps whose error estimate meets the tolerances, landing on every target; one device read per attempted step."""
+
+    num_total = None
+
+    def __init__(self, targets: list[float], is_output: list[bool], control: Control, explain: Callable[..., str]) -> None:
+        self.grid = Grid(targets[:1], [0])
+        self.targets, self.is_output = targets, is_output
+        self.control, self.explain = control, explain
+        self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
+        self.h = min(control.first_step, control.max_step)
+        self.previous = 1.0
+        self.next_target = 1
+        self.num_rejected = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    @property
+    def done(self) -> bool:
+        return self.next_target == len(self.targets)
+
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        t0, grown = self.grid.times[-1], self.control.grow
+        while True:
+            self._check_progress(t0, pair)
+            target = self.targets[self.next_target]
+            lands = abs(target - t0) <= self.h * (1 + 1e-9)
+            t1 = target if lands else t0 + self.direction * self.h
+            after, error = step(pair, t0, t1, restart, True)
+            assert error is not None
+            ratio = self._ratio(error, pair[0], after[0])
+            factor = self._factor(ratio, grown)
+            h = abs(t1 - t0)
+            if ratio <= 1.0 or (h <= self.control.min_step and math.isfinite(ratio)):
+                self.h = min(max(h * factor, self.h if lands and factor > 1 else 0.0), self.control.max_step)
+                self.h = max(self.h, self.control.min_step)
+                self.previous = max(ratio, 1e-4)
+                self._accept(t1, lands)
+                return after
+            self.num_rejected += 1
+            step.forget_attempt()
+            self.h, grown = max(h * min(factor, 0.9), self.control.min_step), 1.0
+
+    def rewind(self, num_steps: int) -> None:
+        self.num_rejected += self.num_steps - num_steps
+        del self.grid.times[num_steps + 1 :]
+        while self.grid.outputs and self.grid.outputs[-1] > num_steps:
+            self.grid.outputs.pop()
+        forward = self.direction
+        self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
+
+    def tolerance(self, size: float) -> float:
+        return float(self.control.loosest[0] + self.control.loosest[1] * size)
+
+    def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> float:
+        size = y0.detach().abs().maximum(y1.detach().abs())
+        return float(self.control.norm(error / (self.control.atol + self.control.rtol * size)))
+
+    def _factor(self, ratio: float, grow: float) -> float:
+        c, k = self.control, self.control.error_order + 1
+        if not math.isfinite(ratio):
+            return c.shrink
+        if ratio == 0.0:
+            return grow
+        return min(grow, max(c.shrink, c.safety * ratio ** (-0.7 / k) * self.previous ** (0.4 / k)))
+
+    def _accept(self, t1: float, lands: bool) -> None:
+        self.grid.times.append(t1)
+        if lands:
+            if self.is_output[self.next_target]:
+                self.grid.outputs.append(self.num_steps)
+            self.next_target += 1
+
+    def _check_progress(self, t0: float, pair: Pair) -> None:
+        if self.num_steps + self.num_rejected >= self.control.max_num_steps:
+            raise RuntimeError(self.explain("too many steps", t0, self, pair))
+        if t0 + self.direction * self.h == t0:
+            raise RuntimeError(self.explain("step underflow", t0, self, pair))

@@ -1,0 +1,171 @@
+"""Where steps may end: fixed grids from integer step counts, and the settings of adaptive steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Scheme, Term
+from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
+
+FIXED_OPTIONS = ("step_size", "grid_constructor")
+ADAPTIVE_OPTIONS = (
+    *("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "max_num_steps"),
+    *("step_t", "jump_t", "norm"),
+)
+
+
+def fixed_grid(times: list[float], step_size: float | None, method: str) -> Callable[[], Stepper]:
+    """Equal steps of at most `step_size` between the given times; without it, one step from each time to the next."""
+    if step_size is None:
+        if len(times) == 2:
+            warnings.warn(
+                f"method {method!r} takes fixed steps, and without a step size it takes a single one from t = {times[0]} to "
+                f"{times[1]}: pass options={{'step_size': ...}}.",
+                stacklevel=4,
+            )
+        return lambda: FixedGrid(times, list(range(len(times))))
+    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
+    grid, outputs = times[:1], [0]
+    for a, b in zip(times, times[1:], strict=False):
+        n = max(1, math.ceil(abs(b - a) / step_size * (1 - 1e-9)))
+        grid += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
+        outputs.append(len(grid) - 1)
+    return lambda: FixedGrid(grid, outputs)
+
+
+def given_grid(times: list[float], points: list[float]) -> Callable[[], Stepper]:
+    """Steps from each of the given points to the next; output times that are not among them are added."""
+    forward = 1.0 if len(times) < 2 or times[-1] > times[0] else -1.0
+    if any((b - a) * forward <= 0 for a, b in zip(points, points[1:], strict=False)):
+        raise ValueError("the points of grid_constructor must be strictly monotone in the direction of t.")
+    lowest, highest = sorted((times[0], times[-1]))
+    if points and not (lowest <= min(points) and max(points) <= highest):
+        raise ValueError(f"the points of grid_constructor must lie within t, [{lowest}, {highest}], but they leave it: {points}.")
+    grid = sorted({*points, *times}, reverse=forward < 0)
+    return lambda: FixedGrid(grid, [grid.index(s) for s in times])
+
+
+def adaptive_grid(
+    times: list[float],
+    options: Mapping[str, Any],
+    rtol: float | Tensor | None,
+    atol: float | Tensor | None,
+    scheme: Scheme,
+    term: Term,
+    x0: Tensor,
+) -> Callable[[], Stepper]:
+    """Steps that meet the tolerances and land on every output time, and on `step_t` and `jump_t`."""
+    assert scheme.error_order is not None
+    rtol, atol = check_tolerances(rtol, atol, x0.dtype)
+    extra = [float(s) for name in ("step_t", "jump_t") for s in options.get(name, ())]
+    lowest, highest = sorted((times[0], times[-1]))
+    targets = sorted({*times, *(s for s in extra if lowest < s < highest)}, reverse=times[-1] < times[0])
+    outputs = set(times)
+    limits = {name: options[name] for name in ("safety", "min_step", "max_step", "max_num_steps") if name in options}
+    for name, theirs in (("grow", "ifactor"), ("shrink", "dfactor")):
+        if theirs in options:
+            limits[name] = options[theirs]
+    for name, limit in limits.items():
+        if not limit >= 0:
+            raise ValueError(f"option {name} must not be negative, but it is {limit!r}.")
+    norm = options.get("norm", root_mean_square)
+    first = options.get("first_step")
+    if first is not None and not (isinstance(first, (int, float)) and math.isfinite(first) and first > 0):
+        raise ValueError(f"first_step must be a positive number, but it is {first!r}; its sign follows from t.")
+
+    def make() -> Stepper:
+        h = first or first_step(term, x0, times, rtol, atol, norm, scheme.error_order or 1)
+        control = Control(rtol, atol, norm, (_largest(atol), _largest(rtol)), scheme.error_order or 1, h, **limits)
+        return Adaptive(targets, [s in outputs for s in targets], control, explain_step(term))
+
+    return make
+
+
+def first_step(
+    term: Term, x0: Tensor, times: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
+) -> float:
+    """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): two evaluations, two device reads."""
+    if len(times) < 2:
+        return 1.0
+    t0, length = times[0], abs(times[-1] - times[0])
+    direction = math.copysign(1.0, times[-1] - times[0])
+    with torch.no_grad():
+        scale = atol + rtol * x0.abs()
+        f0 = _rate(term, t0, x0, direction)
+        d0, d1 = (float(norm(v / scale)) for v in (x0, f0))
+        h0 = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, length)
+        f1 = _rate(term, t0 + direction * h0, x0 + h0 * f0, direction)
+        d2 = float(norm((f1 - f0) / scale)) / h0
+    steepest = max(d1, d2)
+    if not math.isfinite(steepest):
+        return h0
+    h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1.0 / (order + 1))
+    return min(100 * h0, h1, length)
+
+
+def check_tolerances(
+    rtol: float | Tensor | None, atol: float | Tensor | None, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor]:
+    """Tolerances with defaults (1e-7 and 1e-9, or what the dtype can resolve). Raises for negative or unreachable ones."""
+    eps = torch.finfo(dtype).eps
+    rtol = max(1e-7, 100 * eps) if rtol is None else rtol
+    atol = max(1e-9, eps) if atol is None else atol
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: pass {name}.detach().")
+        if not bool(torch.as_tensor(value >= 0).all()):
+            raise ValueError(f"{name} must not be negative, but it is {value}.")
+    if _largest(rtol) < 2 * eps:
+        raise ValueError(
+            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype} ({eps:.1e}): use rtol >= {10 * eps:.0e}, or a wider dtype."
+        )
+    return rtol, atol
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+
+
+def explain_step(term: Term) -> Callable[..., str]:
+    """Why adaptive stepping cannot go on, in words."""
+
+    def explain(kind: str, t0: float, stepper: Adaptive, pair: Any) -> str:
+        with torch.no_grad():
+            value = _rate(term, t0, pair[0], stepper.direction)
+        if not bool(torch.isfinite(value).all()):
+            return explain_field(t0, pair[0], value)
+        progress = f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, the step size is {stepper.h:.1e}"
+        if kind == "too many steps":
+            return (
+                f"max_num_steps = {stepper.control.max_num_steps} was reached at t = {t0}, before t = {stepper.targets[-1]} "
+                f"({progress}): raise max_num_steps, loosen rtol and atol, or use a method for stiff problems."
+            )
+        return (
+            f"the step size fell below rounding at t = {t0} ({progress}): the solution has a singularity there, or the field is "
+            "discontinuous (give its times as options={'jump_t': ...}) or stiff; or the tolerances are too tight."
+        )
+
+    return explain
+
+
+def explain_field(t: float, y: Tensor, value: Tensor) -> str:
+    kind = "NaN" if bool(torch.isnan(value).any()) else "an infinite value"
+    size = float(torch.linalg.vector_norm(y, ord=math.inf))
+    return f"the field returned {kind} at t = {t}, where the largest entry of the state is {size:.3g}: check the field there."
+
+
+def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
+    """The increment per unit of time in the direction of integration."""
+    k, scale = term.product(term.value(t, x), t, t + direction)
+    return k * scale
+
+
+def _largest(tolerance: float | Tensor) -> float:
+    return float(tolerance.max()) if isinstance(tolerance, Tensor) else float(tolerance)

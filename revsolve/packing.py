@@ -1,0 +1,107 @@
+"""The state of any shape as one tensor, and times as the field receives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Packing:
+    """A pytree of tensors as one tensor and back: a lone tensor stays as it is, several become one real vector."""
+
+    def __init__(self, state: Any, name: str = "y0") -> None:
+        leaves, self.spec = tree_flatten(state)
+        self.name, self.lone = name, isinstance(state, Tensor)
+        if not leaves:
+            raise ValueError(f"{name} holds no tensor: {state!r}.")
+        for leaf in leaves:
+            _check_leaf(leaf, name)
+        devices = {leaf.device for leaf in leaves}
+        if len(devices) > 1:
+            raise ValueError(f"the tensors of {name} lie on different devices, {sorted(map(str, devices))}: move them to one.")
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.device = leaves[0].device
+        real = [leaf.real.dtype if leaf.is_complex() else leaf.dtype for leaf in leaves]
+        self.real_dtype = real[0]
+        for dtype in real[1:]:
+            self.real_dtype = torch.promote_types(self.real_dtype, dtype)
+        self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
+
+    def pack(self, state: Any) -> Tensor:
+        if self.lone:
+            return state
+        leaves, spec = tree_flatten(state)
+        if spec != self.spec and len(leaves) != len(self.shapes):
+            raise ValueError(f"expected the structure of {self.name}, {self.spec}, but got {spec}.")
+        return torch.cat([_flat(leaf, self.real_dtype) for leaf in leaves])
+
+    def unpack(self, x: Tensor) -> Any:
+        """The pytree whose leaves keep the leading dimensions of x, if it has any."""
+        if self.lone:
+            return x
+        parts = x.split(self.sizes, dim=-1)
+        leaves = []
+        for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
+            if dtype.is_complex:
+                part = torch.view_as_complex(part.reshape(*x.shape[:-1], *shape, 2))
+            leaves.append(part.reshape(*x.shape[:-1], *shape).to(dtype))
+        return tree_unflatten(leaves, self.spec)
+
+    def check_like(self, out: Any, where: str) -> None:
+        """Raise unless the field's value has the structure and shapes of the state."""
+        leaves, spec = tree_flatten(out)
+        if len(leaves) != len(self.shapes) or (spec != self.spec and not self.lone):
+            raise ValueError(f"{where} must return the structure of {self.name}, {self.spec}, but it returned {spec}.")
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r}.")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}."
+                )
+            if leaf.device != self.device:
+                raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")
+            if leaf.dtype != dtype and not _autocast(self.device):
+                raise TypeError(
+                    f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
+                    "(under torch.autocast the value is cast to the state's dtype)."
+                )
+
+
+class Clock:
+    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.recent: dict[float, Tensor] = {}
+
+    def __call__(self, t: float | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            return t.to(self.device, self.dtype)
+        found = self.recent.get(t)
+        if found is None:
+            if len(self.recent) >= 16:
+                self.recent.clear()
+            found = self.recent[t] = torch.full((), t, dtype=self.dtype, device=self.device)
+        return found
+
+
+def _check_leaf(leaf: Any, name: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r}.")
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(f"{name} must be floating point or complex, but it has dtype {leaf.dtype}: cast it, say with .float().")
+    if leaf.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(leaf.shape)}, which holds no numbers.")
+
+
+def _flat(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
+
+
+def _autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)

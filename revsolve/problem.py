@@ -1,0 +1,134 @@
+"""From raw input to what the engine takes: checked arguments, one traced call of the field, and all tensors it touches."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Scheme, Term
+from revsolve.core.engine import Problem
+from revsolve.core.replay import Noisy
+from revsolve.core.restarts import Restarts
+from revsolve.core.stepper import Stepper
+from revsolve.tracing import Audit, depend_on_each_other, held_tensors, traced
+
+GRADIENTS = ("reversible", "checkpoint", "direct")
+
+
+def check_times(t: Any, name: str = "t") -> list[float]:
+    """The times as floats (one device read). Raises unless they are 1-D, finite and strictly monotone."""
+    if isinstance(t, Tensor):
+        if t.ndim != 1 or not t.is_floating_point():
+            raise ValueError(f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}.")
+        times = t.detach().tolist()
+    else:
+        times = [float(s) for s in t]
+    if not times:
+        raise ValueError(f"{name} is empty: give at least the initial time.")
+    for i, s in enumerate(times):
+        if not math.isfinite(s):
+            raise ValueError(f"{name} must be finite, but {name}[{i}] = {s}.")
+    for i in range(1, len(times)):
+        if (times[i] - times[i - 1]) * (times[-1] - times[0]) <= 0:
+            remedy = "drop the repeated time" if times[i] == times[i - 1] else "sort the times"
+            raise ValueError(
+                f"{name} must be strictly monotone, but {name}[{i}] = {times[i]} follows {name}[{i - 1}] = {times[i - 1]}: "
+                f"{remedy}."
+            )
+    return times
+
+
+def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:
+    """The options as a dict. Raises ValueError for one that the method does not have."""
+    given = dict(options or {})
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown option {name!r} for method {method!r}: did you mean {close[0]!r}? Options: {', '.join(known)}."
+            )
+    return given
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
+
+
+def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
+    """The value of `call()`, and whether it drew random numbers; the random state is put back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        before = _random_state(device)
+        value = call()
+        drew = not torch.equal(before, _random_state(device))
+    return value, drew
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+
+
+def prepare(
+    term: Term,
+    x0: Tensor,
+    t: Tensor | None,
+    span: tuple[float, float],
+    owners: Sequence[Any],
+    scheme: Scheme,
+    make_stepper: Callable[[], Stepper],
+    gradient: str | None,
+    restarts: Any,
+) -> Problem:
+    """Call the term once over `span`, and gather what the engine needs.
+
+    `owners` are the callables and objects whose tensors the term may use; tensors that they hold without being found by the
+    traced call get zero gradients if they stay unused.
+    """
+    gradient = gradient or ("reversible" if scheme.reversible else "checkpoint")
+    check_choice("gradient", gradient, GRADIENTS)
+    if gradient == "reversible" and not scheme.reversible:
+        raise ValueError(
+            f"{scheme.name!r} cannot be undone, so gradient='reversible' is not possible: use method='rev_{scheme.name}', or "
+            "gradient='checkpoint'."
+        )
+    values: list[Any] = []
+
+    def call() -> Tensor:
+        values[:] = [term.value(span[0], leaf)]
+        return term.product(values[0], *span)[0]
+
+    candidates = [x for x in held_tensors(list(owners), depth=4) if x.requires_grad]
+    leaf = x0.detach().requires_grad_()
+    (_, tensors), noisy = random_state_changed_by(lambda: traced(call, candidates, (leaf,)), x0.device)
+    if noisy:
+        seed = int(torch.randint(2**62, ()))
+        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
+    return Problem(
+        scheme=scheme,
+        term=term,
+        make_stepper=make_stepper,
+        gradient=gradient,
+        restarts=check_restarts(restarts),
+        tensors=tuple(tensors),
+        audit=Audit(tensors),
+        severed=depend_on_each_other(tensors),
+        first_value=None if noisy or torch.is_grad_enabled() else (span[0], values[0]),
+    )
+
+
+def check_restarts(restarts: Any) -> Restarts | None:
+    """'auto', a number of steps, a `Restarts`, or None for none."""
+    if restarts is None or isinstance(restarts, Restarts):
+        return restarts
+    if restarts == "auto":
+        return Restarts()
+    if isinstance(restarts, int) and not isinstance(restarts, bool):
+        return Restarts(interval=restarts)
+    raise ValueError(f"restarts must be 'auto', a number of steps, a Restarts(...) or None, but it is {restarts!r}.")

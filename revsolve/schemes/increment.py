@@ -1,0 +1,81 @@
+"""Increments: a tableau applied to a term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Combination, Term, Time, moment, scaled_add
+from revsolve.schemes.tableau import Tableau
+
+
+@dataclass(frozen=True)
+class RungeKutta:
+    """One explicit Runge-Kutta step of the term from x:  sum_i b_i k_i  with
+    k_i = term(t0 + c_i (t1 - t0), x + sum_j a_ij k_j, t0 -> t1)."""
+
+    tableau: Tableau
+
+    @property
+    def ends_in_value(self) -> bool:
+        return self.tableau.fsal
+
+    def __call__(
+        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+    ) -> tuple[Combination, Combination]:
+        stages: list[Tensor] = []
+        scale: float | Tensor = 1.0
+        for c, row in self._advancing if not with_error else self._all:
+            xi = x
+            for j, a in row:
+                xi = torch.add(xi, stages[j], alpha=a * scale)
+            k, scale = term.product(term.value(moment(t0, t1, c), xi), t0, t1)
+            if isinstance(scale, Tensor):
+                k, scale = scaled_add(None, k, scale), 1.0
+            stages.append(k)
+        parts = [(b * scale, stages[i]) for i, b in self._weights]
+        errors = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
+        return parts, errors
+
+    @cached_property
+    def _all(self) -> list[tuple[float, list[tuple[int, float]]]]:
+        return [(c, _nonzero(row)) for c, row in zip(self.tableau.c, self.tableau.a, strict=True)]
+
+    @cached_property
+    def _advancing(self) -> list[tuple[float, list[tuple[int, float]]]]:
+        return self._all[: self.tableau.advancing_stages]
+
+    @cached_property
+    def _weights(self) -> list[tuple[int, float]]:
+        return _nonzero(self.tableau.b)
+
+    @cached_property
+    def _error_weights(self) -> list[tuple[int, float]]:
+        return _nonzero(self.tableau.b_error or ())
+
+
+@dataclass(frozen=True)
+class OneEvaluation:
+    """The increment of the term over t0 -> t1 with the field frozen at the fraction `at` of the span."""
+
+    at: float
+
+    @property
+    def ends_in_value(self) -> bool:
+        return False
+
+    def __call__(
+        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+    ) -> tuple[Combination, Combination]:
+        k, scale = term.product(term.value(moment(t0, t1, self.at), x), t0, t1)
+        if isinstance(scale, Tensor):
+            k, scale = scaled_add(None, k, scale), 1.0
+        parts = [(scale, k)]
+        return parts, parts if with_error else []
+
+
+def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
+    return [(i, w) for i, w in enumerate(row) if w != 0.0]

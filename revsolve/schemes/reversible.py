@@ -1,0 +1,142 @@
+"""Every method as a list of coupling updates. Nothing here knows how to undo or to differentiate a step: the engine does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from revsolve.core.coupling import CouplingUpdate, Scheme
+from revsolve.schemes.increment import OneEvaluation, RungeKutta
+from revsolve.schemes.tableau import Tableau
+
+Y, Z = 0, 1
+COPY = CouplingUpdate(target=Z, source=Y, keep=0.0, mix=1.0)
+CUBE_ROOT = 2 ** (1 / 3)
+FOURTH_ROOT = 4 ** (1 / 3)
+
+# Symmetric compositions: fractions of the step that raise a symmetric second-order method to the order given.
+YOSHIDA4 = (1 / (2 - CUBE_ROOT), -CUBE_ROOT / (2 - CUBE_ROOT), 1 / (2 - CUBE_ROOT))  # Yoshida 1990
+SUZUKI4 = (1 / (4 - FOURTH_ROOT),) * 2 + (1 - 4 / (4 - FOURTH_ROOT),) + (1 / (4 - FOURTH_ROOT),) * 2  # Suzuki 1990
+_KAHAN_LI = (0.39216144400731413928, 0.33259913678935943860, -0.70624617255763935981, 0.082213596293550800230)
+KAHAN_LI6 = (*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI))  # Kahan & Li 1997, nine stages
+
+
+def plain(tableau: Tableau) -> Scheme:
+    """The Runge-Kutta method itself: one state, steps that cannot be undone."""
+    error = 0.0 if tableau.b_error is None else 1.0
+    update = CouplingUpdate(target=Y, source=Y, gain=1.0, increment=RungeKutta(tableau), error=error)
+    return Scheme(tableau.name, (update,), (), tableau.order, tableau.error_order)
+
+
+def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
+    """The reversible pair over any explicit Runge-Kutta method (McCallum & Foster 2024, arXiv 2410.11648).
+
+    With Psi the increment of the method, l the coupling and h the step,
+
+        y1 = l y0 + (1 - l) z0 + Psi_h(t0, z0),    z1 = z0 - Psi_{-h}(t1, y1).
+
+    Order of the method, twice its evaluations. The coupling must lie in (0, 1]; 1 (the default) relies on restarts for
+    stability and loses nothing to rounding, smaller values multiply rounding errors by 1/l for every undone step.
+    """
+    if not 0.0 < coupling <= 1.0:
+        raise ValueError(f"coupling must lie in (0, 1], but it is {coupling!r}: 1.0 is the default, papers use 0.999.")
+    increment = RungeKutta(tableau)
+    error = 0.0 if tableau.b_error is None else 1.0
+    updates = (
+        CouplingUpdate(Y, Z, keep=coupling, mix=1.0 - coupling, gain=1.0, increment=increment, error=error),
+        CouplingUpdate(Z, Y, gain=-1.0, increment=increment, start=1.0, end=0.0),
+    )
+    return Scheme(f"rev_{tableau.name}", updates, (COPY,), tableau.order, tableau.error_order, gap_order=tableau.order + 1)
+
+
+def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Scheme:
+    """Reversible Heun (Kidger, Foster, Li & Lyons 2021, arXiv 2105.13493), or a symmetric composition of it.
+
+        y += f(t0, z) h/2;    z = 2 y - z;    y += f(t1, z) h/2
+
+    One evaluation a step (one a substep when composed): the value at the end is that of the next beginning.
+    """
+    half = CouplingUpdate(Y, Z, gain=0.5, increment=OneEvaluation(0.0))
+    reflect = CouplingUpdate(Z, Y, keep=-1.0, mix=2.0)
+    base = (half, reflect, replace(half, increment=OneEvaluation(1.0)))
+    updates = list(_compose(base, composition))
+    ends = _partial_sums(composition)
+    halves = [*composition, 0.0]
+    weights = [(a + b) / 2 for a, b in zip([0.0, *composition], halves, strict=True)]
+    errors = _embedded(weights, ends)
+    updates[0] = replace(updates[0], error=errors[0] / composition[0])
+    for i, fraction in enumerate(composition):
+        updates[3 * i + 2] = replace(updates[3 * i + 2], error=errors[i + 1] / fraction)
+    return Scheme(_composed_name("reversible_heun", order), tuple(updates), (COPY,), order, len(composition))
+
+
+def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2) -> Scheme:
+    """Asynchronous leapfrog (Zhuang et al. 2021, MALI, arXiv 2102.04668), or a symmetric composition of it.
+
+        y += v h/2;    v = (1 - 2 eta) v + 2 eta f(t + h/2, y);    y += v h/2
+
+    One evaluation a step. The damping eta must lie in (1/2, 1]; 1 (the default) is symmetric and of order 2.
+    """
+    if not 0.5 < eta <= 1.0:
+        raise ValueError(f"eta must lie in (1/2, 1], but it is {eta!r}: 1.0 is undamped, the default.")
+    if len(composition) > 1 and eta != 1.0:
+        raise ValueError(f"only the undamped method (eta = 1) gains order by composition, but eta is {eta!r}.")
+    drift = CouplingUpdate(Y, Z, mix=0.5, rate=True)
+    turn = CouplingUpdate(Z, Y, keep=1.0 - 2.0 * eta, gain=2.0 * eta, increment=OneEvaluation(0.5), rate=True)
+    updates = list(_compose((drift, turn, drift), composition))
+    if len(composition) == 1:
+        updates = [replace(updates[0], error=-1.0), updates[1], replace(updates[2], error=1.0)]
+    else:
+        ends = _partial_sums(composition)
+        middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+        for i, error in enumerate(_embedded(composition, middles)):
+            updates[3 * i + 1] = replace(updates[3 * i + 1], error=error / composition[i])
+    start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
+    error_order = max(1, len(composition) - 1)
+    name = _composed_name("alf", order)
+    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, staggered=True)
+
+
+def leapfrog() -> Scheme:
+    """The explicit midpoint rule y_{n+1} = y_{n-1} + 2 h f(y_n), written with the velocity v = (y_n - y_{n-1}) / h.
+
+        v = 2 f(t0, y) - v;    y += v h
+
+    One evaluation a step, order 2 on even steps. A restart sets v half a step back, to second order.
+    """
+    backwards = Tableau(a=((), (1 / 2,)), b=(2.0, -1.0), c=(0.0, 1 / 2), order=1, name="half_step_back")
+    updates = (
+        CouplingUpdate(Z, Y, keep=-1.0, gain=2.0, increment=OneEvaluation(0.0), rate=True),
+        CouplingUpdate(Y, Z, mix=1.0, rate=True),
+    )
+    start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=RungeKutta(backwards), rate=True)
+    return Scheme("leapfrog", updates, (start,), 2, None, staggered=True)
+
+
+def _composed_name(name: str, order: int) -> str:
+    return name if order == 2 else f"{name}{order}"
+
+
+def _compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> tuple[CouplingUpdate, ...]:
+    """The same updates over the substeps one after another."""
+    ends = _partial_sums(composition)
+    updates = []
+    for a, b in zip(ends, ends[1:], strict=False):
+        for update in base:
+            updates.append(replace(update, start=a, end=b))
+    return tuple(updates)
+
+
+def _partial_sums(composition: Sequence[float]) -> list[float]:
+    if not math.isclose(sum(composition), 1.0, abs_tol=1e-14):
+        raise ValueError(f"the fractions of a composition must add up to 1, but {composition} add up to {sum(composition)}.")
+    return [*(sum(composition[:i]) for i in range(len(composition))), 1.0]
+
+
+def _embedded(weights: Sequence[float], nodes: Sequence[float]) -> list[float]:
+    """Error weights: the multiple of the divided difference over the nodes that drops one of them from the quadrature."""
+    difference = [1 / math.prod(c - d for j, d in enumerate(nodes) if j != i) for i, c in enumerate(nodes)]
+    scale = min((w / d for w, d in zip(weights, difference, strict=True)), key=abs)
+    return [scale * d for d in difference]
+

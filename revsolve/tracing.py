@@ -1,0 +1,158 @@
+"""Finding every differentiable tensor that a field touches, whether or not anybody named it.
+
+One traced call tells: the recorded graph names every leaf exactly, and a dispatch mode sees the intermediate results (an
+encoder's output used inside a lambda) that the field took from outside. What the graph needs but nobody saw raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
+
+
+class _Witness(TorchDispatchMode):
+    """Remembers the non-leaf tensors that are handed to any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Edge, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs or {})):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                self.seen.setdefault((x.grad_fn, x.output_nr), x)
+        return func(*args, **(kwargs or {}))
+
+
+def traced(call: Callable[[], Tensor], candidates: Iterable[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The value of `call()`, and all tensors outside it that its gradient reaches (`candidates` first, `own` left out)."""
+    with torch.enable_grad():
+        birthday = _sequence_number()
+        with _Witness() as witness:
+            value = call()
+    leaves, outside = boundary([value], birthday)
+    found = {id(x): x for x in candidates if x.requires_grad}
+    mine = {id(x) for x in own}
+    for leaf in leaves:
+        if id(leaf) not in mine:
+            found.setdefault(id(leaf), leaf)
+    for edge in outside:
+        if edge not in witness.seen:
+            raise ValueError(
+                f"the field uses a tensor computed outside it (by {edge[0].name()}) that could not be found, so its gradient "
+                "would be lost: pass it through args=."
+            )
+        found.setdefault(id(witness.seen[edge]), witness.seen[edge])
+    return value, list(found.values())
+
+
+def boundary(
+    outputs: Sequence[Tensor], birthday: int = -1, known: Collection[Edge] = ()
+) -> tuple[list[Tensor], list[Edge]]:
+    """The leaves below `outputs`, and the edges into what had been computed before `birthday`; `known` edges end a path."""
+    leaves, outside, seen = [], [], set(known)
+    stack = [(x.grad_fn, x.output_nr) for x in outputs if x.grad_fn is not None]
+    leaves += [x for x in outputs if x.grad_fn is None and x.requires_grad]
+    while stack:
+        edge = stack.pop()
+        node = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        elif node._sequence_nr() < birthday:
+            outside.append(edge)
+        else:
+            stack.extend(node.next_functions)
+    return leaves, outside
+
+
+class Audit:
+    """Checks now and then, while gradients are taken, that the field touches nothing differentiable but what was found."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.leaves = {id(x) for x in tensors if x.is_leaf}
+        self.edges = {(x.grad_fn, x.output_nr) for x in tensors if not x.is_leaf}
+
+    def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        mine = {id(x) for x in own}
+        leaves, _ = boundary(outputs, known=self.edges)
+        missed = [x for x in leaves if id(x) not in self.leaves and id(x) not in mine]
+        if missed:
+            raise RuntimeError(
+                f"the field depends on a tensor of shape {tuple(missed[0].shape)} that it did not use when it was first called, "
+                "so its gradient would be lost: pass it through args=, or make the field an nn.Module that owns it."
+            )
+
+
+class Substitute(TorchFunctionMode):
+    """Replaces tensors by others wherever a field uses them."""
+
+    def __init__(self, replacements: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        swap = lambda x: self.replacements.get(id(x), x)  # noqa: E731
+        return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+
+
+def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the tensors was computed from another of them."""
+    edges = {(x.grad_fn, x.output_nr) for x in tensors if x.grad_fn is not None}
+    leaves = {id(x) for x in tensors if x.is_leaf}
+    seen: set[Edge] = set()
+    stack = [edge for node, _ in edges for edge in node.next_functions]
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        if edge in edges or id(getattr(edge[0], "variable", None)) in leaves:
+            return True
+        stack.extend(edge[0].next_functions)
+    return False
+
+
+def held_tensors(func: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Tensors and module parameters that a callable holds: its own, its closure's, its bound object's, a partial's."""
+    if isinstance(func, Tensor):
+        yield func
+    elif isinstance(func, nn.Module):
+        yield from func.parameters()
+    elif isinstance(func, (list, tuple)) and depth:
+        for item in func:
+            yield from held_tensors(item, depth - 1)
+    elif isinstance(func, dict) and depth:
+        yield from held_tensors(list(func.values()), depth)
+    elif callable(func) and depth:
+        for item in _held(func):
+            yield from held_tensors(item, depth - 1)
+
+
+def _held(func: Any) -> Iterator[Any]:
+    for cell in getattr(func, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that is not filled yet
+            yield cell.cell_contents
+    code = getattr(func, "__code__", None)
+    if code is not None:
+        yield from (func.__globals__[name] for name in code.co_names if name in func.__globals__)
+    for name in ("__self__", "func", "args", "keywords", "__wrapped__"):
+        yield getattr(func, name, None)
+    if not isinstance(func, type):
+        yield from getattr(func, "__dict__", {}).values()
+
+
+def _sequence_number() -> int:
+    """The autograd sequence number of an operation recorded now: what was recorded earlier has a smaller one."""
+    return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
