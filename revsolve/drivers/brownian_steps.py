@@ -1,4 +1,4 @@
-"""The Brownian path over steps between known knots: step n is sqrt(h_n) * N(seed, n), drawn when asked, in any order."""
+"""The Brownian path over steps between known knots: step n is sqrt(h_n) * N(seed, n), drawn when asked for."""
 
 from __future__ import annotations
 

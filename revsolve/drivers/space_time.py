@@ -85,7 +85,7 @@ class Shares(NamedTuple):
 
 
 def column(values: Sequence[float] | Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """Return values as a tensor (..., len(values), 1, ..., 1) that scales rows like these, not waiting for the device."""
+    """Return values as a tensor (..., len(values), 1, ..., 1) that scales such rows; the device is not waited for."""
     column = torch.tensor(values, dtype=like.dtype, device="cpu")
     return column.view(*column.shape, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)
 
