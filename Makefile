@@ -55,7 +55,7 @@ docs: $(VENV)/with-docs ## build the documentation site into build/docs; a warni
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 notebooks: $(VENV)/with-notebooks ## execute every notebook in its small mode
-	$(PYTEST) $(WORKERS) notebooks
+	$(PYTEST) $(WORKERS) notebooks/test_notebooks.py
 
 render: $(VENV)/with-notebooks ## execute every notebook in full and keep the plots in it
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb

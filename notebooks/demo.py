@@ -20,8 +20,8 @@ RECORD = Path(__file__).parent / "data" / "lynx_hare.csv"
 PLOT = ROOT / "build" / "demo.png"
 
 STEP = 0.5  # years
-# How many values each stage of the training fits, and its iterations: fitting both cycles from the start would settle on
-# their mean.
+# Values that each stage of the training fits, and its iterations: a fit of both cycles from the start settles on their
+# mean.
 STAGES = ((11, 150), (21, 250))
 
 
