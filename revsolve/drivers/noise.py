@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ def _mix(z: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
     return z ^ (z >> 31)
+
+
+def _integer(seed: SupportsIndex) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, but is {seed!r}: pass one, or None to draw it from torch.") from None
 
 
 class Noise:
@@ -33,7 +41,7 @@ class Noise:
     ) -> None:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        self.seed = operator.index(seed)
+        self.seed = _integer(seed)
         self.size, self.dtype, self.device, self.areas = size, dtype, device, areas
         self._generator = torch.Generator(source)
 
