@@ -5,6 +5,7 @@ learned with it. The plot is saved as build/demo.png.
 """
 
 import csv
+import gc
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "data" / "lynx_hare.csv"
 PLOT = ROOT / "build" / "demo.png"
 
-STEP = 0.5  # years
+STEP = 0.5  # years; the comparison repeats it at a tenth
 # Values that each stage of the training fits, and its iterations: a fit of both cycles from the start settles on their
 # mean.
 STAGES = ((11, 150), (21, 250))
@@ -38,13 +39,19 @@ class Model(nn.Module):
 
     def __init__(self, y0: Tensor, width: int = 32) -> None:
         super().__init__()
+        self.step = STEP
         self.y0 = nn.Parameter(y0.clone())
         self.field = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).to(y0.dtype)
 
     def forward(self, t: Tensor, gradient: str = "reversible") -> Tensor:
         """States at the times t, (len(t), 2)."""
         return odeint(
-            lambda _, y: self.field(y), self.y0, t, method="rev_rk4", options={"step_size": STEP}, gradient=gradient
+            lambda _, y: self.field(y),
+            self.y0,
+            t,
+            method="rev_rk4",
+            options={"step_size": self.step},
+            gradient=gradient,
         )
 
 
@@ -71,24 +78,28 @@ def train(model: Model, t: Tensor, y: Tensor) -> list[float]:
     return losses
 
 
+def live_tensors() -> list[Tensor]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
 def numbers_kept(model: Model, t: Tensor, y: Tensor, gradient: str) -> int:
-    """How many numbers autograd holds between forward and backward, the parameters themselves left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    """How many numbers a loss holds for its backward pass.
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    What autograd saved, and every other tensor that came to life: hooks do not see what the engine keeps by itself.
+    """
+    before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
         loss = mean_square(model, t, y, gradient)
-    numbers = sum(
-        tensor.untyped_storage().nbytes() // tensor.element_size()
-        for pointer, tensor in kept.items()
-        if pointer not in parameters
-    )
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.element_size()
+        for tensor in [*saved, *live_tensors()]
+    }
     loss.backward()
-    return numbers
+    return sum(size for pointer, size in sizes.items() if pointer not in before)
 
 
 def gradient_and_seconds(model: Model, t: Tensor, y: Tensor, gradient: str) -> tuple[Tensor, float]:
@@ -104,13 +115,11 @@ def gradient_and_seconds(model: Model, t: Tensor, y: Tensor, gradient: str) -> t
 
 def print_comparison(model: Model, t: Tensor, y: Tensor) -> None:
     reference, _ = gradient_and_seconds(model, t, y, "direct")
-    print(f"\nOne gradient over {len(t) - 1} years, {round((len(t) - 1) / STEP)} steps of rev_rk4:")
-    print(f"{'gradient':<12}{'difference':>12}{'numbers kept':>16}{'seconds':>10}")
     for mode in ("reversible", "checkpoint", "direct"):
         found, seconds = gradient_and_seconds(model, t, y, mode)
         difference = ((found - reference).norm() / reference.norm()).item()
-        print(f"{mode:<12}{difference:>12.1e}{numbers_kept(model, t, y, mode):>16,}{seconds:>10.3f}")
-    print("difference: of the gradient, relative to direct; numbers kept: from forward to backward, without parameters")
+        num_steps = round((t[-1] - t[0]).item() / model.step)
+        print(f"{num_steps:>5}  {mode:<12}{difference:>12.1e}{numbers_kept(model, t, y, mode):>16,}{seconds:>10.3f}")
 
 
 def save_plot(years: Tensor, pelts: Tensor, fit_years: Tensor, fit: Tensor, losses: list[float]) -> None:
@@ -144,7 +153,10 @@ def main() -> None:
     print(
         f"mean square error of the standardised log: {y.square().mean():.3f} (predicting the mean) -> {losses[-1]:.3f}"
     )
-    print_comparison(model, t, y)
+    print(f"\n{'steps':>5}  {'gradient':<12}{'difference':>12}{'numbers kept':>16}{'seconds':>10}")
+    for model.step in (STEP, STEP / 10):
+        print_comparison(model, t, y)
+    print("difference of the gradient, relative to direct; numbers kept for backward, besides parameters and data")
 
     t_fine = torch.linspace(0, 20, 201, dtype=torch.float64)
     with torch.no_grad():
