@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.drivers.piecewise import Control, Time, Times, Value
+from revsolve.drivers.piecewise import Control, Time, Times, Value, check_inside, number
 
 
 def as_control(path: Any) -> Control:
@@ -104,8 +104,7 @@ class ForeignControl(Control):
         self._interval = (
             torch.as_tensor(path.interval) if isinstance(path.interval, Tensor) else torch.tensor(path.interval)
         )
-        self._first, self._last = (float(t) for t in self._interval)
-        self._few_ulps = 4 * torch.finfo(self._interval.dtype).eps * max(abs(self._first), abs(self._last))
+        self._ends = number(self._interval[0]), number(self._interval[1])
 
     @property
     def interval(self) -> Tensor:
@@ -143,12 +142,8 @@ class ForeignControl(Control):
         """`t` as a tensor, kept within `span` and moved off its earlier end."""
         t = self._tensor(t)
         if t.device.type == "cpu":
-            low, high = (float(v) for v in t.detach().aminmax())
-            if low < self._first - self._few_ulps or high > self._last + self._few_ulps:
-                raise ValueError(
-                    f"t = {low if low < self._first else high} lies outside the interval [{self._first}, {self._last}] "
-                    "of the path: solve within it, or give data over a longer time."
-                )
+            low, high = t.detach().aminmax()
+            check_inside(float(low), float(high), self._ends, t)
         if span is None:
             return t
         one, other = (self._tensor(end).detach() for end in span)

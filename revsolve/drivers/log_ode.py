@@ -70,8 +70,8 @@ def _with_triples(field: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     words = lyndon_words(letters, 3)
     position = {word: n for n, word in enumerate(words)}
     factors = [standard_factors(word) for word in words if len(word) == 3]
-    letter = torch.tensor([position[min(uv, key=len)] for uv in factors], device=z.device)
-    pair = torch.tensor([position[max(uv, key=len)] for uv in factors], device=z.device)
+    letter = torch.tensor([position[min(uv, key=len)] for uv in factors], dtype=torch.long, device=z.device)
+    pair = torch.tensor([position[max(uv, key=len)] for uv in factors], dtype=torch.long, device=z.device)
     sign = torch.tensor([1 if len(u) == 1 else -1 for u, _ in factors], device=z.device, dtype=z.dtype)
     along_letters = _derivatives_along(lower, z, columns[..., :letters])
     along_pairs = _derivatives_along(field, z, columns[..., letters:])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revsolve.drivers.control import Lengths, LinearPath
 from revsolve.drivers.observations import fill_linear, observe
-from revsolve.drivers.piecewise import PiecewisePath
+from revsolve.drivers.piecewise import PiecewisePath, number
 
 Word = tuple[int, ...]
 Basis = Literal["words", "brackets"]
@@ -193,9 +193,9 @@ def _window_ends(path: LinearPath, windows: Windows) -> Tensor:
     if not windows > 0:
         raise ValueError(f"the length of windows must be positive, but it is {windows}.")
     # A quotient that rounding lifted just above an integer must not open one more, empty window.
-    quotient = float(knots[-1] - knots[0]) / windows
-    number = max(1, -int(-quotient * (1 - 4 * torch.finfo(knots.dtype).eps) // 1))
-    inner = knots[0] + windows * torch.arange(number, dtype=knots.dtype, device=knots.device)
+    quotient = number(knots[-1] - knots[0]) / windows
+    count = max(1, -int(-quotient * (1 - 4 * torch.finfo(knots.dtype).eps) // 1))
+    inner = knots[0] + windows * torch.arange(count, dtype=knots.dtype, device=knots.device)
     return torch.cat([inner, knots[-1:]])
 
 

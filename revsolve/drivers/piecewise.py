@@ -78,8 +78,7 @@ class PiecewisePath(Control):
         self._jump_times = jump_times.detach()
         self._times: list[float] = knots.detach().tolist()
         self._row = {t: i for i, t in enumerate(self._times)}
-        few_ulps = 4 * torch.finfo(knots.dtype).eps * max(abs(self._times[0]), abs(self._times[-1]))
-        self._low, self._high = self._times[0] - few_ulps, self._times[-1] + few_ulps
+        self._ends = self._times[0], self._times[-1]
 
     @property
     def interval(self) -> Tensor:
@@ -113,7 +112,7 @@ class PiecewisePath(Control):
 
     def increment(self, t0: Time, t1: Time) -> Tensor:
         if _at_hand(t0) and _at_hand(t1) and not (_has_grad(t0) or _has_grad(t1)):
-            i, j = self._row.get(float(t0)), self._row.get(float(t1))
+            i, j = self._row.get(number(t0)), self._row.get(number(t1))
             if i is not None and j is not None and abs(i - j) == 1:
                 return self._differences[i] if j > i else -self._differences[j]
         return self.evaluate(t1) - self.evaluate(t0)
@@ -124,7 +123,7 @@ class PiecewisePath(Control):
 
     def increments(self, grid: Times) -> Tensor:
         if not _has_grad(grid):
-            times = grid.tolist() if isinstance(grid, Tensor) else [float(t) for t in grid]
+            times = grid.tolist() if isinstance(grid, Tensor) else [number(t) for t in grid]
             first = self._row.get(times[0], 0)
             if times == self._times[first : first + len(times)]:
                 return self._differences[first : first + len(times) - 1]
@@ -136,10 +135,10 @@ class PiecewisePath(Control):
 
     def _locate(self, t: Time, span: tuple[Time, Time] | None) -> tuple[int, Time]:
         """The piece that holds `t` and the distance from its left knot."""
-        where, after = float(t), False
-        self._raise_if_outside(where, where)
+        where, after = number(t), False
+        check_inside(where, where, self._ends, self._knots, t)
         if span is not None:
-            low, high = sorted((float(span[0]), float(span[1])))
+            low, high = sorted((number(span[0]), number(span[1])))
             where, after = min(max(where, low), high), where <= low
         search = bisect_right if after else bisect_left
         piece = search(self._times, where, 1, len(self._times) - 1) - 1
@@ -154,7 +153,8 @@ class PiecewisePath(Control):
         knots = self._knots.to(times.device, torch.promote_types(self._knots.dtype, times.dtype))
         where = times.detach().to(knots.dtype)
         if where.device.type == "cpu":
-            self._raise_if_outside(*(float(t) for t in where.aminmax()))
+            low, high = where.aminmax()
+            check_inside(float(low), float(high), self._ends, self._knots, times)
         inner = knots.detach()[1:-1]
         pieces = torch.bucketize(where, inner)
         if spans is not None:
@@ -166,12 +166,23 @@ class PiecewisePath(Control):
         c = self._coefficients
         return pieces.to(c.device), s.to(c).reshape(-1, *(1,) * (c.ndim - 2))
 
-    def _raise_if_outside(self, earliest: float, latest: float) -> None:
-        if not (self._low <= earliest and latest <= self._high):
-            raise ValueError(
-                f"t = {latest if self._low <= earliest else earliest} lies outside the interval "
-                f"[{self._times[0]}, {self._times[-1]}] of the path: solve within it, or give data over a longer time."
-            )
+
+def check_inside(earliest: float, latest: float, interval: tuple[float, float], *sources: Time) -> None:
+    """Raise ValueError if times leave `interval` by more than a few ulps of the coarsest tensor they came from."""
+    first, last = interval
+    if first <= earliest and latest <= last:
+        return
+    few_ulps = 4 * max(torch.finfo(x.dtype).eps for x in sources if isinstance(x, Tensor)) * max(abs(first), abs(last))
+    if not (first - few_ulps <= earliest and latest <= last + few_ulps):
+        raise ValueError(
+            f"t = {latest if first <= earliest else earliest} lies outside the interval [{first}, {last}] of the path: "
+            "solve within it, or give data over a longer time."
+        )
+
+
+def number(t: Time) -> float:
+    """The value of one time."""
+    return float(t.detach()) if isinstance(t, Tensor) else float(t)
 
 
 def _at_hand(t: Time) -> bool:
