@@ -1,70 +1,92 @@
 """Public names are documented, and the documentation names only what exists."""
 
-import importlib
+import dataclasses
 import inspect
+import pkgutil
 import re
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 
 import revsolve
 from tests.pages import PAGES, ROOT, page_name
 
-PUBLIC = sorted(getattr(revsolve, "__all__", ()))
-CALLABLES = [name for name in PUBLIC if callable(getattr(revsolve, name))]
+PUBLIC = sorted(revsolve.__all__)
+# Functions and classes; what else is public, a tableau say, is a value whose type is documented.
+CODE = [name for name in PUBLIC if isinstance(getattr(revsolve, name), (FunctionType, type))]
 
 # A name of the package in prose or code, and a file of the project.
 NAMES = re.compile(r"\brevsolve(?:\.[A-Za-z_]\w*)+")
 FILES = re.compile(r"\b(?:revsolve|tests|notebooks|docs)/[\w./-]*\w\.(?:py|md|ipynb|csv)\b")
 
 
+def public(name: str) -> Any:
+    return getattr(revsolve, name)
+
+
+def methods(thing: Any) -> list[Any]:
+    """What a class defines for its users; a function has none."""
+    return [value for name, value in vars(thing).items() if name[0] != "_" and callable(value)]
+
+
 def documentation(name: str) -> str:
-    """Docstring of a public name; for a class with that of its methods, where their errors and shapes stand."""
-    thing = getattr(revsolve, name)
-    own_methods = [m for m in vars(thing).values() if callable(m)] if inspect.isclass(thing) else []
-    return "\n".join(inspect.getdoc(part) or "" for part in [thing, *own_methods])
+    """Docstring of a public name, with those of its methods, where the errors and shapes of a class may stand."""
+    return "\n".join(inspect.getdoc(part) or "" for part in [public(name), *methods(public(name))])
+
+
+def handles_tensors(name: str) -> bool:
+    """Whether a signature or an attribute says so; `Any` is how a pytree of tensors is annotated."""
+    annotated = [public(name), *methods(public(name))]
+    return bool(re.search(r"Tensor|Any", str([inspect.get_annotations(part) for part in annotated])))
+
+
+def takes_arguments(thing: Any) -> bool:
+    return isinstance(thing, FunctionType) and bool(inspect.signature(thing).parameters)
 
 
 def may_raise(name: str) -> bool:
     """Functions do, by way of the checks they call; a class where its own text raises."""
-    thing = getattr(revsolve, name)
-    return not inspect.isclass(thing) or "raise " in inspect.getsource(thing)
+    thing = public(name)
+    return takes_arguments(thing) or (isinstance(thing, type) and "raise " in inspect.getsource(thing))
+
+
+def has_a_source(name: str) -> bool:
+    """What computes follows somebody; a record or a warning does not."""
+    thing = public(name)
+    computes = isinstance(thing, type) and not issubclass(thing, Warning) and not dataclasses.is_dataclass(thing)
+    return takes_arguments(thing) or computes
 
 
 def exists(dotted: str) -> bool:
-    """Whether the longest importable start of a dotted name has the rest of it as attributes."""
-    module, *rest = dotted.split(".")
-    found = importlib.import_module(module)
-    for name in rest:
-        submodule = f"{module}.{name}"
-        if not hasattr(found, name) and importlib.util.find_spec(submodule):
-            importlib.import_module(submodule)
-        if not hasattr(found, name):
-            return False
-        found, module = getattr(found, name), submodule
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
     return True
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", CODE)
 def test_public_name_has_a_docstring(name: str) -> None:
-    thing = getattr(revsolve, name)
-    assert (inspect.getdoc(thing) or "").strip()
-    assert inspect.getdoc(thing) != inspect.getdoc(object)
+    docstring = public(name).__doc__ or ""
+    assert docstring.strip()
+    assert not docstring.startswith(f"{name}("), "a dataclass without a docstring gets its signature as one"
 
 
-@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize("name", [name for name in CODE if handles_tensors(name)])
 def test_docstring_states_shapes(name: str) -> None:
     assert re.search(r"shape|scalar|\(\.\.\.|\(\w+(, [\w*]+)+\)|\(\w+,\)|length", documentation(name))
 
 
-@pytest.mark.parametrize("name", [name for name in CALLABLES if may_raise(name)])
+@pytest.mark.parametrize("name", [name for name in CODE if may_raise(name)])
 def test_docstring_states_errors(name: str) -> None:
     assert re.search(r"^\s*Raises:", documentation(name), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize("name", [name for name in CODE if has_a_source(name)])
 def test_docstring_states_its_source(name: str) -> None:
-    assert re.search(r"\b(18|19|20)\d\d\b|DESIGN|architecture", documentation(name)), "cite the paper: authors (year)"
+    assert re.search(r"\b(18|19|20)\d\d\b|architecture", documentation(name)), "cite the paper: authors (year)"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -18,7 +18,8 @@ CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
     {"schemes", "drivers"},
-    {"problem", "solution"},
+    {"packing", "tracing"},
+    {"grids", "problem", "solution"},
     {"ode", "cde", "sde", "fixed_point"},
     {"__init__"},
 )
