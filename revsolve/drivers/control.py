@@ -34,6 +34,7 @@ class LinearPath(PiecewisePath):
         ValueError: wrong shapes, infinite values, times out of order, a channel without any value: with the values.
 
     Example:
+        >>> import torch
         >>> path = LinearPath(torch.tensor([[0.0], [float("nan")], [4.0]]))
         >>> path.evaluate(1.0).item(), path.derivative(0.5).item()
         (2.0, 2.0)

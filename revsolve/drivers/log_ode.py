@@ -5,8 +5,10 @@ where w runs over Lyndon words and [f_uv] = [f_u, f_v] = Df_v f_u - Df_u f_v. Se
 (2014), and Morrill et al., "Neural rough differential equations for long time series" (2021).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,11 +26,13 @@ class LogODEField:
 
     Args:
         func: (t, z) -> (..., hidden, channels) for z of shape (..., hidden). Within a window it is taken at frozen t:
-            let it depend on time through a channel of the path.
+            let it depend on time through a channel of the path. It must not be random, as its values and derivatives
+            would belong to different draws.
         depth: 1, 2 or 3.
 
     Raises:
         ValueError: depth not among these.
+        RuntimeError: `func` draws random numbers, or has no forward-mode derivative (says torch).
 
     Example:
         >>> field = LogODEField(lambda t, z: torch.stack([torch.ones_like(z), z], -1), depth=2)
@@ -51,11 +55,22 @@ class LogODEField:
 
         if self.depth == 1:
             return field(z)
+        _load_forward_mode()
         return _with_pairs(field, z) if self.depth == 2 else _with_triples(field, z)
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Start torch's forward mode, which warns at first use of a deprecation inside torch that no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 def _with_pairs(field: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     f = field(z)
+    if f.shape[-1] == 1:
+        return f  # a single field commutes with itself
     along = _derivatives_along(field, z, f)
     i, j = torch.triu_indices(f.shape[-1], f.shape[-1], 1, device=z.device)  # the Lyndon words of length 2
     return torch.cat([f, along[..., i, j] - along[..., j, i]], -1)
@@ -67,6 +82,8 @@ def _with_triples(field: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
     columns = lower(z)
     letters = field(z).shape[-1]
+    if letters == 1:
+        return columns
     words = lyndon_words(letters, 3)
     position = {word: n for n, word in enumerate(words)}
     factors = [standard_factors(word) for word in words if len(word) == 3]
@@ -85,5 +102,4 @@ def _derivatives_along(field: Callable[[Tensor], Tensor], z: Tensor, directions:
     def along(direction: Tensor) -> Tensor:
         return torch.func.jvp(field, (z,), (direction,))[1]
 
-    # Random layers must draw the same for every direction, as these are derivatives of one function.
-    return torch.func.vmap(along, randomness="same", out_dims=-2)(directions.movedim(-1, 0))
+    return torch.func.vmap(along, out_dims=-2)(directions.movedim(-1, 0))
