@@ -21,6 +21,9 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+# Docstrings write code in single backquotes.
+default_role = "code"
+
 html_theme = "furo"
 html_title = f"revsolve {release}"
 html_theme_options = {

@@ -58,9 +58,9 @@ def odeint(
     restarts: Any = "auto",
     full_output: bool = False,
 ) -> Any:
-    """Solve dy/dt = func(t, y, *args) from y(t[0]) = y0, with exact gradients of the discrete solve.
+    """Solve `dy/dt = func(t, y, *args)` from `y(t[0]) = y0`, with exact gradients of the discrete solve.
 
-    Reversible pairs follow McCallum & Foster (arXiv 2410.11648).
+    Reversible pairs follow McCallum & Foster (2024, arXiv 2410.11648).
 
     Args:
         func: the field, any callable `func(t, y, *args)`; t is a 0-d tensor, the value is shaped like y.
@@ -70,7 +70,7 @@ def odeint(
         rtol, atol: relative and absolute tolerance of adaptive steps; by default 1e-7 and 1e-9 in float64.
         method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`.
         options: `step_size` or `grid_constructor` for fixed steps; `first_step`, `safety`, `ifactor`, `dfactor`, `min_step`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (rev_ methods), `eta` (alf).
+            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf).
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given.
         gradient: "reversible" (undo the steps), "checkpoint" (about 2 sqrt(N) states) or "direct" (keep everything);

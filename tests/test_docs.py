@@ -47,9 +47,9 @@ def takes_arguments(thing: Any) -> bool:
 
 
 def may_raise(name: str) -> bool:
-    """Functions do, by way of the checks they call; a class where its own text raises."""
-    thing = public(name)
-    return takes_arguments(thing) or (isinstance(thing, type) and "raise " in inspect.getsource(thing))
+    """What says so in its own text, and every function that is handed tensors: it checks them."""
+    front_door = handles_tensors(name) and isinstance(public(name), FunctionType)
+    return front_door or "raise " in inspect.getsource(public(name))
 
 
 def has_a_source(name: str) -> bool:

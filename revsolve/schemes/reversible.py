@@ -23,7 +23,7 @@ KAHAN_LI6 = (*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI))  # Kahan 
 
 
 def plain(tableau: Tableau) -> Scheme:
-    """The Runge-Kutta method itself: one state, steps that cannot be undone."""
+    """The Runge-Kutta method itself (Hairer, Norsett & Wanner 1993, II.1): one state, steps that cannot be undone."""
     error = 0.0 if tableau.b_error is None else 1.0
     update = CouplingUpdate(target=Y, source=Y, gain=1.0, increment=RungeKutta(tableau), error=error)
     return Scheme(tableau.name, (update,), (), tableau.order, tableau.error_order)
@@ -38,6 +38,9 @@ def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
 
     Order of the method, twice its evaluations. The coupling must lie in (0, 1]; 1 (the default) relies on restarts for
     stability and loses nothing to rounding, smaller values multiply rounding errors by 1/l for every undone step.
+
+    Raises:
+        ValueError: the coupling lies outside (0, 1].
     """
     if not 0.0 < coupling <= 1.0:
         raise ValueError(f"coupling must lie in (0, 1], but it is {coupling!r}: 1.0 is the default, papers use 0.999.")
@@ -47,7 +50,9 @@ def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
         CouplingUpdate(Y, Z, keep=coupling, mix=1.0 - coupling, gain=1.0, increment=increment, error=error),
         CouplingUpdate(Z, Y, gain=-1.0, increment=increment, start=1.0, end=0.0),
     )
-    return Scheme(f"rev_{tableau.name}", updates, (COPY,), tableau.order, tableau.error_order, gap_order=tableau.order + 1)
+    return Scheme(
+        f"rev_{tableau.name}", updates, (COPY,), tableau.order, tableau.error_order, gap_order=tableau.order + 1
+    )
 
 
 def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Scheme:
@@ -56,6 +61,9 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         y += f(t0, z) h/2;    z = 2 y - z;    y += f(t1, z) h/2
 
     One evaluation a step (one a substep when composed): the value at the end is that of the next beginning.
+
+    Raises:
+        ValueError: the fractions of the composition do not add up to 1.
     """
     half = CouplingUpdate(Y, Z, gain=0.5, increment=OneEvaluation(0.0))
     reflect = CouplingUpdate(Z, Y, keep=-1.0, mix=2.0)
@@ -77,6 +85,9 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
         y += v h/2;    v = (1 - 2 eta) v + 2 eta f(t + h/2, y);    y += v h/2
 
     One evaluation a step. The damping eta must lie in (1/2, 1]; 1 (the default) is symmetric and of order 2.
+
+    Raises:
+        ValueError: eta lies outside (1/2, 1], a composition is damped, or its fractions do not add up to 1.
     """
     if not 0.5 < eta <= 1.0:
         raise ValueError(f"eta must lie in (1/2, 1], but it is {eta!r}: 1.0 is undamped, the default.")
@@ -130,7 +141,9 @@ def _compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> tu
 
 def _partial_sums(composition: Sequence[float]) -> list[float]:
     if not math.isclose(sum(composition), 1.0, abs_tol=1e-14):
-        raise ValueError(f"the fractions of a composition must add up to 1, but {composition} add up to {sum(composition)}.")
+        raise ValueError(
+            f"the fractions of a composition must add up to 1, but {composition} add up to {sum(composition)}."
+        )
     return [*(sum(composition[:i]) for i in range(len(composition))), 1.0]
 
 
@@ -139,4 +152,3 @@ def _embedded(weights: Sequence[float], nodes: Sequence[float]) -> list[float]:
     difference = [1 / math.prod(c - d for j, d in enumerate(nodes) if j != i) for i, c in enumerate(nodes)]
     scale = min((w / d for w, d in zip(weights, difference, strict=True)), key=abs)
     return [scale * d for d in difference]
-
