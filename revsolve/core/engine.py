@@ -20,7 +20,7 @@ from torch import Tensor
 
 from revsolve.core.coupling import Memo, Pair, Scheme, Tape, Term, Time, accumulate, advance, pull_back
 from revsolve.core.replay import Ambient, Gate
-from revsolve.core.restarts import ROUNDING, Restarts, Segments
+from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Stepper
 
 
@@ -123,37 +123,25 @@ def march(
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:
         start, begin, num_outputs = stepper.num_steps, pair, len(ys)
-        restarts = problem.scheme.reversible and (segments.resets or start == 0)
-        first = None
-        for n in range(segments.length):
-            pair = stepper.advance(walk, pair, restarts and n == 0)
+        restart = problem.scheme.reversible and (segments.resets or start == 0)
+        segments.begin(start)
+        while not stepper.done and stepper.num_steps - start < segments.length:
+            pair = stepper.advance(walk, pair, restart and stepper.num_steps == start)
             if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
                 ys.append(pair[0])
-            if n == 0 and segments.judged:
-                first = walk.parasitic(pair, grid.times[start + 1] - grid.times[start])
-            if stepper.done:
-                break
-        if first is not None:
-            n = stepper.num_steps
-            last = walk.parasitic(pair, grid.times[n] - grid.times[n - 1])
-            sizes = torch.stack([first, last, _size(pair[0])]).detach().tolist()
-            if not all(map(math.isfinite, sizes)):
-                raise _non_finite(problem, grid, start, n, begin, restarts)
-            step = max(sizes[0], stepper.tolerance(sizes[2]))
-            expected = step * _steps_like_first(grid.times[start : n + 1], problem.scheme.gap_order)
-            if not segments.accept(n - start, expected, sizes[1], ROUNDING * torch.finfo(y0.dtype).eps * sizes[2]):
-                pair = begin
-                stepper.rewind(start)
-                del ys[num_outputs:]
-                continue
-        elif not segments.resets:
-            segments.grow(stepper.num_steps)
-        if restarts:
+            if segments.judged and stepper.num_steps == start + 1:
+                segments.start(float(walk.parasitic(pair, h := _last_step(grid, start + 1))), abs(h))
+        if segments.judged and not _accept(segments, walk, stepper, start, pair):
+            pair = begin
+            stepper.rewind(start)
+            del ys[num_outputs:]
+            continue
+        if restart:
             grid.restarts.add(start)
         if store is not None:
             store(start, begin)
-    if not segments.judged and not bool(torch.isfinite(pair[0]).all()):
-        raise _non_finite(problem, grid, 0, stepper.num_steps, (y0, None), problem.scheme.reversible)
+    if not bool(torch.isfinite(pair[0]).all()):
+        raise _non_finite(problem, grid, y0)
     problem.grid = grid
     stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
@@ -318,18 +306,23 @@ class _Clock:
         return self.grads
 
 
-def _steps_like_first(times: list[float], order: int) -> float:
-    """How many steps like the first one these amount to, each counted by its length to the power `order`."""
-    h = times[1] - times[0]
-    return sum(((b - a) / h) ** order for a, b in zip(times, times[1:], strict=False))
-
-
 def _segments(problem: Problem, stepper: Stepper) -> Segments:
     every = problem.anchor_every
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
     restarts = problem.restarts if problem.scheme.reversible else None
-    return Segments(restarts, stepper.num_total, every)
+    return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
+
+
+def _accept(segments: Segments, walk: Walk, stepper: Stepper, start: int, pair: Pair) -> bool:
+    n, y = stepper.num_steps, pair[0].detach()
+    gap, size = torch.stack([walk.parasitic(pair, _last_step(stepper.grid, n)), _size(y)]).detach().tolist()
+    times = stepper.grid.times[start : n + 1]
+    return segments.accept(gap, times, stepper.tolerance(size), torch.finfo(y.dtype).eps * size)
+
+
+def _last_step(grid: Grid, n: int) -> float:
+    return grid.times[n] - grid.times[n - 1]
 
 
 def _store(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
@@ -383,16 +376,16 @@ def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
         )
 
 
-def _non_finite(problem: Problem, grid: Grid, start: int, stop: int, pair: Pair, restarts: bool) -> RuntimeError:
-    """Repeat the steps of the segment one by one to say where the state stopped being finite."""
-    walk = Walk(problem.scheme, Memo(problem.term))
+def _non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
+    """Repeat the steps one by one to say where the state stopped being finite."""
+    walk, pair = Walk(problem.scheme, Memo(problem.term)), (y0, None)
     with torch.no_grad():
-        for n in range(start, stop):
+        for n in range(grid.num_steps):
             before = pair[0]
-            pair, _ = walk(pair, grid.times[n], grid.times[n + 1], n in grid.restarts or (restarts and n == start))
+            pair, _ = walk(pair, grid.times[n], grid.times[n + 1], n in grid.restarts)
             if not bool(torch.isfinite(pair[0]).all()):
                 return RuntimeError(problem.explain(grid.times[n], before))
-    return RuntimeError(problem.explain(grid.times[stop], pair[0]))
+    return RuntimeError(problem.explain(grid.times[-1], pair[0]))
 
 
 def _size(x: Tensor) -> Tensor:

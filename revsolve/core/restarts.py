@@ -1,8 +1,7 @@
 """Restarts: when z is made to follow from y again, so that neither the parasitic mode nor rounding can grow far.
 
 A coupled pair carries, beside the solution, a parasitic mode that grows where the solution decays. A restart stores the pair and
-resets z; the discrete map stays exactly differentiable. When to restart is decided once per segment of several steps, from three
-numbers read together, so that a fixed grid never waits for the device at every step.
+resets z; the discrete map stays exactly differentiable. The steps from one restart to the next are a segment.
 """
 
 from __future__ import annotations
@@ -17,15 +16,13 @@ class Restarts:
 
     interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
     longest: never go further than this many steps (None: 32, or the square root of the number of steps if that is more).
-    growth: a segment of n steps is too long when the parasitic part exceeds growth * n times what its first step left.
+    growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left.
     budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
-
-    A segment whose parasitic part outgrew the limit ten times is solved again in shorter segments.
     """
 
     interval: int | None = None
     longest: int | None = None
-    growth: float = 3.0
+    growth: float = 2.0
     budget: int | None = None
 
     def __post_init__(self) -> None:
@@ -34,46 +31,73 @@ class Restarts:
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 raise ValueError(f"Restarts({name}={number!r}) must be a whole number of at least 1, or None.")
         if not self.growth > 0:
-            raise ValueError(f"Restarts(growth={self.growth!r}) must be positive; 3.0 is the measured default.")
+            raise ValueError(f"Restarts(growth={self.growth!r}) must be positive; 2.0 is the measured default.")
 
 
-FIRST_LENGTH = 4
-HOPELESS = 10.0
-ROUNDING = 100.0
+ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
+FIRST_LENGTH = 3
 
 
 class Segments:
-    """The lengths of the segments of one solve: chosen by `Restarts`, or by `every` steps where nothing is reset."""
+    """The lengths of the segments of one solve: chosen as `Restarts` says, or `every` steps where nothing is reset.
 
-    def __init__(self, restarts: Restarts | None, num_steps: int | None, every: int | None = None) -> None:
-        self.resets = restarts is not None
+    Decisions take two numbers a segment: the parasitic part that its first step left, and the one at its end. The latter is
+    judged against the former, and against what the first step of the next segment leaves, for a decaying solution allows less
+    and less; the growth per step seen so tells how long the next segment may be.
+    """
+
+    def __init__(self, restarts: Restarts | None, num_steps: int | None, every: int | None, gap_order: int) -> None:
+        self.resets, self.gap_order = restarts is not None, gap_order
         self.judged = restarts is not None and restarts.interval is None
-        if restarts is None:
-            self.length = self.longest = every or num_steps or 1
-            self.open_ended = num_steps is None and every is None
-            return
-        self.growth = restarts.growth
-        root = math.isqrt(num_steps) if num_steps else 0
-        self.longest = restarts.interval or restarts.longest or max(32, root)
-        self.shortest = 1
-        if restarts.budget is not None and num_steps:
-            self.shortest = -(-num_steps // restarts.budget)
+        self.open_ended = restarts is None and every is None and num_steps is None
+        self.shortest, self.length = 1, every or num_steps or 1
+        if restarts is not None:
+            self.growth = restarts.growth
+            root = math.isqrt(num_steps) if num_steps else 0
+            self.longest = self.length = restarts.interval or restarts.longest or max(32, root)
+            if restarts.budget is not None and num_steps:
+                self.shortest = -(-num_steps // restarts.budget)
+        if self.judged:
             self.longest = max(self.longest, self.shortest)
-        self.length = self.longest if restarts.interval else max(self.shortest, min(FIRST_LENGTH, self.longest))
+            self.length = max(self.shortest, min(FIRST_LENGTH, self.longest))
+            self.ceiling = self.longest
+            self.last: tuple[int, float] | None = None
 
-    def accept(self, num_steps: int, expected: float, found: float, rounding: float) -> bool:
-        """Choose the next length by the parasitic part expected and found at the segment's end; False: solve it again."""
-        limit = self.growth * expected + rounding
-        if found > HOPELESS * limit and num_steps > self.shortest:
-            self.length = max(self.shortest, num_steps // 4)
+    def begin(self, num_steps: int) -> None:
+        if self.open_ended:  # about as many steps in a segment as there are segments
+            self.length = max(1, math.isqrt(num_steps))
+
+    def start(self, gap: float, h: float) -> None:
+        """Take note of the parasitic part that a first step of length h left; this settles the segment's length."""
+        per_step = gap / h**self.gap_order
+        if self.last is not None:
+            n, left = self.last
+            self.length = self._fitting(n, left, min(per_step, self.per_step))
+        self.per_step = per_step
+
+    def accept(self, gap: float, times: list[float], tolerance: float, rounding: float) -> bool:
+        """Take note of the parasitic part at the end; False if it has grown so far that the segment must be solved again."""
+        n = len(times) - 1
+        weight = sum(abs(b - a) ** self.gap_order for a, b in zip(times, times[1:], strict=False)) / n
+        left = max(gap - ROUNDING * rounding, 0.0 * gap) / weight
+        natural = max(self.per_step, tolerance / weight)
+        if n > self.shortest and not left <= natural * self._limit(n):
+            self.last = None
+            self.ceiling = self.length = max(self.shortest, min(n // 2, self._fitting(n, left, natural)))
             return False
-        if found > limit:
-            self.length = max(self.shortest, num_steps // 2)
-        elif num_steps >= self.length:
-            self.length = min(2 * self.length, self.longest)
+        self.ceiling += 1 + self.ceiling // 8
+        self.last = (n, left)
+        self.per_step = natural
         return True
 
-    def grow(self, num_steps: int) -> None:
-        """Where nothing is reset and the number of steps is not known beforehand: about as long as there are segments."""
-        if self.open_ended:
-            self.length = max(1, math.isqrt(num_steps))
+    def _limit(self, n: int) -> float:
+        return 1.0 + self.growth * (n - 1)
+
+    def _fitting(self, n: int, left: float, natural: float) -> int:
+        """The longest segment whose parasitic part stays within its limit, if it grows as it did over the last n steps."""
+        longest = min(self.longest, self.ceiling, n + max(1, n // 2))
+        per_step = (left / natural) ** (1.0 / n) if natural > 0.0 else math.inf if left > 0.0 else 1.0
+        fitting = self.shortest
+        while fitting < longest and per_step ** (fitting + 1) <= self._limit(fitting + 1):
+            fitting += 1
+        return fitting

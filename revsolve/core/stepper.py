@@ -52,18 +52,16 @@ class Stepper(Protocol):
         ...
 
     def tolerance(self, size: float) -> float:
-        """The error that a step may make in a state of this size; zero where steps are not chosen by their error."""
+        """The error that a step to a state of this size may make; zero where steps are not chosen by their error."""
         ...
 
 
 class FixedGrid:
     """Steps between given times; `outputs` are the step counts at which outputs are due."""
 
-    num_rejected = 0
-
     def __init__(self, times: list[float], outputs: list[int]) -> None:
         self.grid = Grid(times, outputs)
-        self.num_steps = 0
+        self.num_steps = self.num_rejected = 0
         self.num_total = len(times) - 1
 
     @property
@@ -77,6 +75,7 @@ class FixedGrid:
         return pair
 
     def rewind(self, num_steps: int) -> None:
+        self.num_rejected += self.num_steps - num_steps
         self.num_steps = num_steps
 
     def tolerance(self, size: float) -> float:
@@ -156,7 +155,8 @@ class Adaptive:
         self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
 
     def tolerance(self, size: float) -> float:
-        return float(self.control.loosest[0] + self.control.loosest[1] * size)
+        atol, rtol = self.control.loosest
+        return atol + rtol * size
 
     def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> float:
         size = y0.detach().abs().maximum(y1.detach().abs())

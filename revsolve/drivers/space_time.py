@@ -45,26 +45,29 @@ class Spans(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How spans share a whole: fractions p of its width, their square roots, and Chen's c; each (num_spans, 1, ...)."""
+    """Fractions p of a whole's width that spans take, and columns (num_spans, 1, ..., 1) made from p and Chen's c."""
 
     fractions: list[float]
     p: Tensor
-    root: Tensor
     c: Tensor
+    root: Tensor  # sqrt(p)
+    pc12: Tensor  # 12 p c
+    square: Tensor  # p^2
 
     @classmethod
     def of(cls, widths: list[float], like: Tensor) -> Shares:
         """Return the shares of spans of these widths (units of time), to scale rows like the given ones."""
         ends = list(accumulate(widths))
         total = ends[-1]
-        fractions = [h / total for h in widths]
-        c = [(total + h - 2 * end) / (2 * total) for h, end in zip(widths, ends, strict=True)]
-        columns = column([fractions, [math.sqrt(p) for p in fractions], c], like)
-        return cls(fractions, *columns.unbind())
+        ps = [h / total for h in widths]
+        cs = [(total + h - 2 * end) / (2 * total) for h, end in zip(widths, ends, strict=True)]
+        pc12 = [12 * p * c for p, c in zip(ps, cs, strict=True)]
+        columns = column([ps, cs, [math.sqrt(p) for p in ps], pc12, [p * p for p in ps]], like)
+        return cls(ps, *columns.unbind())
 
     def area(self, W: Tensor, H: Tensor) -> Tensor:
         """Return the whole's H, shape (1, *size)."""
-        return (self.p * H + self.c * W).sum(0, keepdim=True)  # not a matmul, which may run in TF32
+        return torch.addcmul(self.p * H, self.c, W).sum(0, keepdim=True)  # not a matmul, which may run in TF32
 
     def split(self, whole: Spans, W: Tensor, H: Tensor | None) -> Spans:
         """Return parts of a whole with their exact law given its W and H, from standard normal rows W and H.
@@ -76,12 +79,12 @@ class Shares(NamedTuple):
         width = whole.widths[0]
         widths = [width * p for p in self.fractions]
         free_W = W * (self.root * math.sqrt(width))
-        part_W = free_W + self.p * (whole.W - free_W.sum(0, keepdim=True))
+        part_W = torch.addcmul(free_W, self.p, whole.W - free_W.sum(0, keepdim=True))
         if H is None or whole.H is None:
             return Spans(widths, part_W, None)
         free_H = H * (self.root * math.sqrt(width / 12))
         missing = whole.H - self.area(free_W, free_H)
-        return Spans(widths, part_W + 12 * self.p * self.c * missing, free_H + self.p * self.p * missing)
+        return Spans(widths, torch.addcmul(part_W, self.pc12, missing), torch.addcmul(free_H, self.square, missing))
 
 
 def column(values: Sequence[float] | Sequence[Sequence[float]], like: Tensor) -> Tensor:
