@@ -99,3 +99,7 @@ def test_names_on_the_page_exist(page: Path) -> None:
 def test_files_on_the_page_exist(page: Path) -> None:
     named = set(FILES.findall(page.read_text(encoding="utf-8")))
     assert not {path for path in named if not (ROOT / path).exists()}
+
+
+def test_citation_names_this_version() -> None:
+    assert f"version: {revsolve.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

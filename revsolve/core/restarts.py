@@ -6,6 +6,7 @@ resets z; the discrete map stays exactly differentiable. The steps from one rest
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -14,10 +15,14 @@ from dataclasses import dataclass
 class Restarts:
     """When to store the pair and reset z.
 
-    interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
-    longest: never go further than this many steps (None: 32, or the square root of the number of steps if that is more).
-    growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left.
-    budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
+    Args:
+        interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
+        longest: never go further than this many steps (None: 32, or the square root of the number of steps if more).
+        growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left.
+        budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
+
+    Raises:
+        ValueError: a number of steps or pairs below 1 or not whole, or a growth that is not positive.
     """
 
     interval: int | None = None
@@ -78,7 +83,7 @@ class Segments:
     def accept(self, gap: float, times: list[float], tolerance: float, rounding: float) -> bool:
         """Take note of the parasitic part at the end; False if it has grown so far that the segment must be solved again."""
         n = len(times) - 1
-        weight = sum(abs(b - a) ** self.gap_order for a, b in zip(times, times[1:], strict=False)) / n
+        weight = sum(abs(b - a) ** self.gap_order for a, b in itertools.pairwise(times)) / n
         left = max(gap - ROUNDING * rounding, 0.0 * gap) / weight
         natural = max(self.per_step, tolerance / weight)
         if n > self.shortest and not left <= natural * self._limit(n):
