@@ -1,6 +1,7 @@
 """Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
 
-from revsolve.core.engine import ReconstructionWarning, Stats
+from revsolve.core.engine import ReconstructionWarning
+from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.ode import odeint
 from revsolve.schemes.names import method_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ def fixed_grid(times: list[float], step_size: float | None, method: str) -> Call
     if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
     grid, outputs = times[:1], [0]
-    for a, b in zip(times, times[1:], strict=False):
+    for a, b in itertools.pairwise(times):
         n = max(1, math.ceil(abs(b - a) / step_size * (1 - 1e-9)))
         grid += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
         outputs.append(len(grid) - 1)
@@ -43,11 +44,13 @@ def fixed_grid(times: list[float], step_size: float | None, method: str) -> Call
 def given_grid(times: list[float], points: list[float]) -> Callable[[], Stepper]:
     """Steps from each of the given points to the next; output times that are not among them are added."""
     forward = 1.0 if len(times) < 2 or times[-1] > times[0] else -1.0
-    if any((b - a) * forward <= 0 for a, b in zip(points, points[1:], strict=False)):
+    if any((b - a) * forward <= 0 for a, b in itertools.pairwise(points)):
         raise ValueError("the points of grid_constructor must be strictly monotone in the direction of t.")
     lowest, highest = sorted((times[0], times[-1]))
     if points and not (lowest <= min(points) and max(points) <= highest):
-        raise ValueError(f"the points of grid_constructor must lie within t, [{lowest}, {highest}], but they leave it: {points}.")
+        raise ValueError(
+            f"the points of grid_constructor must lie within t, [{lowest}, {highest}], but they leave it: {points}."
+        )
     grid = sorted({*points, *times}, reverse=forward < 0)
     return lambda: FixedGrid(grid, [grid.index(s) for s in times])
 
@@ -124,12 +127,13 @@ def check_tolerances(
             raise ValueError(f"{name} must not be negative, but it is {value}.")
     if _largest(rtol) < 2 * eps:
         raise ValueError(
-            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype} ({eps:.1e}): use rtol >= {10 * eps:.0e}, or a wider dtype."
+            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, {eps:.1e}: use rtol >= {10 * eps:.0e}."
         )
     return rtol, atol
 
 
 def root_mean_square(x: Tensor) -> Tensor:
+    """The norm of torchdiffeq and scipy: the square root of the mean square."""
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
 
 
@@ -141,7 +145,9 @@ def explain_step(term: Term) -> Callable[..., str]:
             value = _rate(term, t0, pair[0], stepper.direction)
         if not bool(torch.isfinite(value).all()):
             return explain_field(t0, pair[0], value)
-        progress = f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, the step size is {stepper.h:.1e}"
+        progress = (
+            f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, step size {stepper.h:.1e}"
+        )
         if kind == "too many steps":
             return (
                 f"max_num_steps = {stepper.control.max_num_steps} was reached at t = {t0}, before t = {stepper.targets[-1]} "
@@ -156,6 +162,7 @@ def explain_step(term: Term) -> Callable[..., str]:
 
 
 def explain_field(t: float, y: Tensor, value: Tensor) -> str:
+    """That the field returned NaN or infinity, where, and for which size of state."""
     kind = "NaN" if bool(torch.isnan(value).any()) else "an infinite value"
     size = float(torch.linalg.vector_norm(y, ord=math.inf))
     return f"the field returned {kind} at t = {t}, where the largest entry of the state is {size:.3g}: check the field there."

@@ -21,7 +21,9 @@ class Packing:
             _check_leaf(leaf, name)
         devices = {leaf.device for leaf in leaves}
         if len(devices) > 1:
-            raise ValueError(f"the tensors of {name} lie on different devices, {sorted(map(str, devices))}: move them to one.")
+            raise ValueError(
+                f"the tensors of {name} lie on different devices, {sorted(map(str, devices))}: move them to one."
+            )
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.device = leaves[0].device
@@ -94,7 +96,9 @@ def _check_leaf(leaf: Any, name: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r}.")
     if not (leaf.is_floating_point() or leaf.is_complex()):
-        raise TypeError(f"{name} must be floating point or complex, but it has dtype {leaf.dtype}: cast it, say with .float().")
+        raise TypeError(
+            f"{name} must be floating point or complex, but it has dtype {leaf.dtype}: cast it, say with .float()."
+        )
     if leaf.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(leaf.shape)}, which holds no numbers.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme, Term
-from revsolve.core.engine import Problem
+from revsolve.core.march import Problem
 from revsolve.core.replay import Noisy
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
@@ -24,7 +24,9 @@ def check_times(t: Any, name: str = "t") -> list[float]:
     """The times as floats (one device read). Raises unless they are 1-D, finite and strictly monotone."""
     if isinstance(t, Tensor):
         if t.ndim != 1 or not t.is_floating_point():
-            raise ValueError(f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}.")
+            raise ValueError(
+                f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}."
+            )
         times = t.detach().tolist()
     else:
         times = [float(s) for s in t]
@@ -56,6 +58,7 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str], metho
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revsolve.core.engine import Stats
+from revsolve.core.march import Stats
 
 
 @dataclass(frozen=True)

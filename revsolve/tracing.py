@@ -33,7 +33,9 @@ class _Witness(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced(call: Callable[[], Tensor], candidates: Iterable[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def traced(
+    call: Callable[[], Tensor], candidates: Iterable[Tensor], own: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """The value of `call()`, and all tensors outside it that its gradient reaches (`candidates` first, `own` left out)."""
     with torch.enable_grad():
         birthday = _sequence_number()
@@ -60,7 +62,7 @@ def boundary(
 ) -> tuple[list[Tensor], list[Edge]]:
     """The leaves below `outputs`, and the edges into what had been computed before `birthday`; `known` edges end a path."""
     leaves, outside, seen = [], [], set(known)
-    stack = [(x.grad_fn, x.output_nr) for x in outputs if x.grad_fn is not None]
+    stack: list[Edge] = [(x.grad_fn, x.output_nr) for x in outputs if x.grad_fn is not None]
     leaves += [x for x in outputs if x.grad_fn is None and x.requires_grad]
     while stack:
         edge = stack.pop()

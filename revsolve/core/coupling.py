@@ -124,7 +124,9 @@ class Tape:
     `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
     """
 
-    def __init__(self, term: Term, tensors: Sequence[Tensor], audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None]) -> None:
+    def __init__(
+        self, term: Term, tensors: Sequence[Tensor], audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    ) -> None:
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
         self.audit = audit
@@ -132,6 +134,8 @@ class Tape:
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
+        self.source: Tensor | None = None
+        self.leaf: Tensor | None = None
         self._forget()
 
     def _forget(self) -> None:

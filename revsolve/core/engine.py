@@ -1,10 +1,10 @@
-"""The engine: march a scheme over a grid, and the gradient of that discrete solve in three ways.
+"""The engine: the gradient of a discrete solve, in three ways.
 
     reversible   undo the steps one by one, differentiating each as it is undone     keeps the last pair and the restarts
     checkpoint   recompute segments of about sqrt(N) steps from stored states        keeps about 2 sqrt(N) states
     direct       plain automatic differentiation through the march                   keeps everything
 
-All three give the gradient of the same discrete map. `march` never hears of gradients; `Solved` is the only autograd.Function.
+All three give the gradient of the same discrete map. `Solved` is the single place where gradients are computed.
 """
 
 from __future__ import annotations
@@ -12,52 +12,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Memo, Pair, Scheme, Tape, Term, Time, accumulate, advance, pull_back
+from revsolve.core.coupling import Pair, Tape, Time, accumulate, pull_back
+from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
 from revsolve.core.replay import Ambient, Gate
-from revsolve.core.restarts import Restarts, Segments
-from revsolve.core.stepper import Grid, Stepper
+from revsolve.core.stepper import Grid
 
 
 class ReconstructionWarning(UserWarning):
     """Undoing the steps did not lead back to the stored states: the gradient may be inaccurate."""
-
-
-@dataclass
-class Stats:
-    """What a solve did. Counters of the backward pass are filled in by it."""
-
-    num_steps: int = 0
-    num_rejected: int = 0
-    num_restarts: int = 0
-    num_evaluations: int = 0
-    num_backward_evaluations: int = 0
-    num_stored_states: int = 0
-    reconstruction_error: float | None = None
-
-
-@dataclass
-class Problem:
-    """Everything the engine needs: raw input has been checked and packed before."""
-
-    scheme: Scheme
-    term: Term
-    make_stepper: Callable[[], Stepper]
-    gradient: str
-    restarts: Restarts | None
-    tensors: tuple[Tensor, ...] = ()
-    audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = lambda outputs, own: None
-    first_value: tuple[Any, ...] | None = None
-    explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
-    anchor_every: int | None = None
-    severed: bool = False
-    stats: Stats = field(default_factory=Stats)
-    grid: Grid | None = None
 
 
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
@@ -65,121 +32,15 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     inputs = [x for x in (y0, t, *problem.tensors) if x is not None]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
-            return _stack(march(problem, y0)[0])
+            return torch.stack(march(problem, y0)[0])
     if problem.gradient != "direct":
         return Solved.apply(problem, y0, t, *problem.tensors)
     if t is None or not t.requires_grad:
-        return _stack(march(problem, y0)[0])
+        return torch.stack(march(problem, y0)[0])
     with torch.no_grad():
         march(problem, y0)
     assert problem.grid is not None
-    return _stack(replay_all(problem, problem.grid, y0, t))
-
-
-class Walk:
-    """Takes single steps, and remembers the pair with which the latest one began (after a restart)."""
-
-    def __init__(self, scheme: Scheme, memo: Memo) -> None:
-        self.scheme, self.memo = scheme, memo
-        self.restarted_updates = scheme.restart + scheme.updates
-
-    def __call__(
-        self, pair: Pair, t0: Time, t1: Time, restart: bool, with_error: bool = False
-    ) -> tuple[Pair, Tensor | None]:
-        error: list[Tensor] | None = [] if with_error else None
-        latest = self.memo.latest
-        if restart:
-            for update in self.scheme.restart:
-                pair = advance(update, pair, t0, t1, self.memo)
-        self.begun = pair
-        for update in self.scheme.updates:
-            pair = advance(update, pair, t0, t1, self.memo, error)
-        if not error:
-            return pair, None
-        self.before_attempt = latest
-        return pair, sum(error[1:], start=error[0])
-
-    def forget_attempt(self) -> None:
-        self.memo.latest = self.before_attempt
-
-    def parasitic(self, pair: Pair, h: float) -> Tensor:
-        """The size of the parasitic part after a step."""
-        y, z = pair
-        before = self.begun[1]
-        assert z is not None and before is not None
-        return _size((z - before) * h if self.scheme.staggered else y - z)
-
-
-def march(
-    problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
-) -> tuple[list[Tensor], Pair]:
-    """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, and the last pair."""
-    stepper, memo = problem.make_stepper(), Memo(problem.term)
-    if problem.first_value is not None:
-        memo.latest = (y0, *problem.first_value)
-    walk, grid = Walk(problem.scheme, memo), stepper.grid
-    segments = _segments(problem, stepper)
-    pair: Pair = (y0, None)
-    ys = [y0] if grid.outputs[0] == 0 else []
-    while not stepper.done:
-        start, begin, num_outputs = stepper.num_steps, pair, len(ys)
-        restart = problem.scheme.reversible and (segments.resets or start == 0)
-        segments.begin(start)
-        while not stepper.done and stepper.num_steps - start < segments.length:
-            pair = stepper.advance(walk, pair, restart and stepper.num_steps == start)
-            if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
-                ys.append(pair[0])
-            if segments.judged and stepper.num_steps == start + 1:
-                segments.start(float(walk.parasitic(pair, h := _last_step(grid, start + 1))), abs(h))
-        if segments.judged and not _accept(segments, walk, stepper, start, pair):
-            pair = begin
-            stepper.rewind(start)
-            del ys[num_outputs:]
-            continue
-        if restart:
-            grid.restarts.add(start)
-        if store is not None:
-            store(start, begin)
-    if not bool(torch.isfinite(pair[0]).all()):
-        raise _non_finite(problem, grid, y0)
-    problem.grid = grid
-    stats = problem.stats
-    stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations
-    return ys, pair
-
-
-def replay(
-    problem: Problem, grid: Grid, pair: Pair, start: int, stop: int, times: Sequence[Time], walk: Walk
-) -> tuple[Pair, dict[int, Tensor]]:
-    """Repeat the recorded steps start..stop; the last pair, and the outputs due after them by their index."""
-    due = {n: i for i, n in enumerate(grid.outputs)}
-    outputs = {}
-    for n in range(start, stop):
-        pair, _ = walk(pair, times[n - start], times[n - start + 1], n in grid.restarts)
-        if n + 1 in due:
-            outputs[due[n + 1]] = pair[0]
-    return pair, outputs
-
-
-def replay_all(problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None) -> list[Tensor]:
-    times = grid.times if t is None or not t.requires_grad else list(moments(grid, t).unbind())
-    walk = Walk(problem.scheme, Memo(problem.term))
-    _, outputs = replay(problem, grid, (y0, None), 0, grid.num_steps, times, walk)
-    return [outputs.get(i, y0) for i in range(len(grid.outputs))]
-
-
-def moments(grid: Grid, t: Tensor) -> Tensor:
-    """The recorded times as functions of the output times t: each keeps its relative place between its neighbours."""
-    left, place = [], []
-    for i, (a, b) in enumerate(zip(grid.outputs, grid.outputs[1:], strict=False)):
-        t0, t1 = grid.times[a], grid.times[b]
-        left += [i] * (b - a)
-        place += [(s - t0) / (t1 - t0) for s in grid.times[a:b]]
-    index = torch.tensor([*left, len(grid.outputs) - 2], device=t.device)
-    fraction = torch.tensor([*place, 1.0], dtype=torch.float64, device=t.device)
-    exact = t.double()
-    return torch.lerp(exact[index], exact[index + 1], fraction)
+    return torch.stack(replay_all(problem, problem.grid, y0, t))
 
 
 class Solved(torch.autograd.Function):
@@ -195,7 +56,7 @@ class Solved(torch.autograd.Function):
         pairs = [x for _, kept in [*marks, (0, pair)] for x in kept]
         ctx.save_for_backward(y0, t, *tensors, *pairs)
         problem.stats.num_stored_states = sum(x is not None for x in pairs)
-        return _stack(ys)
+        return torch.stack(ys)
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,7 +95,7 @@ def undo(
             pair = pull_back(update, pair, grads, t0, t1, tape)
         if n in marks:
             stored = marks[n]
-            mismatches.append(_size(pair[0] - stored[0]) / torch.maximum(_size(stored[0]), _size(end)))
+            mismatches.append(size_of(pair[0] - stored[0]) / torch.maximum(size_of(stored[0]), size_of(end)))
             if n in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
@@ -306,25 +167,6 @@ class _Clock:
         return self.grads
 
 
-def _segments(problem: Problem, stepper: Stepper) -> Segments:
-    every = problem.anchor_every
-    if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
-        every = max(1, math.isqrt(stepper.num_total))
-    restarts = problem.restarts if problem.scheme.reversible else None
-    return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
-
-
-def _accept(segments: Segments, walk: Walk, stepper: Stepper, start: int, pair: Pair) -> bool:
-    n, y = stepper.num_steps, pair[0].detach()
-    gap, size = torch.stack([walk.parasitic(pair, _last_step(stepper.grid, n)), _size(y)]).detach().tolist()
-    times = stepper.grid.times[start : n + 1]
-    return segments.accept(gap, times, stepper.tolerance(size), torch.finfo(y.dtype).eps * size)
-
-
-def _last_step(grid: Grid, n: int) -> float:
-    return grid.times[n] - grid.times[n - 1]
-
-
 def _store(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
     """Keep the pair at every restart and anchor; a checkpointed gradient keeps every sqrt(n)-th only."""
 
@@ -341,7 +183,7 @@ def _differentiable_gradient(
     """The gradient as a differentiable function of all inputs, for higher derivatives: replayed with everything kept."""
     with Gate() as gate:
         y, s = gate(y0), None if t is None else gate(t)
-        ys = _stack(replay_all(problem, grid, y, s))
+        ys = torch.stack(replay_all(problem, grid, y, s))
         inputs = [x for x in (y, s, *tensors) if x is not None and x.requires_grad]
         got = torch.autograd.grad(ys, inputs, grad_ys, create_graph=True, allow_unused=True)
     found = {id(x): g for x, g in zip(inputs, got, strict=True)}
@@ -374,23 +216,3 @@ def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
             ReconstructionWarning,
             stacklevel=2,
         )
-
-
-def _non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
-    """Repeat the steps one by one to say where the state stopped being finite."""
-    walk, pair = Walk(problem.scheme, Memo(problem.term)), (y0, None)
-    with torch.no_grad():
-        for n in range(grid.num_steps):
-            before = pair[0]
-            pair, _ = walk(pair, grid.times[n], grid.times[n + 1], n in grid.restarts)
-            if not bool(torch.isfinite(pair[0]).all()):
-                return RuntimeError(problem.explain(grid.times[n], before))
-    return RuntimeError(problem.explain(grid.times[-1], pair[0]))
-
-
-def _size(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, ord=math.inf)
-
-
-def _stack(ys: list[Tensor]) -> Tensor:
-    return torch.stack(ys)

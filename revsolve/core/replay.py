@@ -63,7 +63,9 @@ class Gate:
         self.shut = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.shut = False
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class Segments:
             self.longest = self.length = restarts.interval or restarts.longest or max(32, root)
             if restarts.budget is not None and num_steps:
                 self.shortest = -(-num_steps // restarts.budget)
+        self.per_step = 0.0
         if self.judged:
             self.longest = max(self.longest, self.shortest)
             self.length = max(self.shortest, min(FIRST_LENGTH, self.longest))

@@ -36,10 +36,20 @@ class Grid:
 
 
 class Stepper(Protocol):
+    """Advances a pair by accepted steps and records them."""
+
     grid: Grid
-    num_steps: int  # accepted so far
-    num_total: int | None  # in all, where known beforehand
     num_rejected: int
+
+    @property
+    def num_steps(self) -> int:
+        """Accepted so far."""
+        ...
+
+    @property
+    def num_total(self) -> int | None:
+        """In all, where known beforehand."""
+        ...
 
     @property
     def done(self) -> bool: ...
@@ -104,9 +114,11 @@ class Control:
 class Adaptive:
     """Steps whose error estimate meets the tolerances, landing on every target; one device read per attempted step."""
 
-    num_total = None
+    num_total: int | None = None
 
-    def __init__(self, targets: list[float], is_output: list[bool], control: Control, explain: Callable[..., str]) -> None:
+    def __init__(
+        self, targets: list[float], is_output: list[bool], control: Control, explain: Callable[..., str]
+    ) -> None:
         self.grid = Grid(targets[:1], [0])
         self.targets, self.is_output = targets, is_output
         self.control, self.explain = control, explain

@@ -27,14 +27,12 @@ class RungeKutta:
         self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         stages: list[Tensor] = []
-        scale: float | Tensor = 1.0
+        scale = 1.0
         for c, row in self._advancing if not with_error else self._all:
             xi = x
             for j, a in row:
                 xi = torch.add(xi, stages[j], alpha=a * scale)
-            k, scale = term.product(term.value(moment(t0, t1, c), xi), t0, t1)
-            if isinstance(scale, Tensor):
-                k, scale = scaled_add(None, k, scale), 1.0
+            k, scale = _product(term, moment(t0, t1, c), xi, t0, t1)
             stages.append(k)
         parts = [(b * scale, stages[i]) for i, b in self._weights]
         errors = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
@@ -70,11 +68,14 @@ class OneEvaluation:
     def __call__(
         self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
-        k, scale = term.product(term.value(moment(t0, t1, self.at), x), t0, t1)
-        if isinstance(scale, Tensor):
-            k, scale = scaled_add(None, k, scale), 1.0
+        k, scale = _product(term, moment(t0, t1, self.at), x, t0, t1)
         parts = [(scale, k)]
         return parts, parts if with_error else []
+
+
+def _product(term: Term, t: Time, x: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
+    k, scale = term.product(term.value(t, x), t0, t1)
+    return (scaled_add(None, k, scale), 1.0) if isinstance(scale, Tensor) else (k, scale)
 
 
 def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:

@@ -48,7 +48,9 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
     if name in TABLEAUS:
         return reversible(TABLEAUS[name]) if pair else plain(TABLEAUS[name])
     close = difflib.get_close_matches(method, method_names(), n=1, cutoff=0.0)
-    raise ValueError(f"unknown method {method!r}: did you mean {close[0]!r}? Known methods: {', '.join(method_names())}.")
+    raise ValueError(
+        f"unknown method {method!r}: did you mean {close[0]!r}? Known methods: {', '.join(method_names())}."
+    )
 
 
 def _refuse_parameter(name: str, value: float | None, method: object, owner: str) -> None:

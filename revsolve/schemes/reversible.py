@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -100,7 +101,7 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
         updates = [replace(updates[0], error=-1.0), updates[1], replace(updates[2], error=1.0)]
     else:
         ends = _partial_sums(composition)
-        middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
         for i, error in enumerate(_embedded(composition, middles)):
             updates[3 * i + 1] = replace(updates[3 * i + 1], error=error / composition[i])
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
@@ -133,7 +134,7 @@ def _compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> tu
     """The same updates over the substeps one after another."""
     ends = _partial_sums(composition)
     updates = []
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in itertools.pairwise(ends):
         for update in base:
             updates.append(replace(update, start=a, end=b))
     return tuple(updates)
