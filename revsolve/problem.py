@@ -121,7 +121,7 @@ def prepare(
         restarts=check_restarts(restarts),
         tensors=tuple(tensors),
         audit=Audit(tensors),
-        severed=depend_on_each_other(tensors),
+        entangled=depend_on_each_other(tensors),
         first_value=None if noisy or torch.is_grad_enabled() else (span[0], values[0]),
     )
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
 
@@ -95,18 +94,6 @@ class Audit:
                 f"the field depends on a tensor of shape {tuple(missed[0].shape)} that it did not use when it was first called, "
                 "so its gradient would be lost: pass it through args=, or make the field an nn.Module that owns it."
             )
-
-
-class Substitute(TorchFunctionMode):
-    """Replaces tensors by others wherever a field uses them."""
-
-    def __init__(self, replacements: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.replacements = replacements
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        swap = lambda x: self.replacements.get(id(x), x)  # noqa: E731
-        return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 
 
 def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:

@@ -162,7 +162,7 @@ class Tape:
         if self.outputs:
             assert self.member is not None and self.leaf is not None
             if self.audit_due:
-                self.audit(self.outputs, (self.leaf, *self.times))
+                self.audit(self.outputs, (self.leaf, *self.times, *self.tensors))
                 self.audit_due = False
             inputs = (self.leaf, *self.times, *self.tensors)
             got = torch.autograd.grad(self.outputs, inputs, self.cotangents, allow_unused=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from revsolve.core.coupling import Pair, Tape, Time, accumulate, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
-from revsolve.core.replay import Ambient, Gate
+from revsolve.core.replay import Ambient, Gate, StandIns
 from revsolve.core.stepper import Grid
 
 
@@ -50,7 +51,7 @@ class Solved(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
         marks: list[tuple[int, Pair]] = []
         ys, pair = march(problem, y0, _store(problem, marks))
-        ctx.problem, ctx.grid, ctx.num_tensors = problem, problem.grid, len(tensors)
+        ctx.problem, ctx.grid = problem, problem.grid
         ctx.steps = [n for n, _ in marks]
         ctx.ambient = Ambient.now()
         pairs = [x for _, kept in [*marks, (0, pair)] for x in kept]
@@ -60,16 +61,16 @@ class Solved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
-        problem, grid, split = ctx.problem, ctx.grid, 2 + ctx.num_tensors
-        saved = ctx.saved_tensors
-        y0, t, *tensors = saved[:split]
+        problem, grid, tensors = ctx.problem, ctx.grid, ctx.problem.tensors
+        saved, split = ctx.saved_tensors, 2 + len(tensors)  # unpacking checks that nothing was changed in place
+        y0, t = saved[:2]
         if torch.is_grad_enabled():
-            return None, *_differentiable_gradient(problem, grid, y0, t, tensors, grad_ys)
+            return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
         pairs = list(zip(saved[split::2], saved[split + 1 :: 2], strict=True))
         marks = dict(zip(ctx.steps, pairs[:-1], strict=True))
         method = undo if problem.gradient == "reversible" else recompute
-        with ctx.ambient:
-            tape = Tape(problem.term, tensors, problem.audit)
+        with ctx.ambient, _stand_ins(problem, lambda x: x.detach().requires_grad_()) as within:
+            tape = Tape(problem.term, within, problem.audit)
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
@@ -127,7 +128,7 @@ def recompute(
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
         inputs = [x for x in leaves if x is not None]
-        tape.audit([x for x, _ in ends], [*inputs, *times])
+        tape.audit([x for x, _ in ends], [*inputs, *times, *tape.tensors])
         got = torch.autograd.grad(
             [x for x, _ in ends], [*inputs, *times, *tape.tensors], [g for _, g in ends], allow_unused=True
         )
@@ -178,16 +179,26 @@ def _store(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pa
 
 
 def _differentiable_gradient(
-    problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None, tensors: Sequence[Tensor], grad_ys: Tensor
+    problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None, grad_ys: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function of all inputs, for higher derivatives: replayed with everything kept."""
-    with Gate() as gate:
+    with Gate() as gate, _stand_ins(problem, gate) as tensors:
         y, s = gate(y0), None if t is None else gate(t)
         ys = torch.stack(replay_all(problem, grid, y, s))
         inputs = [x for x in (y, s, *tensors) if x is not None and x.requires_grad]
         got = torch.autograd.grad(ys, inputs, grad_ys, create_graph=True, allow_unused=True)
     found = {id(x): g for x, g in zip(inputs, got, strict=True)}
     return tuple(None if x is None else found.get(id(x)) for x in (y, s, *tensors))
+
+
+@contextmanager
+def _stand_ins(problem: Problem, make: Callable[[Tensor], Tensor]) -> Iterator[Sequence[Tensor]]:
+    """The tensors to differentiate by: those of the problem, or stand-ins where one was computed from another."""
+    if not problem.entangled:
+        yield problem.tensors
+        return
+    with StandIns(problem.tensors, make) as mode:
+        yield mode.tensors
 
 
 def _grad_t(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:

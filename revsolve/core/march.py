@@ -42,7 +42,7 @@ class Problem:
     first_value: tuple[Any, ...] | None = None
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None
-    severed: bool = False
+    entangled: bool = False
     stats: Stats = field(default_factory=Stats)
     grid: Grid | None = None
 

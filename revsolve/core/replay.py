@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from revsolve.core.coupling import Term, Time
 
@@ -70,6 +73,26 @@ class Gate:
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Gated.apply(self, x)
+
+
+class StandIns(TorchFunctionMode):
+    """Puts stand-ins in the place of tensors wherever a field uses them.
+
+    Needed where one of the tensors that a field takes from outside was computed from another: a gradient must stop at the
+    computed one, not run on to the other within the field's own derivative.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.tensors = [x if x.is_leaf else make(x) for x in tensors]
+        self.by_id = {id(x): new for x, new in zip(tensors, self.tensors, strict=True) if new is not x}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self._swap, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _swap(self, x: Any) -> Any:
+        return self.by_id.get(id(x), x)
 
 
 class _Gated(torch.autograd.Function):
