@@ -49,8 +49,9 @@ class Packing:
         leaves = []
         for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
             if dtype.is_complex:
-                part = torch.view_as_complex(part.reshape(*x.shape[:-1], *shape, 2))
-            leaves.append(part.reshape(*x.shape[:-1], *shape).to(dtype))
+                # view_as_complex would need an even offset and even strides, which a slice of the vector may not have
+                part = torch.complex(*part.unflatten(-1, (-1, 2)).unbind(-1))
+            leaves.append(part.reshape((*x.shape[:-1], *shape)).to(dtype))
         return tree_unflatten(leaves, self.spec)
 
     def check_like(self, out: Any, where: str) -> None:

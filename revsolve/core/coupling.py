@@ -71,7 +71,12 @@ class CouplingUpdate:
     def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
         if not self.rate:
             return self.keep, self.mix, self.gain
-        return self.keep, self.mix * (t1 - t0), self.gain / (t1 - t0)
+        span = t1 - t0
+        return (
+            self.keep,
+            0.0 if _is(self.mix, 0.0) else self.mix * span,
+            0.0 if _is(self.gain, 0.0) else self.gain / span,
+        )
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,10 @@ class Tape:
         self._forget()
 
     def add_up(self, grads: Sequence[Tensor | None]) -> None:
-        for total, grad in zip(self.sums, grads, strict=True):
-            if grad is not None:
-                total.add_(grad)
+        """Add gradients of `tensors` to their sums."""
+        found = [(total, grad) for total, grad in zip(self.sums, grads, strict=True) if grad is not None]
+        if found:
+            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
 
 
 def advance(
@@ -187,19 +193,23 @@ def advance(
     target, source = pair[update.target], pair[update.source]
     assert source is not None
     out = None if _is(keep, 0.0) else target
-    if update.source != update.target:
+    if update.increment is None:
         out = linear(keep, out, mix, source)
-    if update.increment is not None:
+    else:
         with_error = error is not None and update.error != 0.0
         parts, error_parts = update.increment(memo, source, start, end, with_error)
-        for weight, k in parts:
-            out = scaled_add(out, k, gain * weight)
+        if len(parts) == 1 and _is(mix, 0.0):
+            out = linear(keep, out, gain * parts[0][0], parts[0][1])
+        else:
+            out = linear(keep, out, mix, source)
+            for weight, k in parts:
+                out = scaled_add(out, k, gain * weight)
         if with_error:
             assert error is not None
             error.extend(k.detach() * (update.error * weight) for weight, k in error_parts)
             if update.increment.ends_in_value and update.source == update.target:
                 memo.latest = (out, end, memo.latest[2])
-    elif error is not None and update.error:
+    if update.increment is None and error is not None and update.error:
         error.append((source * (mix * update.error)).detach())
     assert out is not None
     return (out, pair[1]) if update.target == 0 else (pair[0], out)
@@ -214,41 +224,49 @@ def pull_back(
     """
     if tape.member == update.target:
         tape.flush(grads)
+    start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
+    keep, mix, gain = update.coefficients(start, end)
     target, source = pair[update.target], pair[update.source]
     assert target is not None and source is not None
-    with torch.enable_grad():
-        start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
-        keep, mix, gain = update.coefficients(start, end)
-        parts: Combination = []
-        if update.increment is not None:
-            x = tape.watch(update.source, source, grads)
-            parts = update.increment(tape.memo, x, start, end)[0]
-            parts = [(w, gain * k) if isinstance(gain, Tensor) else (gain * w, k) for w, k in parts]
-        if isinstance(mix, Tensor):
-            parts.append((1.0, mix.to(source.real.dtype) * tape.watch(update.source, source, grads)))
-            mix = 0.0
+    parts: Combination = []
+    if update.increment is not None:
+        parts = update.increment(tape.memo, tape.watch(update.source, source, grads), start, end)[0]
+    if isinstance(mix, Tensor):
+        parts = [*((w * gain, k) if not isinstance(gain, Tensor) else (w, gain * k) for w, k in parts)]
+        parts.append((1.0, _like(mix, source) * tape.watch(update.source, source, grads)))
+        mix, gain = 0.0, 1.0
+    elif isinstance(gain, Tensor):
+        parts, gain = [(w, gain * k) for w, k in parts], 1.0
+    weighted = [(gain * w, k) for w, k in parts]
+    before = restored if _is(keep, 0.0) else _undone(keep, target, mix, source, weighted)
     grad = grads[update.target]
-    if _is(keep, 0.0):
-        before = restored
-    else:
-        before = target
-        for weight, k in parts:
-            before = torch.add(before, k.detach(), alpha=-weight)
-        before = linear(1.0 / keep, before, -mix / keep, source)
     if grad is not None:
-        scaled: dict[float, Tensor] = {1.0: grad}
-        for weight, k in parts:
+        scaled = {1.0: grad}
+        for weight, k in weighted:
             if weight not in scaled:
                 scaled[weight] = grad * weight
             tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
-            with torch.enable_grad():
-                tape.watch(update.source, source, grads)
-                tape.add(keep * before, grad)
+            tape.watch(update.source, source, grads)
+            tape.add(keep * before, grad)
         if not _is(mix, 0.0):
             grads[update.source] = scaled_add(grads[update.source], grad, mix)
-        grads[update.target] = None if _is(keep, 0.0) else grad if _is(keep, 1.0) else keep * grad
+        grads[update.target] = None if _is(keep, 0.0) else linear(_value(keep), grad, 0.0, grad)
     return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
+
+
+def _undone(keep: Scalar, target: Tensor, mix: Scalar, source: Tensor, parts: Combination) -> Tensor:
+    """(target - mix * source - parts) / keep"""
+    keep = _value(keep)
+    if len(parts) == 1 and _is(mix, 0.0):
+        weight, k = parts[0]
+        out = linear(1.0 / keep, target, -weight / keep, k.detach())
+    else:
+        for weight, k in parts:
+            target = torch.add(target, k.detach(), alpha=-weight)
+        out = linear(1.0 / keep, target, -mix / keep, source)
+    assert out is not None
+    return out
 
 
 def moment(t0: Time, t1: Time, fraction: float) -> Time:
@@ -263,7 +281,7 @@ def moment(t0: Time, t1: Time, fraction: float) -> Time:
 def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar) -> Tensor:
     """x + weight * k, where x = None stands for zero."""
     if isinstance(weight, Tensor):
-        scaled = weight.to(k.dtype) * k if weight.ndim == 0 else weight * k
+        scaled = _like(weight, k) * k
         return scaled if x is None else x + scaled
     if x is None:
         return k if weight == 1.0 else k * weight
@@ -290,6 +308,14 @@ def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if total is None or grad is None:
         return grad if total is None else total
     return total + grad
+
+
+def _value(coefficient: Scalar) -> Scalar:
+    return coefficient.detach() if isinstance(coefficient, Tensor) else coefficient
+
+
+def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+    return coefficient.to(x.real.dtype) if coefficient.ndim == 0 else coefficient
 
 
 def _is(coefficient: Scalar, number: float) -> bool:

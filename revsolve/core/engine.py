@@ -50,7 +50,7 @@ class Solved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
         marks: list[tuple[int, Pair]] = []
-        ys, pair = march(problem, y0, _store(problem, marks))
+        ys, pair = march(problem, y0.detach(), _store(problem, marks))
         ctx.problem, ctx.grid = problem, problem.grid
         ctx.steps = [n for n, _ in marks]
         ctx.ambient = Ambient.now()
@@ -79,6 +79,7 @@ class Solved(torch.autograd.Function):
         return None, grad_y0, grad_t, *grads
 
 
+@torch.enable_grad()  # for what the tape records; the pair and the cotangents themselves never require a gradient
 def undo(
     problem: Problem, grid: Grid, marks: dict[int, Pair], pair: Pair, grad_ys: Tensor, tape: Tape, moving: bool
 ) -> tuple[Tensor | None, dict[int, Tensor | None]]:

@@ -78,7 +78,7 @@ class Walk:
         y, z = pair
         before = self.begun[1]
         assert z is not None and before is not None
-        return size_of((z - before) * h if self.scheme.staggered else y - z)
+        return size_of(((z - before) * h if self.scheme.staggered else y - z).detach())
 
 
 def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[list[Tensor], Pair]:

@@ -9,11 +9,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import Memo, Pair
 
 
 class Step(Protocol):
     """Takes one step from t0 to t1, after a restart where asked for."""
+
+    memo: Memo
 
     def __call__(
         self, pair: Pair, t0: float, t1: float, restart: bool, with_error: bool = False
@@ -87,6 +89,40 @@ class FixedGrid:
     def rewind(self, num_steps: int) -> None:
         self.num_rejected += self.num_steps - num_steps
         self.num_steps = num_steps
+
+    def tolerance(self, size: float) -> float:
+        return 0.0
+
+
+class UntilConverged:
+    """The steps of a fixed-point iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
+
+    `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first.
+    """
+
+    num_total = None
+    num_rejected = 0
+
+    def __init__(self, max_steps: int, observe: Callable[[int, Tensor, Tensor], bool]) -> None:
+        self.grid = Grid([0.0], [max_steps])
+        self.max_steps, self.observe = max_steps, observe
+        self.done = max_steps == 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        n = self.num_steps + 1
+        pair, _ = step(pair, float(n - 1), float(n), restart)
+        self.grid.times.append(float(n))
+        self.done = self.observe(n, pair[0], step.memo.value(0.0, pair[0])) or n == self.max_steps
+        if self.done:
+            self.grid.outputs[0] = n
+        return pair
+
+    def rewind(self, num_steps: int) -> None:
+        raise AssertionError("a fixed-point iteration is never solved again")
 
     def tolerance(self, size: float) -> float:
         return 0.0

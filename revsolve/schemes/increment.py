@@ -78,5 +78,20 @@ def _product(term: Term, t: Time, x: Tensor, t0: Time, t1: Time) -> tuple[Tensor
     return (scaled_add(None, k, scale), 1.0) if isinstance(scale, Tensor) else (k, scale)
 
 
+@dataclass(frozen=True)
+class FieldValue:
+    """The increment of a term that knows no time: its value, asked for at time 0 in every step."""
+
+    @property
+    def ends_in_value(self) -> bool:
+        return False
+
+    def __call__(
+        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+    ) -> tuple[Combination, Combination]:
+        k, scale = term.product(term.value(0.0, x), t0, t1)
+        return [(scale, k)], []
+
+
 def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
     return [(i, w) for i, w in enumerate(row) if w != 0.0]

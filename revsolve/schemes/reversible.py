@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from revsolve.core.coupling import CouplingUpdate, Scheme
-from revsolve.schemes.increment import OneEvaluation, RungeKutta
+from torch import Tensor
+
+from revsolve.core.coupling import CouplingUpdate, Scalar, Scheme, Time
+from revsolve.schemes.increment import FieldValue, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau
 
 Y, Z = 0, 1
@@ -68,15 +70,11 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
     """
     half = CouplingUpdate(Y, Z, gain=0.5, increment=OneEvaluation(0.0))
     reflect = CouplingUpdate(Z, Y, keep=-1.0, mix=2.0)
-    base = (half, reflect, replace(half, increment=OneEvaluation(1.0)))
-    updates = list(_compose(base, composition))
-    ends = _partial_sums(composition)
-    halves = [*composition, 0.0]
-    weights = [(a + b) / 2 for a, b in zip([0.0, *composition], halves, strict=True)]
-    errors = _embedded(weights, ends)
-    updates[0] = replace(updates[0], error=errors[0] / composition[0])
-    for i, fraction in enumerate(composition):
-        updates[3 * i + 2] = replace(updates[3 * i + 2], error=errors[i + 1] / fraction)
+    updates = _compose((half, reflect, replace(half, increment=OneEvaluation(1.0))), composition)
+    weights = [(a + b) / 2 for a, b in itertools.pairwise([0.0, *composition, 0.0])]
+    for i, error in enumerate(_embedded(weights, _partial_sums(composition))):
+        kick = updates[2 * i]
+        updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     return Scheme(_composed_name("reversible_heun", order), tuple(updates), (COPY,), order, len(composition))
 
 
@@ -96,14 +94,13 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
         raise ValueError(f"only the undamped method (eta = 1) gains order by composition, but eta is {eta!r}.")
     drift = CouplingUpdate(Y, Z, mix=0.5, rate=True)
     turn = CouplingUpdate(Z, Y, keep=1.0 - 2.0 * eta, gain=2.0 * eta, increment=OneEvaluation(0.5), rate=True)
-    updates = list(_compose((drift, turn, drift), composition))
+    updates = _compose((drift, turn, drift), composition)
     if len(composition) == 1:
         updates = [replace(updates[0], error=-1.0), updates[1], replace(updates[2], error=1.0)]
     else:
-        ends = _partial_sums(composition)
-        middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(_partial_sums(composition))]
         for i, error in enumerate(_embedded(composition, middles)):
-            updates[3 * i + 1] = replace(updates[3 * i + 1], error=error / composition[i])
+            updates[2 * i + 1] = replace(updates[2 * i + 1], error=error / composition[i])
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, len(composition) - 1)
     name = _composed_name("alf", order)
@@ -126,18 +123,56 @@ def leapfrog() -> Scheme:
     return Scheme("leapfrog", updates, (start,), 2, None, staggered=True)
 
 
+@dataclass(frozen=True)
+class _Stopping(CouplingUpdate):
+    """A relaxation in which a sample that has stopped stays where it is: keep 1, gain 0."""
+
+    moves: Callable[[int], Tensor] | None = None  # 1 for an entry that takes part in the step of this number, 0 for others
+
+    def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
+        assert self.moves is not None
+        gain = self.gain * self.moves(int(t0))
+        return 1.0 - gain, 0.0, gain
+
+
+def relaxation(beta: Scalar, moves: Callable[[int], Tensor] | None = None) -> Scheme:
+    """The reversible fixed-point iteration of RevDEQ (McCallum, Arora & Foster 2025, arXiv 2509.12917).
+
+        z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
+
+    Two evaluations a step. beta is a number or a tensor that broadcasts against the state; with `moves`, entries where it is
+    0 in a step stay as they are.
+    """
+    if moves is None:
+        towards = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=FieldValue())
+    else:
+        towards = _Stopping(Z, Y, gain=beta, increment=FieldValue(), moves=moves)
+    return Scheme("relaxation", (towards, replace(towards, target=Y, source=Z)), (COPY,), order=1)
+
+
 def _composed_name(name: str, order: int) -> str:
     return name if order == 2 else f"{name}{order}"
 
 
-def _compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> tuple[CouplingUpdate, ...]:
-    """The same updates over the substeps one after another."""
-    ends = _partial_sums(composition)
-    updates = []
-    for a, b in itertools.pairwise(ends):
+def _compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> list[CouplingUpdate]:
+    """The same updates over the substeps one after another; two that meet and do the same become one over both spans."""
+    updates: list[CouplingUpdate] = []
+    for a, b in itertools.pairwise(_partial_sums(composition)):
         for update in base:
-            updates.append(replace(update, start=a, end=b))
-    return tuple(updates)
+            last = updates[-1] if updates else None
+            if last is not None and replace(update, start=last.start, end=last.end, increment=last.increment) == last:
+                updates[-1] = _joined(last, replace(update, start=a, end=b))
+            else:
+                updates.append(replace(update, start=a, end=b))
+    return updates
+
+
+def _joined(first: CouplingUpdate, second: CouplingUpdate) -> CouplingUpdate:
+    """One update over both spans; an evaluation at the end of the first is that at the start of the second."""
+    if first.increment is None:
+        return replace(first, end=second.end)
+    at = (first.end - first.start) / (second.end - first.start)
+    return replace(first, end=second.end, increment=OneEvaluation(at))
 
 
 def _partial_sums(composition: Sequence[float]) -> list[float]:
