@@ -10,7 +10,6 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -158,7 +157,10 @@ class Tape:
         return self.leaf
 
     def add(self, output: Tensor, cotangent: Tensor) -> None:
-        if output.requires_grad:
+        """Record that `cotangent` belongs to `output`."""
+        if self.outputs and self.outputs[-1] is output:
+            self.cotangents[-1] = self.cotangents[-1] + cotangent
+        elif output.requires_grad:
             self.outputs.append(output)
             self.cotangents.append(cotangent)
 
@@ -290,17 +292,18 @@ def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar) -> Tensor:
 
 def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:
     """keep * target + mix * source in as few kernels as the coefficients allow; None stands for zero."""
-    if isinstance(keep, Tensor) or isinstance(mix, Tensor):
+    if keep.__class__ is not float or mix.__class__ is not float:
         out = None if target is None else target if _is(keep, 1.0) else keep * target
         return out if _is(mix, 0.0) else scaled_add(out, source, mix)
     if target is None:
         return None if mix == 0.0 else source if mix == 1.0 else source * mix
+    if mix == 0.0:
+        return target if keep == 1.0 else target * keep
     if keep == 1.0:
-        return target if mix == 0.0 else torch.add(target, source, alpha=mix)
-    if math.isclose(keep + mix, 1.0, abs_tol=1e-14):
+        return torch.add(target, source, alpha=mix)  # type: ignore[arg-type]
+    if abs(keep + mix - 1.0) < 1e-14:
         return torch.lerp(source, target, keep)
-    out = target * keep
-    return out if mix == 0.0 else torch.add(out, source, alpha=mix)
+    return torch.add(target * keep, source, alpha=mix)  # type: ignore[arg-type]
 
 
 def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -319,4 +322,4 @@ def _like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def _is(coefficient: Scalar, number: float) -> bool:
-    return not isinstance(coefficient, Tensor) and coefficient == number
+    return coefficient.__class__ is float and coefficient == number  # type: ignore[return-value]
