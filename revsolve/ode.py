@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +11,11 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme, Time
 from revsolve.core.engine import solve
-from revsolve.core.stepper import Stepper
-from revsolve.grids import ADAPTIVE_OPTIONS, FIXED_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock, Packing
-from revsolve.problem import check_options, check_times, prepare
-from revsolve.schemes.names import scheme as named_scheme
-from revsolve.schemes.tableau import TABLEAUS, Tableau
+from revsolve.problem import check_times, prepare
+from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-
-SCHEME_OPTIONS = ("coupling", "eta")
+from revsolve.steps import choose_steps, explain, scheme_and_options
 
 
 class FieldTerm:
@@ -96,17 +90,18 @@ def odeint(
         raise TypeError(f"func must be callable as func(t, y), but it is {func!r}.")
     packing = Packing(y0)
     times = check_times(t)
-    scheme, options = _scheme_and_options(method, options)
+    scheme, options = scheme_and_options(method, options)
     arguments = args if isinstance(args, tuple) else (args,)
     field = functools.partial(_with_arguments, func, arguments) if arguments else func
     term = FieldTerm(field, packing)
     x0 = packing.pack(y0)
     with torch.no_grad():
-        make_stepper = _stepper(times, t, term, x0, scheme, options, rtol, atol, field, y0)
+        construct = lambda constructor: constructor(field, y0, t)  # noqa: E731
+        make_stepper = choose_steps(times, scheme, options, (rtol, atol), term, x0, construct)
     span = (times[0], times[1] if len(times) > 1 else times[0] + 1.0)
     moving = t if isinstance(t, Tensor) and t.requires_grad else None
     problem = prepare(term, x0, moving, span, (func, arguments), scheme, make_stepper, gradient, restarts)
-    problem.explain = _explain(term)
+    problem.explain = explain(term.value)
     ys = packing.unpack(solve(problem, x0, moving) if len(times) > 1 else x0[None])
     if not full_output:
         return ys
@@ -116,58 +111,3 @@ def odeint(
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:
     return func(t, y, *arguments)
-
-
-def _scheme_and_options(
-    method: str | Tableau | Scheme, options: Mapping[str, Any] | None
-) -> tuple[Scheme, dict[str, Any]]:
-    given = dict(options or {})
-    scheme = named_scheme(method, **{name: given.pop(name) for name in SCHEME_OPTIONS if name in given})
-    known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    return scheme, check_options(given, (*known, *SCHEME_OPTIONS), scheme.name)
-
-
-def _stepper(
-    times: list[float],
-    t: Tensor,
-    term: FieldTerm,
-    x0: Tensor,
-    scheme: Scheme,
-    options: dict[str, Any],
-    rtol: float | Tensor | None,
-    atol: float | Tensor | None,
-    field: Callable[..., Any],
-    y0: Any,
-) -> Callable[[], Stepper]:
-    """A fixed grid where the options ask for one or the method has no error estimate, else adaptive steps."""
-    tolerances = rtol is not None or atol is not None
-    fixed = [name for name in FIXED_OPTIONS if options.get(name) is not None]
-    if len(fixed) > 1:
-        raise ValueError("step_size and grid_constructor exclude each other: give one of them.")
-    embedded = scheme.name.removeprefix("rev_") in TABLEAUS or not scheme.reversible
-    adaptive = scheme.error_order is not None and not fixed and (embedded or tolerances)
-    if adaptive:
-        return adaptive_grid(times, options, rtol, atol, scheme, term, x0)
-    useless = [name for name in options if name not in FIXED_OPTIONS]
-    if useless:
-        raise ValueError(f"option {useless[0]!r} is for adaptive steps, but these are fixed ({scheme.name!r}).")
-    if tolerances:
-        warnings.warn(f"rtol and atol have no effect: the steps of {scheme.name!r} are fixed here.", stacklevel=3)
-    if options.get("grid_constructor") is not None:
-        return given_grid(times, check_times(options["grid_constructor"](field, y0, t), "grid_constructor(...)"))
-    return fixed_grid(times, options.get("step_size"), scheme.name)
-
-
-def _explain(term: FieldTerm) -> Callable[[float, Tensor], str]:
-    def explain(t: float, x: Tensor) -> str:
-        with torch.no_grad():
-            value = term.value(t, x)
-        if not bool(torch.isfinite(value).all()):
-            return explain_field(t, x, value)
-        size = float(torch.linalg.vector_norm(x, ord=math.inf))
-        return (
-            f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
-            "long for the method (take smaller ones), or the solution itself grows without bound."
-        )
-
-    return explain

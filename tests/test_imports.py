@@ -20,6 +20,7 @@ LAYERS = (
     {"schemes", "drivers"},
     {"packing", "tracing"},
     {"grids", "problem", "solution"},
+    {"steps"},
     {"ode", "cde", "sde", "fixed_point"},
     {"__init__"},
 )
