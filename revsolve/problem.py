@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.march import Problem
@@ -18,6 +19,7 @@ from revsolve.core.stepper import Stepper
 from revsolve.tracing import Audit, depend_on_each_other, held_tensors, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
+BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
 
 
 def check_times(t: Any, name: str = "t") -> list[float]:
@@ -94,13 +96,9 @@ def prepare(
     `owners` are the callables and objects whose tensors the term may use; tensors that they hold without being found by the
     traced call get zero gradients if they stay unused.
     """
-    gradient = gradient or ("reversible" if scheme.reversible else "checkpoint")
-    check_choice("gradient", gradient, GRADIENTS)
-    if gradient == "reversible" and not scheme.reversible:
-        raise ValueError(
-            f"{scheme.name!r} cannot be undone, so gradient='reversible' is not possible: use method='rev_{scheme.name}', or "
-            "gradient='checkpoint'."
-        )
+    gradient = _gradient(gradient, scheme)
+    if values_hidden():
+        return Problem(scheme, term, make_stepper, "direct", _blind(check_restarts(restarts)), values_hidden=True)
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -122,8 +120,37 @@ def prepare(
         tensors=tuple(tensors),
         audit=Audit(tensors),
         entangled=depend_on_each_other(tensors),
-        first_value=None if noisy or torch.is_grad_enabled() else (span[0], values[0]),
+        first_value=None if noisy else (span[0], tree_map(lambda x: x.detach(), values[0])),
     )
+
+
+def values_hidden() -> bool:
+    """Whether numbers cannot be read from tensors now: inside torch.func transforms, and while torch.compile traces."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _gradient(gradient: str | None, scheme: Scheme) -> str:
+    if gradient is None:
+        return "reversible" if scheme.reversible else "checkpoint"
+    check_choice("gradient", gradient, GRADIENTS)
+    if gradient == "reversible" and not scheme.reversible:
+        raise ValueError(
+            f"{scheme.name!r} cannot be undone, so gradient='reversible' is not possible: use method='rev_{scheme.name}', or "
+            "gradient='checkpoint'."
+        )
+    if gradient != "direct" and values_hidden():
+        raise ValueError(
+            f"gradient={gradient!r} is not possible inside torch.func transforms or torch.compile, which differentiate the solve "
+            "themselves: leave it out there, or say gradient='direct'."
+        )
+    return gradient
+
+
+def _blind(restarts: Restarts | None) -> Restarts | None:
+    """Restarts that do not look at values: at a fixed interval."""
+    if restarts is None or restarts.interval is not None:
+        return restarts
+    return Restarts(interval=restarts.longest or BLIND_INTERVAL)
 
 
 def check_restarts(restarts: Any) -> Restarts | None:

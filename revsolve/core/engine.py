@@ -31,6 +31,8 @@ class ReconstructionWarning(UserWarning):
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     """The states at the output times, stacked: (len(t), *y0.shape)."""
     inputs = [x for x in (y0, t, *problem.tensors) if x is not None]
+    if problem.values_hidden and t is None:
+        return torch.stack(march(problem, y0)[0])
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
             return torch.stack(march(problem, y0)[0])

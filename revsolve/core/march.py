@@ -43,6 +43,7 @@ class Problem:
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None
     entangled: bool = False
+    values_hidden: bool = False
     stats: Stats = field(default_factory=Stats)
     grid: Grid | None = None
 
@@ -84,7 +85,7 @@ class Walk:
 def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[list[Tensor], Pair]:
     """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, and the last pair."""
     stepper, memo = problem.make_stepper(), Memo(problem.term)
-    if problem.first_value is not None:
+    if problem.first_value is not None and not torch.is_grad_enabled():
         memo.latest = (y0, *problem.first_value)
     walk, grid = Walk(problem.scheme, memo), stepper.grid
     segments = _segments(problem, stepper)
@@ -109,12 +110,12 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
             grid.restarts.add(start)
         if store is not None:
             store(start, begin)
-    if not bool(torch.isfinite(pair[0]).all()):
+    if not problem.values_hidden and not bool(torch.isfinite(pair[0]).all()):
         raise _non_finite(problem, grid, y0)
     problem.grid = grid
     stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations
+    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations + (problem.first_value is not None)
     return ys, pair
 
 
@@ -140,16 +141,20 @@ def replay_all(problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None) -> li
 
 
 def moments(grid: Grid, t: Tensor) -> Tensor:
-    """The recorded times as functions of the output times t: each keeps its relative place between its neighbours."""
-    left, place = [], []
-    for i, (a, b) in enumerate(zip(grid.outputs, grid.outputs[1:], strict=False)):
+    """The recorded times as functions of the output times t: each keeps its relative place between the nearest outputs or
+    pinned times."""
+    pinned = sorted(set(grid.pinned) - set(grid.outputs))
+    anchors = sorted((n, i) for i, n in enumerate([*grid.outputs, *pinned]))
+    left, right, place = [], [], []
+    for (a, i), (b, j) in zip(anchors, anchors[1:], strict=False):
         t0, t1 = grid.times[a], grid.times[b]
         left += [i] * (b - a)
+        right += [j] * (b - a)
         place += [(s - t0) / (t1 - t0) for s in grid.times[a:b]]
-    index = torch.tensor([*left, len(grid.outputs) - 2], device=t.device)
+    last = anchors[-1][1]
     fraction = torch.tensor([*place, 1.0], dtype=torch.float64, device=t.device)
-    exact = t.double()
-    return torch.lerp(exact[index], exact[index + 1], fraction)
+    exact = torch.cat([t.double(), t.new_tensor([grid.times[n] for n in pinned], dtype=torch.float64)])
+    return torch.lerp(exact[[*left, last]], exact[[*right, last]], fraction)
 
 
 def _segments(problem: Problem, stepper: Stepper) -> Segments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,11 +26,15 @@ class Step(Protocol):
 
 @dataclass
 class Grid:
-    """The accepted steps: `times` (one more than steps), the step counts at which outputs are due, and where z was reset."""
+    """The accepted steps: `times` (one more than steps), the step counts at which outputs are due, and where z was reset.
+
+    The times at `pinned` step counts are facts about the field, such as jumps: they stay where they are when outputs move.
+    """
 
     times: list[float]
     outputs: list[int]
     restarts: set[int] = field(default_factory=set)
+    pinned: list[int] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:
@@ -69,10 +73,10 @@ class Stepper(Protocol):
 
 
 class FixedGrid:
-    """Steps between given times; `outputs` are the step counts at which outputs are due."""
+    """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` see `Grid`."""
 
-    def __init__(self, times: list[float], outputs: list[int]) -> None:
-        self.grid = Grid(times, outputs)
+    def __init__(self, times: list[float], outputs: list[int], pinned: Sequence[int] = ()) -> None:
+        self.grid = Grid(times, outputs, pinned=list(pinned))
         self.num_steps = self.num_rejected = 0
         self.num_total = len(times) - 1
 
@@ -197,8 +201,9 @@ class Adaptive:
     def rewind(self, num_steps: int) -> None:
         self.num_rejected += self.num_steps - num_steps
         del self.grid.times[num_steps + 1 :]
-        while self.grid.outputs and self.grid.outputs[-1] > num_steps:
-            self.grid.outputs.pop()
+        for counts in (self.grid.outputs, self.grid.pinned):
+            while counts and counts[-1] > num_steps:
+                counts.pop()
         forward = self.direction
         self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
 
@@ -221,8 +226,8 @@ class Adaptive:
     def _accept(self, t1: float, lands: bool) -> None:
         self.grid.times.append(t1)
         if lands:
-            if self.is_output[self.next_target]:
-                self.grid.outputs.append(self.num_steps)
+            landed = self.grid.outputs if self.is_output[self.next_target] else self.grid.pinned
+            landed.append(self.num_steps)
             self.next_target += 1
 
     def _check_progress(self, t0: float, pair: Pair) -> None:
