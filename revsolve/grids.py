@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import bisect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,22 @@ def fixed_grid(times: list[float], step_size: float | None, method: str) -> Call
         grid += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
         outputs.append(len(grid) - 1)
     return lambda: FixedGrid(grid, outputs)
+
+
+def knot_grid(times: list[float], knots: Sequence[float], resolution: float) -> Callable[[], Stepper]:
+    """Steps from knot to knot, and to every output time; a knot within `resolution` of one of these gives way to it."""
+    lowest, highest = sorted((times[0], times[-1]))
+    ordered = sorted(times)
+    inner = [s for s in knots if lowest < s < highest and distance(s, ordered) > resolution]
+    grid = sorted({*inner, *times}, reverse=times[-1] < times[0])
+    place = {s: n for n, s in enumerate(grid)}
+    return lambda: FixedGrid(list(grid), [place[s] for s in times], [place[s] for s in inner])
+
+
+def distance(s: float, ordered: list[float]) -> float:
+    """From s to the nearest of the increasing numbers `ordered`."""
+    i = bisect.bisect(ordered, s)
+    return min(abs(s - other) for other in ordered[max(0, i - 1) : i + 1])
 
 
 def given_grid(times: list[float], points: list[float]) -> Callable[[], Stepper]:

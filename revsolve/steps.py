@@ -12,7 +12,15 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.stepper import Stepper
-from revsolve.grids import ADAPTIVE_OPTIONS, FIXED_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
+from revsolve.grids import (
+    ADAPTIVE_OPTIONS,
+    FIXED_OPTIONS,
+    adaptive_grid,
+    explain_field,
+    fixed_grid,
+    given_grid,
+    knot_grid,
+)
 from revsolve.problem import check_options, check_times
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
@@ -42,6 +50,7 @@ def adapts(scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances) -
 
 
 def given(tolerances: Tolerances) -> bool:
+    """Whether the user asked for any."""
     return any(tolerance is not None for tolerance in tolerances)
 
 
@@ -69,7 +78,7 @@ def choose_steps(
     if options.get("grid_constructor") is not None:
         return given_grid(times, check_times(construct(options["grid_constructor"]), "grid_constructor(...)"))
     if knots and options.get("step_size") is None:
-        return given_grid(times, list(knots))
+        return knot_grid(times, knots, 8 * torch.finfo(x0.real.dtype).eps * max(map(abs, times)))
     return fixed_grid(times, options.get("step_size"), scheme.name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Problem:
     make_stepper: Callable[[], Stepper]
     gradient: str
     restarts: Restarts | None
+    stats: Stats
     tensors: tuple[Tensor, ...] = ()
     audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = lambda outputs, own: None
     first_value: tuple[Any, ...] | None = None
@@ -44,7 +45,6 @@ class Problem:
     anchor_every: int | None = None
     entangled: bool = False
     values_hidden: bool = False
-    stats: Stats = field(default_factory=Stats)
     grid: Grid | None = None
 
 
@@ -53,7 +53,6 @@ class Walk:
 
     def __init__(self, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.memo = scheme, memo
-        self.restarted_updates = scheme.restart + scheme.updates
 
     def __call__(
         self, pair: Pair, t0: Time, t1: Time, restart: bool, with_error: bool = False
@@ -115,7 +114,10 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
     problem.grid = grid
     stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations + (problem.first_value is not None)
+    stats.num_restarts, stats.num_evaluations = (
+        max(0, len(grid.restarts) - 1),
+        memo.num_evaluations + (problem.first_value is not None),
+    )
     return ys, pair
 
 
