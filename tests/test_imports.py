@@ -19,7 +19,7 @@ LAYERS = (
     {"core"},
     {"schemes", "drivers"},
     {"packing", "tracing"},
-    {"grids", "problem", "solution"},
+    {"grids", "problem", "progress", "solution"},
     {"steps"},
     {"ode", "cde", "sde", "fixed_point"},
     {"__init__"},

@@ -1,0 +1,118 @@
+"""What `sdeint` is given, checked before any work: times, state, steps, shapes of the noise, and the Brownian motion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.drivers.brownian import BrownianPath, clamped
+from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
+from revsolve.problem import check_times
+from revsolve.sde.coefficients import SDE, Coefficients
+
+Brownian = BrownianPath | ForeignBrownian
+
+
+def increasing(ts: Tensor | Sequence[float]) -> list[float]:
+    """The times as floats."""
+    if isinstance(ts, Tensor) and ts.requires_grad:
+        raise ValueError("ts requires a gradient, but a Brownian path has no derivative in time: pass ts.detach().")
+    times = check_times(ts, "ts")
+    if times[-1] < times[0]:
+        raise ValueError(
+            f"ts must increase, but it runs from {times[0]} to {times[-1]}: noise is independent of the past only forward."
+        )
+    return times
+
+
+def check_state(y0: Any) -> None:
+    """Raise unless y0 is a real tensor with at least one dimension."""
+    if not isinstance(y0, Tensor):
+        raise TypeError(f"y0 must be a tensor, but it is a {type(y0).__name__}: pack the parts of a state into one.")
+    if not y0.is_floating_point():
+        raise TypeError(f"y0 must be real and floating point, but it has dtype {y0.dtype}: cast it, say with .float().")
+    if y0.ndim == 0 or y0.numel() == 0:
+        raise ValueError(f"y0 has shape {tuple(y0.shape)}, but a state of shape (..., d) is needed: reshape it.")
+
+
+def check_steps(dt: float, dt_min: float, adaptive: bool) -> None:
+    """Raise unless the step lengths are positive, and the shortest is no longer than the first."""
+    for name, value in (("dt", dt), ("dt_min", dt_min)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
+        if not 0.0 < float(value) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")
+    if adaptive and dt_min > dt:
+        raise ValueError(f"dt_min = {dt_min} is larger than the first step, dt = {dt}: lower dt_min or raise dt.")
+
+
+def as_sde(sde: Any, evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) -> Any:
+    """A tuple (f, g) as an SDE in the sense of Stratonovich; anything else as it is."""
+    if not isinstance(sde, tuple):
+        return sde
+    if len(sde) != 2 or not all(map(callable, sde)):
+        raise TypeError(f"a tuple must hold two functions, drift f(t, y) and diffusion g(t, y), but it is {sde!r}.")
+    shape = evaluate(sde[1]).shape
+    return SDE(*sde, noise_type="diagonal" if shape == y0.shape else "general")
+
+
+def noise_shape(parts: Coefficients, f: Any, g: Any, y0: Tensor, path: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of W, from the values of f and g at y0, which are checked against y0 and each other."""
+    _check_value("drift", f, y0, tuple(y0.shape))
+    if parts.product_only:
+        assert path is not None
+        channels = path[-1]
+        g = g(torch.zeros(*y0.shape[:-1], channels, dtype=y0.dtype, device=y0.device))
+        _check_value("product of diffusion and noise", g, y0, tuple(y0.shape))
+        return *y0.shape[:-1], channels
+    if parts.diagonal:
+        _check_value("diffusion (diagonal noise)", g, y0, tuple(y0.shape))
+        return tuple(y0.shape)
+    channels = g.shape[-1] if isinstance(g, Tensor) and g.ndim else 1
+    if parts.noise_type == "scalar" and channels != 1:
+        raise ValueError(
+            f"scalar noise has one channel, but g returned shape {tuple(g.shape)}: return (..., d, 1), or set "
+            'noise_type = "general".'
+        )
+    _check_value(f"diffusion ({parts.noise_type} noise)", g, y0, (*y0.shape, channels))
+    return *y0.shape[:-1], channels
+
+
+def new_path(times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, **steps: Any) -> BrownianPath:
+    """A Brownian motion over the times, with noise counted on the steps; its seed comes from torch's generator."""
+    end = times[-1] if len(times) > 1 else times[0] + 1.0
+    levy_area: Any = "space-time" if area else "none"
+    return BrownianPath(times[0], end, size, dtype=y0.dtype, device=y0.device, levy_area=levy_area, **steps)
+
+
+def given_path(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, area: bool) -> Brownian:
+    """The Brownian motion that was passed. Raises unless it fits the equation."""
+    path = as_brownian(bm, area=area)
+    if tuple(path.shape) != size:
+        raise ValueError(f"bm has shape {tuple(path.shape)}, but this SDE needs {size}: make the path with that size.")
+    if path.dtype != y0.dtype or path.device != y0.device:
+        raise ValueError(
+            f"bm is of {path.dtype} on {path.device}, but y0 of {y0.dtype} on {y0.device}: make the path with those."
+        )
+    for t in (times[0], times[-1]):
+        clamped(t, path.t0, path.t1, path.dtype)
+    return path
+
+
+def _check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the {what} must be a tensor, but it is a {type(value).__name__}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"the {what} must have shape {shape} for y0 of shape {tuple(y0.shape)}, not {tuple(value.shape)}."
+        )
+    if value.dtype != y0.dtype and not torch.is_autocast_enabled(y0.device.type):
+        raise TypeError(
+            f"the {what} must have the dtype of y0, {y0.dtype}, but it has {value.dtype}: cast one of them."
+        )
+    if value.device != y0.device:
+        raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")

@@ -1,0 +1,95 @@
+"""Which methods converge to the solution of an SDE, and to which one."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from revsolve.core.coupling import Scheme
+from revsolve.schemes.names import scheme as named_scheme
+from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
+from revsolve.schemes.tableau import TABLEAUS, Tableau
+
+ALIASES = {"heun": "heun2", "rev_heun": "rev_heun2"}  # torchsde's name
+ELSEWHERE = {
+    "srk": "'rev_shark' (additive noise) and 'rev_slowrk' have its strong order, 1.5",
+    "milstein": "'reversible_heun' and 'rev_heun2' have its strong order, 1, without derivatives of g",
+    "euler_heun": "'reversible_heun' and 'heun2' have its strong order or more",
+    "log_ode": "the methods here have strong order 1/2 for noise that does not commute: take 'reversible_heun'",
+}
+
+
+def sde_method_names() -> list[str]:
+    """All names that `sdeint` takes for `method`; see `revsolve/sde/methods.py` and docs/architecture.md for their orders."""
+    runge_kutta = [*TABLEAUS, *STOCHASTIC]
+    return ["reversible_heun", *runge_kutta, *(f"rev_{name}" for name in runge_kutta)]
+
+
+def sde_scheme(method: str | Tableau | Scheme | None, noise_type: str, sde_type: str, coupling: float | None) -> Scheme:
+    """The scheme that `method` means. Raises ValueError where it does not converge to the solution of such an SDE."""
+    found = _named(ALIASES.get(method, method) if isinstance(method, str) else method or "reversible_heun", coupling)
+    _check_updates(found)
+    _check_convergence(found, noise_type, sde_type)
+    # In one step from a restart, y and z drift apart by the method's local error. Over the straight line that stands for
+    # dW that is of order (p + 1) in dW, or (p + 1)/2 in h; only ratios of unequal steps depend on the number.
+    gap_order = 1 if found.name == "reversible_heun" else max(1, (found.order + 1) // 2)
+    error_order = None if found.error_order is None else 1
+    return replace(found, gap_order=gap_order, error_order=error_order)
+
+
+def solves_ito(scheme: Scheme, noise_type: str) -> bool:
+    """Whether the method takes the equation in the sense of Ito: Euler-Maruyama alone does."""
+    return scheme.order == 1 and noise_type != "additive"
+
+
+def needs_area(scheme: Scheme) -> bool:
+    """Whether the steps of a scheme ask for the space-time area."""
+    return any(isinstance(update.increment, StochasticRungeKutta) for update in scheme.updates)
+
+
+def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
+    if isinstance(method, str):
+        name = method.removeprefix("rev_")
+        if name in ELSEWHERE:
+            raise ValueError(f"method {method!r} does not exist here: {ELSEWHERE[name]}.")
+        if name in STOCHASTIC and coupling is None:
+            return reversible_stochastic(STOCHASTIC[name]) if method != name else stochastic(STOCHASTIC[name])
+        known = sde_method_names()
+        if method not in known and not method.startswith(("alf", "leapfrog", "reversible_heun")):
+            close = difflib.get_close_matches(method, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown method {method!r} of sdeint: did you mean {close[0]!r}? It has {', '.join(known)}."
+            )
+    return named_scheme(method, coupling)
+
+
+def _check_updates(scheme: Scheme) -> None:
+    """Refuse velocities and compositions, which need a driver that can be differentiated."""
+    if any(update.rate for update in scheme.updates):
+        raise ValueError(
+            f"{scheme.name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
+        )
+    if any(end not in (0.0, 1.0) for update in scheme.updates for end in (update.start, update.end)):
+        raise ValueError(
+            f"{scheme.name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
+            "'reversible_heun', or 'rev_slowrk' for strong order 1.5."
+        )
+
+
+def _check_convergence(scheme: Scheme, noise_type: str, sde_type: str) -> None:
+    name = scheme.name
+    for tableau in STOCHASTIC.values():
+        if tableau.additive and noise_type != "additive" and name.removeprefix("rev_") == tableau.name:
+            raise ValueError(f"{name!r} is for additive noise, but noise_type is {noise_type!r}: use 'rev_slowrk'.")
+    if scheme.order > 1 or noise_type == "additive":
+        return
+    if scheme.reversible:
+        raise ValueError(
+            f"{name!r} is inconsistent for {noise_type} noise: Euler steps converge in the sense of Ito, but forward and "
+            "backward ones differ by the Ito correction, so that y and z would drift apart. Use 'rev_heun2'."
+        )
+    if sde_type != "ito":
+        raise ValueError(
+            f"{name!r} converges to the Ito solution, but sde_type is 'stratonovich' with {noise_type} noise: use 'heun2' or "
+            "'reversible_heun'."
+        )

@@ -1,0 +1,110 @@
+"""The term of an SDE: f h + g . dW, with f the Stratonovich drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Time
+from revsolve.packing import Clock
+from revsolve.schemes.stochastic import Piece
+from revsolve.sde.coefficients import Coefficients, contraction, increment
+from revsolve.sde.ito import Shift
+
+Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
+
+
+class SDETerm:
+    """Field values are pairs (f, g), contracted with (h, dW). With `pieces`, f and g are evaluated only where asked for."""
+
+    def __init__(self, coefficients: Coefficients, path: Path, like: Tensor, shift: Shift | None, pieces: bool) -> None:
+        self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
+        self.path, self.shift, self.clock = path, shift, Clock(like.dtype, like.device)
+        self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
+        self.contract = increment(coefficients.noise_type, coefficients.product_only)
+        self.on_demand = pieces and shift is None and self.apart is not None
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        if self.on_demand:
+            assert self.apart is not None
+            return OnDemand(*self.apart, self.clock(t), x)
+        return self.f_and_g(self.clock(t), x) if self.shift is None else self.converted(t, x)[:2]
+
+    def converted(self, t: Time, x: Tensor) -> tuple[Tensor, Any, Tensor | None]:
+        """(f + shift, g, shift): the shift of an Ito equation differentiates g by y."""
+        record = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = x if record and x.requires_grad else x.detach().requires_grad_()
+            f, g = self.f_and_g(self.clock(t), y)
+            shift = None if self.shift is None else self.shift(g, y, record)
+        if not record:
+            f, g = f.detach(), g.detach()
+        return f if shift is None else f + shift, g, shift
+
+    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Time]:
+        if isinstance(value, Piece):
+            return self.piece(value, t0, t1)
+        f, g = value
+        return self.contract(f, t1 - t0, g, self.path(t0, t1)), 1.0
+
+    def piece(self, piece: Piece, t0: Time, t1: Time) -> tuple[Tensor, Time]:
+        if piece.driver == "h":
+            return piece.value[0], t1 - t0
+        W, H = self.path(t0, t1, return_H=True)
+        return self.multiply(piece.value[1], W if piece.driver == "W" else H), 1.0
+
+
+class OnDemand:
+    """The pair (f, g) at one point, each evaluated when it is first asked for."""
+
+    def __init__(self, f: Callable[..., Tensor], g: Callable[..., Any], t: Tensor, x: Tensor) -> None:
+        self.fields, self.at = (f, g), (t, x)
+        self.known: dict[int, Any] = {}
+
+    def __getitem__(self, which: int) -> Any:
+        if which not in self.known:
+            self.known[which] = self.fields[which](*self.at)
+        return self.known[which]
+
+    def detach(self) -> OnDemand:
+        """The same point, cut off from how it was computed."""
+        (f, g), (t, x) = self.fields, self.at
+        other = OnDemand(f, g, t, x.detach())
+        other.known = {which: value.detach() for which, value in self.known.items()}
+        return other
+
+
+class LogRatioTerm:
+    """A term whose state has one more entry, the integral of |u|^2/2 with g u = f - h: the log-ratio of two laws of paths.
+
+    f and the drift h of the prior share g, and Girsanov's theorem gives the Kullback-Leibler divergence of their path laws
+    as the expectation of that integral.
+    """
+
+    on_demand = False
+
+    def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
+        assert coefficients.prior is not None
+        self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        y = x[..., :-1]
+        f, g, shift = self.term.converted(t, y) if self.term.shift is not None else (*self.both(t, y), None)
+        excess = (f if shift is None else f - shift) - self.prior(self.term.clock(t), y)
+        u = excess / g if self.diagonal else (torch.linalg.pinv(g) @ excess.unsqueeze(-1)).squeeze(-1)
+        return (f, g), 0.5 * u.square().sum(-1, keepdim=True)
+
+    def both(self, t: Time, y: Tensor) -> tuple[Tensor, Any]:
+        return self.term.f_and_g(self.term.clock(t), y)
+
+    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Time]:
+        if isinstance(value, Piece):
+            inner, rate = value.value
+            k, scale = self.term.product(Piece(inner, value.driver), t0, t1)
+            return torch.cat((k, rate if value.driver == "h" else torch.zeros_like(rate)), -1), scale
+        inner, rate = value
+        k, _ = self.term.product(inner, t0, t1)
+        return torch.cat((k, rate * (t1 - t0)), -1), 1.0
