@@ -3,13 +3,17 @@
 from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
+from revsolve.drivers.brownian import BrownianPath
 from revsolve.ode import odeint
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import Tableau
+from revsolve.sde import SDE, sde_method_names, sdeint
 from revsolve.solution import Solution
 
 __all__ = [
+    "SDE",
+    "BrownianPath",
     "ReconstructionWarning",
     "Restarts",
     "Solution",
@@ -22,5 +26,7 @@ __all__ = [
     "plain",
     "reversible",
     "reversible_heun",
+    "sde_method_names",
+    "sdeint",
 ]
 __version__ = "0.1.0"

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scalar
-
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
 NAMES = {
@@ -120,7 +118,7 @@ def contraction(noise_type: str, product_only: bool) -> Callable[[Any, Tensor], 
     return lambda g, v: torch.matmul(g, v.unsqueeze(-1)).squeeze(-1)
 
 
-def increment(noise_type: str, product_only: bool) -> Callable[[Tensor, Scalar, Any, Tensor], Tensor]:
+def increment(noise_type: str, product_only: bool) -> Callable[[Tensor, Any, Any, Tensor], Tensor]:
     """f h + g . dW as a function of f, h, g and dW, in as few kernels as there are."""
     if noise_type == "diagonal" and not product_only:
         return lambda f, h, g, dW: torch.addcmul(f * h, g, dW)
