@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import bisect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence

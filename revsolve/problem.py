@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.coupling import Scheme, Term
-from revsolve.core.march import Problem
+from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Noisy
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
@@ -98,7 +98,8 @@ def prepare(
     """
     gradient = _gradient(gradient, scheme)
     if values_hidden():
-        return Problem(scheme, term, make_stepper, "direct", _blind(check_restarts(restarts)), values_hidden=True)
+        restarts = _blind(check_restarts(restarts))
+        return Problem(scheme, term, make_stepper, "direct", restarts, Stats(), values_hidden=True)
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -117,6 +118,7 @@ def prepare(
         make_stepper=make_stepper,
         gradient=gradient,
         restarts=check_restarts(restarts),
+        stats=Stats(),
         tensors=tuple(tensors),
         audit=Audit(tensors),
         entangled=depend_on_each_other(tensors),

@@ -300,10 +300,10 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if mix == 0.0:
         return target if keep == 1.0 else target * keep
     if keep == 1.0:
-        return torch.add(target, source, alpha=mix)  # type: ignore[arg-type]
+        return torch.add(target, source, alpha=mix)
     if abs(keep + mix - 1.0) < 1e-14:
         return torch.lerp(source, target, keep)
-    return torch.add(target * keep, source, alpha=mix)  # type: ignore[arg-type]
+    return torch.add(target * keep, source, alpha=mix)
 
 
 def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -322,4 +322,4 @@ def _like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def _is(coefficient: Scalar, number: float) -> bool:
-    return coefficient.__class__ is float and coefficient == number  # type: ignore[return-value]
+    return coefficient.__class__ is float and coefficient == number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,10 @@ class Walk:
 def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[list[Tensor], Pair]:
     """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, and the last pair."""
     stepper, memo = problem.make_stepper(), Memo(problem.term)
-    if problem.first_value is not None and not torch.is_grad_enabled():
-        memo.latest = (y0, *problem.first_value)
+    if problem.first_value is not None:
+        memo.num_evaluations = 1
+        memo.latest = memo.latest if torch.is_grad_enabled() else (y0, *problem.first_value)
+        problem.first_value = None
     walk, grid = Walk(problem.scheme, memo), stepper.grid
     segments = _segments(problem, stepper)
     pair: Pair = (y0, None)
@@ -114,10 +117,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
     problem.grid = grid
     stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-    stats.num_restarts, stats.num_evaluations = (
-        max(0, len(grid.restarts) - 1),
-        memo.num_evaluations + (problem.first_value is not None),
-    )
+    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations
     return ys, pair
 
 
@@ -148,7 +148,7 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
     pinned = sorted(set(grid.pinned) - set(grid.outputs))
     anchors = sorted((n, i) for i, n in enumerate([*grid.outputs, *pinned]))
     left, right, place = [], [], []
-    for (a, i), (b, j) in zip(anchors, anchors[1:], strict=False):
+    for (a, i), (b, j) in itertools.pairwise(anchors):
         t0, t1 = grid.times[a], grid.times[b]
         left += [i] * (b - a)
         right += [j] * (b - a)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Combination, Term, Time, moment, scaled_add
 from revsolve.schemes.tableau import Tableau
+
+Weight = tuple[int, float]  # a stage and its weight
+Stage = tuple[float, tuple[Weight, ...]]  # where it is evaluated, and the weights of earlier stages
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,15 @@ class RungeKutta:
     k_i = term(t0 + c_i (t1 - t0), x + sum_j a_ij k_j, t0 -> t1)."""
 
     tableau: Tableau
+    _stages: tuple[Stage, ...] = field(init=False, repr=False, compare=False)
+    _weights: tuple[Weight, ...] = field(init=False, repr=False, compare=False)
+    _error_weights: tuple[Weight, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tableau, store = self.tableau, object.__setattr__
+        store(self, "_stages", tuple((c, _nonzero(row)) for c, row in zip(tableau.c, tableau.a, strict=True)))
+        store(self, "_weights", _nonzero(tableau.b))
+        store(self, "_error_weights", _nonzero(tableau.b_error or ()))
 
     @property
     def ends_in_value(self) -> bool:
@@ -28,7 +39,7 @@ class RungeKutta:
     ) -> tuple[Combination, Combination]:
         stages: list[Tensor] = []
         scale = 1.0
-        for c, row in self._advancing if not with_error else self._all:
+        for c, row in self._stages if with_error else self._stages[: self.tableau.advancing_stages]:
             xi = x
             for j, a in row:
                 xi = torch.add(xi, stages[j], alpha=a * scale)
@@ -37,22 +48,6 @@ class RungeKutta:
         parts = [(b * scale, stages[i]) for i, b in self._weights]
         errors = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
         return parts, errors
-
-    @cached_property
-    def _all(self) -> list[tuple[float, list[tuple[int, float]]]]:
-        return [(c, _nonzero(row)) for c, row in zip(self.tableau.c, self.tableau.a, strict=True)]
-
-    @cached_property
-    def _advancing(self) -> list[tuple[float, list[tuple[int, float]]]]:
-        return self._all[: self.tableau.advancing_stages]
-
-    @cached_property
-    def _weights(self) -> list[tuple[int, float]]:
-        return _nonzero(self.tableau.b)
-
-    @cached_property
-    def _error_weights(self) -> list[tuple[int, float]]:
-        return _nonzero(self.tableau.b_error or ())
 
 
 @dataclass(frozen=True)
@@ -93,5 +88,5 @@ class FieldValue:
         return [(scale, k)], []
 
 
-def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
-    return [(i, w) for i, w in enumerate(row) if w != 0.0]
+def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:
+    return tuple((i, w) for i, w in enumerate(row) if w != 0.0)
