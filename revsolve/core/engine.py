@@ -218,15 +218,15 @@ def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
     problem.stats.reconstruction_error = worst
     if not math.isfinite(worst):
         raise RuntimeError(
-            "undoing the steps gave a state that is not finite, so the gradient would be wrong: restart more often "
-            "(restarts=8, say), use a wider dtype, or gradient='checkpoint'."
+            f"undoing the steps gave a state that is not finite, so the gradient would be wrong: {problem.remedy}, or use "
+            "gradient='checkpoint'."
         )
-    limit = math.sqrt(torch.finfo(mismatches[0].dtype).eps)
+    limit = math.sqrt(problem.rounding or torch.finfo(mismatches[0].dtype).eps)
     if worst > limit:
         warnings.warn(
             f"undoing the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
-            "that inaccurate. Restart more often (restarts=8, say), use a wider dtype, make sure that the field is "
-            "deterministic, or use gradient='checkpoint'.",
+            f"that inaccurate. Remedies: {problem.remedy}, make sure that the field is deterministic, or use "
+            "gradient='checkpoint'.",
             ReconstructionWarning,
             stacklevel=2,
         )

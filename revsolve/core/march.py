@@ -44,6 +44,8 @@ class Problem:
     first_value: tuple[Any, ...] | None = None
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None
+    rounding: float | None = None  # that of the field, where it is coarser than the state's
+    remedy: str = "restart more often (restarts=8, say), use a wider dtype"
     entangled: bool = False
     values_hidden: bool = False
     grid: Grid | None = None
