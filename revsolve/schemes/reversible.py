@@ -18,16 +18,23 @@ COPY = CouplingUpdate(target=Z, source=Y, keep=0.0, mix=1.0)
 CUBE_ROOT = 2 ** (1 / 3)
 FOURTH_ROOT = 4 ** (1 / 3)
 
+
+def halved(fractions: Sequence[float]) -> tuple[float, ...]:
+    """Every substep as two halves: one alone reflects z about y, two in a row are near the identity on the whole pair.
+
+    The theory of symmetric compositions asks for that. Single substeps lose an order at every restart, and reach 4 at most.
+    """
+    return tuple(fraction / 2 for fraction in fractions for _ in range(2))
+
+
 # Symmetric compositions: fractions of the step that raise a symmetric second-order method to the order given.
-YOSHIDA4 = (1 / (2 - CUBE_ROOT), -CUBE_ROOT / (2 - CUBE_ROOT), 1 / (2 - CUBE_ROOT))  # Yoshida 1990
-SUZUKI4 = (1 / (4 - FOURTH_ROOT),) * 2 + (1 - 4 / (4 - FOURTH_ROOT),) + (1 / (4 - FOURTH_ROOT),) * 2  # Suzuki 1990
+YOSHIDA4 = halved((1 / (2 - CUBE_ROOT), -CUBE_ROOT / (2 - CUBE_ROOT), 1 / (2 - CUBE_ROOT)))  # Yoshida 1990
+_SUZUKI = 1 / (4 - FOURTH_ROOT)
+SUZUKI4 = halved((_SUZUKI, _SUZUKI, 1 - 4 * _SUZUKI, _SUZUKI, _SUZUKI))  # Suzuki 1990
 _KAHAN_LI = (0.39216144400731413928, 0.33259913678935943860, -0.70624617255763935981, 0.082213596293550800230)
-# A single substep reflects z about y; only two in a row are close to the identity on the whole pair, as the theory of symmetric
-# compositions asks. Single substeps reach order 4, but no more; so the nine stages of Kahan & Li 1997 are halved.
-KAHAN_LI6 = tuple(g / 2 for g in (*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI)) for _ in range(2))
-ERROR_NODES = (
-    4  # divided differences over more would measure the second-order wobble between substeps, not the step's error
-)
+KAHAN_LI6 = halved((*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI)))  # Kahan & Li 1997
+# Divided differences over more nodes would measure the second-order wobble between substeps, not the error of the step.
+ERROR_NODES = 4
 
 
 def plain(tableau: Tableau) -> Scheme:
@@ -68,7 +75,8 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
 
         y += f(t0, z) h/2;    z = 2 y - z;    y += f(t1, z) h/2
 
-    One evaluation a step (one a substep when composed): the value at the end is that of the next beginning.
+    One evaluation a step (one a substep when composed): the value at the end is that of the next beginning. Compositions need
+    `halved` substeps.
 
     Raises:
         ValueError: the fractions of the composition do not add up to 1.
@@ -89,7 +97,8 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
 
         y += v h/2;    v = (1 - 2 eta) v + 2 eta f(t + h/2, y);    y += v h/2
 
-    One evaluation a step. The damping eta must lie in (1/2, 1]; 1 (the default) is symmetric and of order 2.
+    One evaluation a step. The damping eta must lie in (1/2, 1]; 1 (the default) is symmetric and of order 2. Compositions need
+    `halved` substeps.
 
     Raises:
         ValueError: eta lies outside (1/2, 1], a composition is damped, or its fractions do not add up to 1.
