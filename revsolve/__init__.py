@@ -4,6 +4,7 @@ from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.drivers.brownian import BrownianPath
+from revsolve.equilibrium import ConvergenceWarning, FixedPoint, fixed_point
 from revsolve.ode import odeint
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
@@ -14,12 +15,15 @@ from revsolve.solution import Solution
 __all__ = [
     "SDE",
     "BrownianPath",
+    "ConvergenceWarning",
+    "FixedPoint",
     "ReconstructionWarning",
     "Restarts",
     "Solution",
     "Stats",
     "Tableau",
     "alf",
+    "fixed_point",
     "leapfrog",
     "method_names",
     "odeint",

@@ -21,7 +21,7 @@ LAYERS = (
     {"packing", "tracing"},
     {"grids", "problem", "progress", "solution"},
     {"steps"},
-    {"ode", "cde", "sde", "fixed_point"},
+    {"ode", "cde", "sde", "equilibrium"},
     {"__init__"},
 )
 TORCH_ONLY = {"core"}

@@ -1,0 +1,246 @@
+"""Deep equilibria: `fixed_point`, whose term is the value of f itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from revsolve.core.coupling import Scalar, Time
+from revsolve.core.engine import solve
+from revsolve.core.march import Stats
+from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
+from revsolve.equilibrium.convergence import RESIDUALS, Convergence, Criterion
+from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
+from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
+from revsolve.packing import Packing
+from revsolve.problem import check_choice, check_options, prepare
+from revsolve.schemes.reversible import relaxation
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The result of `fixed_point` with ``full_output=True``.
+
+    Attributes:
+        z: the fixed point, like z0.
+        num_steps: steps taken, a number; with ``stop="sample"`` those of every sample, shape (samples,).
+        residual: the residual that decides at z, of shape () or (samples,).
+        converged: whether it is at most tol, of the same shape.
+        trace: absolute and relative residuals after every step, shape (steps, 2) or (steps, 2, samples); after the last step
+            only if tol is 0.
+        stats: what the solve did; the backward pass fills in its own counters when it has run.
+    """
+
+    z: Any
+    num_steps: int | Tensor
+    residual: Tensor
+    converged: Tensor
+    trace: Tensor
+    stats: Stats
+
+
+class ValueTerm:
+    """The term of a fixed-point iteration: the value of f, which may compute in a narrower dtype than the pair."""
+
+    def __init__(self, f: Callable[[Any], Any], packing: Packing) -> None:
+        self.f, self.packing = f, packing
+
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        state = self.packing.unpack(x.to(self.packing.dtypes[0]) if self.packing.lone else x)
+        out = self.f(state)
+        self.packing.check_like(out, "f")
+        return self.packing.pack(out).to(x.dtype)
+
+    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
+        return value, 1.0
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any,
+    *,
+    args: Any = (),
+    method: str = "reversible",
+    beta: Any = 0.8,
+    tol: float = 1e-3,
+    max_steps: int | Callable[[], int] = 50,
+    min_steps: int = 1,
+    residual: str = "relative",
+    stop: str = "batch",
+    gradient: str | None = None,
+    pair_dtype: torch.dtype | None = None,
+    anchor_every: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_failure: str = "warn",
+    full_output: bool = False,
+    progress: bool = False,
+) -> Any:
+    """The fixed point `z = f(z, *args)`, reached from z0, with the exact gradient of the iteration that was made.
+
+    The reversible iteration of McCallum, Arora & Foster (2025, arXiv 2509.12917) keeps a pair (y, z), undoes its steps when
+    gradients are taken, and needs two evaluations a step forward and two backward:
+
+        z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
+
+    Real eigenvalues of the Jacobian of f must lie in (-1, 1), whatever beta is; those off the real axis ask for a smaller beta.
+    What f draws at random (dropout) it draws once a call: the same in every step, so that there is a fixed point.
+
+    Args:
+        f: any callable `f(z, *args)`; its value is shaped like z.
+        z0: where the iteration starts: a tensor of any shape, real or complex, or a pytree of tensors. It gets a gradient.
+        args: a tuple of further arguments for f, the injected input for example; anything else is passed as a single one.
+        method: "reversible", or for comparison "simple", "relaxed" (by beta) or "anderson".
+        beta: how far a step goes, in (0, 2) but not 1: a number, a tensor that broadcasts against z (shape (channels, 1, 1) for
+            one number a channel) or a pytree of these like z0. It gets a gradient. Undoing a step divides by 1 - beta, so
+            gradient="reversible" needs |1 - beta| >= 8e-7 (4e-5 if f computes in float64 too; 2e-3 and 1e-2 with float32 pairs).
+        tol: stop at this residual; 0 makes exactly max_steps steps and measures none.
+        max_steps: the most steps; a callable without arguments is called for it, to draw it at random in training.
+        min_steps: the fewest steps.
+        residual: "relative", ||z - f(z)|| / (1e-5 + ||f(z)||), or "absolute", of each leaf; the largest counts.
+        stop: "batch", one residual over all entries, or "sample", one for every sample (the leading dimension of all leaves):
+            a sample that has converged stays as it is.
+        gradient: "reversible" (the default), "checkpoint" (about 2 sqrt(steps) states) or "direct" (keep everything); for the
+            other methods "implicit" (the default; the implicit function theorem), "phantom" (a few damped steps from the
+            fixed point) or "direct".
+        pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
+        anchor_every: keep the pair after so many steps; by default as many as the dtypes and beta allow.
+        options: for the other methods, see `revsolve.implicit`.
+        on_failure: "warn", "raise" or "ignore" when max_steps are not enough.
+        full_output: return a `FixedPoint` instead of z alone.
+        progress: show a progress bar.
+
+    Returns:
+        The last y: like z0.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before any step.
+        RuntimeError: if the iteration diverges, or does not converge with on_failure="raise".
+
+    Example:
+        >>> import torch
+        >>> from revsolve import fixed_point
+        >>> x = torch.tensor([0.5], requires_grad=True)
+        >>> z = fixed_point(lambda z, x: 0.5 * torch.tanh(z) + x, torch.zeros(1), args=x, tol=1e-6)
+        >>> z, torch.autograd.grad(z, x)[0]
+        (tensor([0.8439], grad_fn=<ToCopyBackward0>), tensor([1.3576]))
+    """
+    packing, criterion = _checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
+    arguments = args if isinstance(args, tuple) else (args,)
+    term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing)
+    check_choice("method", method, ("reversible", *METHODS))
+    bar = tqdm(total=criterion.max_steps, desc="fixed point", disable=not progress)
+    convergence = Convergence(criterion, packing, functools.partial(_show, bar) if progress else None)
+    x0 = packing.pack(z0)
+    with bar:
+        if method == "reversible":
+            check_options(options, (), method)
+            x0 = x0.to(pair_dtype_of(packing, pair_dtype))
+            betas = packed_beta(beta, packing, x0)
+            y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments))
+        else:
+            _refuse(method, pair_dtype=pair_dtype, anchor_every=anchor_every)
+            check_choice("gradient", gradient or "implicit", GRADIENTS)
+            betas = packed_beta(beta, packing, x0)
+            y, stats = equilibrium(
+                term, x0, betas, method, gradient or "implicit", convergence, check_options(options, OPTIONS, method)
+            )
+    convergence.conclude(on_failure)
+    z = packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
+    return _full_output(z, y, term, convergence, stats) if full_output else z
+
+
+def _iterate(
+    term: ValueTerm,
+    x0: Tensor,
+    beta: Scalar,
+    gradient: str | None,
+    anchor_every: int | None,
+    convergence: Convergence,
+    owners: tuple[Any, ...],
+) -> tuple[Tensor, Stats]:
+    criterion = convergence.criterion
+    stops = convergence.counts is not None and criterion.tol > 0
+    scheme = relaxation(beta, functools.partial(convergence.moves, dtype=x0.real.dtype) if stops else None)
+
+    def stepper() -> Stepper:
+        if criterion.tol == 0.0:
+            return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
+        return UntilConverged(criterion.max_steps, convergence.observe)
+
+    problem = prepare(term, x0, None, (0.0, 0.0), (*owners, beta), scheme, stepper, gradient, None)
+    if problem.gradient == "reversible":
+        computed = computed_dtype(term.packing)
+        problem.anchor_every = anchor_every or anchor_spacing(beta, x0.dtype, computed)
+        problem.rounding = max(torch.finfo(computed).eps, torch.finfo(x0.dtype).eps)
+        problem.remedy = (
+            "store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64"
+        )
+    problem.explain = lambda t, y: (
+        f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
+    )
+    y = solve(problem, x0, None)[0]
+    return y, problem.stats
+
+
+def _checked(
+    f: Any,
+    z0: Any,
+    tol: float,
+    max_steps: int | Callable[[], int],
+    min_steps: int,
+    residual: str,
+    stop: str,
+    on_failure: str,
+) -> tuple[Packing, Criterion]:
+    if not callable(f):
+        raise TypeError(f"f must be callable as f(z), but it is {f!r}.")
+    check_choice("residual", residual, RESIDUALS)
+    check_choice("stop", stop, ("batch", "sample"))
+    check_choice("on_failure", on_failure, ("warn", "raise", "ignore"))
+    steps = max_steps() if callable(max_steps) else max_steps
+    for name, number in (("max_steps", steps), ("min_steps", min_steps)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}.")
+    if min_steps > steps:
+        raise ValueError(f"min_steps = {min_steps} is more than max_steps = {steps}.")
+    if not (tol >= 0.0 and math.isfinite(tol)):
+        raise ValueError(f"tol must be 0 or positive, but it is {tol!r}: 0 makes exactly max_steps steps.")
+    packing = Packing(z0, "z0")
+    if stop == "sample" and len({shape[:1] for shape in packing.shapes} | {torch.Size()}) != 2:
+        raise ValueError(
+            f"stop='sample' needs one leading dimension common to all of z0, but the shapes are {[*map(tuple, packing.shapes)]}."
+        )
+    return packing, Criterion(float(tol), steps, min_steps, residual, stop == "sample")
+
+
+def _with_arguments(f: Callable[..., Any], arguments: tuple[Any, ...], z: Any) -> Any:
+    return f(z, *arguments)
+
+
+def _refuse(method: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} belongs to method='reversible', and has no meaning for {method!r}.")
+
+
+def _show(bar: Any, n: int, residual: float) -> None:
+    bar.update(n - bar.n)
+    bar.set_postfix(residual=f"{residual:.1e}")
+
+
+def _full_output(z: Any, y: Tensor, term: ValueTerm, convergence: Convergence, stats: Stats) -> FixedPoint:
+    if not convergence.trace:
+        with torch.no_grad():
+            convergence.trace.append(convergence.measure(y, term.value(0.0, y)))
+    latest = convergence.latest()
+    counts = convergence.counts
+    steps = stats.num_steps if counts is None else counts
+    converged = latest <= convergence.criterion.tol
+    return FixedPoint(z, steps, latest, converged, torch.stack(convergence.trace), stats)
