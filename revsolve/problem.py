@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.march import Problem, Stats
@@ -100,6 +100,8 @@ def prepare(
     if values_hidden():
         restarts = _blind(check_restarts(restarts))
         return Problem(scheme, term, make_stepper, "direct", restarts, Stats(), values_hidden=True)
+    if not scheme.reversible and restarts not in ("auto", None):
+        raise ValueError(f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out.")
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -122,7 +124,7 @@ def prepare(
         tensors=tuple(tensors),
         audit=Audit(tensors),
         entangled=depend_on_each_other(tensors),
-        first_value=None if noisy else (span[0], tree_map(lambda x: x.detach(), values[0])),
+        first_value=None if noisy else (span[0], tree_map_only(Tensor, Tensor.detach, values[0])),
     )
 
 

@@ -23,7 +23,8 @@ def net():
 
 
 def solve(field, y0, t=TIMES, method="rev_rk4", **settings):
-    return odeint(field, y0, t, method=method, options={"step_size": 0.1}, restarts=4, **settings)
+    restarts = "auto" if method == "rk4" else 4  # plain methods have none
+    return odeint(field, y0, t, method=method, options={"step_size": 0.1}, restarts=restarts, **settings)
 
 
 def close(found, expected, tolerance=ROUNDING):

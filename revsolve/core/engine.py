@@ -67,7 +67,8 @@ class Solved(torch.autograd.Function):
         saved, split = ctx.saved_tensors, 2 + len(tensors)  # unpacking checks that nothing was changed in place
         y0, t = saved[:2]
         if torch.is_grad_enabled():
-            return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
+            with ctx.ambient:
+                return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
         pairs = list(zip(saved[split::2], saved[split + 1 :: 2], strict=True))
         marks = dict(zip(ctx.steps, pairs[:-1], strict=True))
         method = undo if problem.gradient == "reversible" else recompute
@@ -99,7 +100,8 @@ def undo(
             pair = pull_back(update, pair, grads, t0, t1, tape)
         if n in marks:
             stored = marks[n]
-            mismatches.append(size_of(pair[0] - stored[0]) / torch.maximum(size_of(stored[0]), size_of(end)))
+            scale = torch.maximum(size_of(stored[0]), size_of(end)).clamp(min=torch.finfo(end.dtype).tiny)
+            mismatches.append(size_of(pair[0] - stored[0]) / scale)
             if n in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):

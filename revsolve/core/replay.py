@@ -1,13 +1,14 @@
-"""What a replayed step needs to be the same step again: the same noise and autocast state, and inputs cut off from their past."""
+"""What a replayed step needs to be the same step again: the same noise, buffers and autocast state, and inputs cut off from
+their past."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -52,6 +53,57 @@ class Noisy:
     def value(self, t: Time, x: Tensor) -> Any:
         with torch.random.fork_rng(self.devices):
             torch.manual_seed(hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF)
+            return self.term.value(t, x)
+
+
+class Buffers:
+    """Buffers of modules that train, such as running statistics, as they were when this was made.
+
+    As a context, it lends the modules copies of these, so that nothing done inside reaches the buffers themselves.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self.kept = [
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            if module.training
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self.lenders: list[list[tuple[nn.Module, str, Tensor | None]]] = []
+
+    def keep_changed(self) -> bool:
+        """Whether any have changed since; the others are forgotten."""
+        self.kept = [
+            kept for kept in self.kept if not (kept[0]._buffers[kept[1]] is kept[2] and torch.equal(*kept[2:]))
+        ]
+        return bool(self.kept)
+
+    def restore(self) -> None:
+        for module, name, buffer, copy in self.kept:
+            with torch.no_grad():
+                buffer.copy_(copy)
+            module._buffers[name] = buffer
+
+    def __enter__(self) -> None:
+        self.lenders.append([(module, name, module._buffers[name]) for module, name, _, _ in self.kept])
+        for module, name, _, copy in self.kept:
+            module._buffers[name] = copy.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for module, name, buffer in self.lenders.pop():
+            module._buffers[name] = buffer
+
+
+class Frozen:
+    """A term whose field keeps a state in buffers that its values depend on: every evaluation of a solve finds the same state."""
+
+    def __init__(self, term: Term, buffers: Buffers) -> None:
+        self.term, self.buffers = term, buffers
+        self.product = term.product
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        with self.buffers:
             return self.term.value(t, x)
 
 

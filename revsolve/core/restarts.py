@@ -60,6 +60,11 @@ class Segments:
             self.growth = restarts.growth
             root = math.isqrt(num_steps) if num_steps else 0
             self.longest = self.length = restarts.interval or restarts.longest or max(32, root)
+            if restarts.budget is not None and num_steps is None:
+                raise ValueError(
+                    f"Restarts(budget={restarts.budget}) needs a fixed grid: the number of adaptive steps is not known beforehand. "
+                    "Fix the step size, or bound the segments with longest= instead."
+                )
             if restarts.budget is not None and num_steps:
                 self.shortest = -(-num_steps // restarts.budget)
         self.per_step = 0.0

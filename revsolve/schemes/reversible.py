@@ -59,7 +59,7 @@ def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
     """
     if not 0.0 < coupling <= 1.0:
         raise ValueError(f"coupling must lie in (0, 1], but it is {coupling!r}: 1.0 is the default, papers use 0.999.")
-    increment = RungeKutta(tableau)
+    coupling, increment = float(coupling), RungeKutta(tableau)
     error = 0.0 if tableau.b_error is None else 1.0
     updates = (
         CouplingUpdate(Y, Z, keep=coupling, mix=1.0 - coupling, gain=1.0, increment=increment, error=error),
