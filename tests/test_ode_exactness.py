@@ -20,7 +20,12 @@ FEW = ["rev_rk4", "rev_bosh3", "reversible_heun", "alf4_yoshida", "leapfrog"]
 
 FIXED: dict[str, Any] = {"options": {"step_size": 0.11}}
 LOOSE: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3}
-RESTARTS = {"auto": "auto", "none": None, "every 3": 3, "every step": 1, "budget": Restarts(budget=4)}
+RESTARTS = {"auto": "auto", "none": None, "every 3": 3, "every step": 1}
+STEPS_AND_RESTARTS = {
+    **{f"fixed, {name}": (FIXED, restarts) for name, restarts in RESTARTS.items()},
+    **{f"adaptive, {name}": (LOOSE, restarts) for name, restarts in RESTARTS.items()},
+    "fixed, budget": (FIXED, Restarts(budget=4)),  # a budget needs a known number of steps
+}
 
 
 @pytest.mark.parametrize("times", [FORWARD, BACKWARD], ids=["forward", "backward"])
@@ -51,8 +56,7 @@ def test_adaptive_is_direct(method: str, times: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
-@pytest.mark.parametrize("restarts", RESTARTS.values(), ids=RESTARTS)
-@pytest.mark.parametrize("steps", [FIXED, LOOSE], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(("steps", "restarts"), STEPS_AND_RESTARTS.values(), ids=STEPS_AND_RESTARTS)
 @pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf4_yoshida"])
 def test_with_and_without_restarts(method: str, steps: dict[str, Any], restarts: Any, gradient: str) -> None:
     equation = EQUATIONS["module"]()
