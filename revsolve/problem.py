@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.march import Problem, Stats
-from revsolve.core.replay import Noisy
+from revsolve.core.replay import Buffers, Frozen, Noisy
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
-from revsolve.tracing import Audit, depend_on_each_other, held_tensors, traced
+from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
@@ -101,7 +102,9 @@ def prepare(
         restarts = _blind(check_restarts(restarts))
         return Problem(scheme, term, make_stepper, "direct", restarts, Stats(), values_hidden=True)
     if not scheme.reversible and restarts not in ("auto", None):
-        raise ValueError(f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out.")
+        raise ValueError(
+            f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
+        )
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -110,13 +113,15 @@ def prepare(
 
     candidates = [x for x in held_tensors(list(owners), depth=4) if x.requires_grad]
     leaf = x0.detach().requires_grad_()
-    (_, tensors), noisy = random_state_changed_by(lambda: traced(call, candidates, (leaf,)), x0.device)
-    if noisy:
-        seed = int(torch.randint(2**62, ()))
-        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
+    buffers = Buffers(held_modules(list(owners), depth=4))
+    replays = gradient != "direct" and torch.is_grad_enabled()
+    with refusing_sharded_calls() if replays else nullcontext():
+        (_, tensors), noisy = random_state_changed_by(lambda: traced(call, candidates, (leaf,)), x0.device)
+    repeatable, buffers = _repeatable(term, noisy, buffers, span, x0)
+    first_value = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
     return Problem(
         scheme=scheme,
-        term=term,
+        term=repeatable,
         make_stepper=make_stepper,
         gradient=gradient,
         restarts=check_restarts(restarts),
@@ -124,8 +129,34 @@ def prepare(
         tensors=tuple(tensors),
         audit=Audit(tensors),
         entangled=depend_on_each_other(tensors),
-        first_value=None if noisy else (span[0], tree_map_only(Tensor, Tensor.detach, values[0])),
+        buffers=buffers,
+        first_value=first_value if repeatable is term and not buffers.kept else None,
     )
+
+
+def _repeatable(
+    term: Term, noisy: bool, buffers: Buffers, span: tuple[float, float], x0: Tensor
+) -> tuple[Term, Buffers]:
+    """A term whose values are the same when asked again, after a first call; and the buffers that it changes all the same."""
+    if noisy:
+        seed = int(torch.randint(2**62, ()))
+        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
+    if buffers.keep_changed() and _depends_on(buffers, term, span, x0):
+        return Frozen(term, buffers), Buffers()  # the first call was the one that changes the state
+    buffers.restore()
+    return term, buffers
+
+
+def _depends_on(buffers: Buffers, term: Term, span: tuple[float, float], x: Tensor) -> bool:
+    """Whether the term's value is another one once a call has changed the buffers."""
+
+    def call() -> Tensor:
+        k, scale = term.product(term.value(span[0], x.detach()), *span)
+        return k * scale
+
+    with torch.no_grad(), buffers:
+        first, second = (random_state_changed_by(call, x.device)[0] for _ in range(2))
+    return not torch.equal(first, second)
 
 
 def values_hidden() -> bool:

@@ -7,14 +7,16 @@ encoder's output used inside a lambda) that the field took from outside. What th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
 
 
@@ -96,6 +98,30 @@ class Audit:
             )
 
 
+@contextmanager
+def refusing_sharded_calls() -> Iterator[None]:
+    """Raises ValueError if an FSDP module is called: one that is called again in the backward pass loses its gradient.
+
+    FSDP reduces the gradients of a module when the backward pass leaves it, but those of a solve come after its last call.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if SHARDED & {kind.__name__ for kind in type(module).__mro__}:
+            raise ValueError(
+                f"the field calls an FSDP module ({type(module).__name__}), which would lose its gradient: shard the module "
+                "whose forward calls the solver, not the field or parts of it, or use gradient='direct'."
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
     """Whether one of the tensors was computed from another of them."""
     edges = {(x.grad_fn, x.output_nr) for x in tensors if x.grad_fn is not None}
@@ -115,18 +141,28 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
 
 def held_tensors(func: Any, depth: int = 3) -> Iterator[Tensor]:
     """Tensors and module parameters that a callable holds: its own, its closure's, its bound object's, a partial's."""
-    if isinstance(func, Tensor):
+    for thing in _things_held(func, depth):
+        yield from thing.parameters() if isinstance(thing, nn.Module) else (thing,)
+
+
+def held_modules(func: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """Modules that a callable holds in the same ways, and their submodules."""
+    for thing in _things_held(func, depth):
+        if isinstance(thing, nn.Module):
+            yield from thing.modules()
+
+
+def _things_held(func: Any, depth: int) -> Iterator[Tensor | nn.Module]:
+    if isinstance(func, (Tensor, nn.Module)):
         yield func
-    elif isinstance(func, nn.Module):
-        yield from func.parameters()
     elif isinstance(func, (list, tuple)) and depth:
         for item in func:
-            yield from held_tensors(item, depth - 1)
+            yield from _things_held(item, depth - 1)
     elif isinstance(func, dict) and depth:
-        yield from held_tensors(list(func.values()), depth)
+        yield from _things_held(list(func.values()), depth)
     elif callable(func) and depth:
         for item in _held(func):
-            yield from held_tensors(item, depth - 1)
+            yield from _things_held(item, depth - 1)
 
 
 def _held(func: Any) -> Iterator[Any]:

@@ -43,7 +43,8 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     with torch.no_grad():
         march(problem, y0)
     assert problem.grid is not None
-    return torch.stack(replay_all(problem, problem.grid, y0, t))
+    with problem.buffers:
+        return torch.stack(replay_all(problem, problem.grid, y0, t))
 
 
 class Solved(torch.autograd.Function):
@@ -67,12 +68,12 @@ class Solved(torch.autograd.Function):
         saved, split = ctx.saved_tensors, 2 + len(tensors)  # unpacking checks that nothing was changed in place
         y0, t = saved[:2]
         if torch.is_grad_enabled():
-            with ctx.ambient:
+            with ctx.ambient, problem.buffers:
                 return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
         pairs = list(zip(saved[split::2], saved[split + 1 :: 2], strict=True))
         marks = dict(zip(ctx.steps, pairs[:-1], strict=True))
         method = undo if problem.gradient == "reversible" else recompute
-        with ctx.ambient, _stand_ins(problem, lambda x: x.detach().requires_grad_()) as within:
+        with ctx.ambient, problem.buffers, _stand_ins(problem, lambda x: x.detach().requires_grad_()) as within:
             tape = Tape(problem.term, within, problem.audit)
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)

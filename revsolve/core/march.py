@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Memo, Pair, Scheme, Term, Time, advance
+from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Stepper
 
@@ -41,6 +42,7 @@ class Problem:
     stats: Stats
     tensors: tuple[Tensor, ...] = ()
     audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = lambda outputs, own: None
+    buffers: Buffers = field(default_factory=Buffers)  # those that the field changes, but that do not change its values
     first_value: tuple[Any, ...] | None = None
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None

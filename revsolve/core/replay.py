@@ -52,7 +52,11 @@ class Noisy:
 
     def value(self, t: Time, x: Tensor) -> Any:
         with torch.random.fork_rng(self.devices):
-            torch.manual_seed(hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF)
+            seed = hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices whose state is not kept
+            for device in self.devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             return self.term.value(t, x)
 
 
@@ -65,7 +69,7 @@ class Buffers:
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.kept = [
             (module, name, buffer, buffer.clone())
-            for module in modules
+            for module in {id(module): module for module in modules}.values()
             if module.training
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -75,7 +79,9 @@ class Buffers:
     def keep_changed(self) -> bool:
         """Whether any have changed since; the others are forgotten."""
         self.kept = [
-            kept for kept in self.kept if not (kept[0]._buffers[kept[1]] is kept[2] and torch.equal(*kept[2:]))
+            (module, name, buffer, copy)
+            for module, name, buffer, copy in self.kept
+            if module._buffers[name] is not buffer or not torch.equal(buffer, copy)
         ]
         return bool(self.kept)
 
