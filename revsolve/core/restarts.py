@@ -62,7 +62,7 @@ class Segments:
             self.longest = self.length = restarts.interval or restarts.longest or max(32, root)
             if restarts.budget is not None and num_steps is None:
                 raise ValueError(
-                    f"Restarts(budget={restarts.budget}) needs a fixed grid: the number of adaptive steps is not known beforehand. "
+                    f"Restarts(budget={restarts.budget}) needs a fixed grid, where the number of steps is known. "
                     "Fix the step size, or bound the segments with longest= instead."
                 )
             if restarts.budget is not None and num_steps:
