@@ -4,7 +4,7 @@ from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.drivers.brownian import BrownianPath
-from revsolve.equilibrium import ConvergenceWarning, FixedPoint, fixed_point
+from revsolve.equilibrium import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
 from revsolve.ode import odeint
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
@@ -19,6 +19,7 @@ __all__ = [
     "FixedPoint",
     "ReconstructionWarning",
     "Restarts",
+    "RevDEQ",
     "Solution",
     "Stats",
     "Tableau",

@@ -98,7 +98,8 @@ class Convergence:
         if self.content or on_failure == "ignore" or not self.worst:
             return
         residual = float(self.latest().max())
-        text = f"after {self.num_steps} steps the {self.criterion.residual} residual is {residual:.2e}, not {self.criterion.tol:.2e}"
+        kind, tol = self.criterion.residual, self.criterion.tol
+        text = f"after {self.num_steps} steps the {kind} residual is {residual:.2e}, not {tol:.2e}"
         if self.worst[-1] > DIVERGING * min(self.worst):
             raise RuntimeError(f"the iteration diverges: {text}. {self.hint()}")
         message = (

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from revsolve.core.coupling import Memo, Scalar, Term
 from revsolve.core.march import Stats
@@ -76,8 +75,12 @@ class _Implicit(torch.autograd.Function):
         return z.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gradient='implicit' cannot be differentiated again (create_graph=True): use gradient='direct', or "
+                "method='reversible', whose gradient can."
+            )
         leaf, value = ctx.saved_tensors
         options, stats = ctx.options, ctx.stats
 

@@ -31,18 +31,17 @@ class FixedPoint:
     Attributes:
         z: the fixed point, like z0.
         num_steps: steps taken, a number; with ``stop="sample"`` those of every sample, shape (samples,).
-        residual: the residual that decides at z, of shape () or (samples,).
+        residual: the residual that decides at z, of shape () or (samples,); None where tol is 0, for then none is measured.
         converged: whether it is at most tol, of the same shape.
-        trace: absolute and relative residuals after every step, shape (steps, 2) or (steps, 2, samples); after the last step
-            only if tol is 0.
+        trace: absolute and relative residuals after every step, shape (steps, 2) or (steps, 2, samples).
         stats: what the solve did; the backward pass fills in its own counters when it has run.
     """
 
     z: Any
     num_steps: int | Tensor
-    residual: Tensor
-    converged: Tensor
-    trace: Tensor
+    residual: Tensor | None
+    converged: Tensor | None
+    trace: Tensor | None
     stats: Stats
 
 
@@ -140,12 +139,13 @@ def fixed_point(
     x0 = packing.pack(z0)
     with bar:
         if method == "reversible":
-            check_options(options, (), method)
+            _check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
+            _refuse(method, METHODS, options=options)
             x0 = x0.to(pair_dtype_of(packing, pair_dtype))
             betas = packed_beta(beta, packing, x0)
             y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments))
         else:
-            _refuse(method, pair_dtype=pair_dtype, anchor_every=anchor_every)
+            _refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
             betas = packed_beta(beta, packing, x0)
             y, stats = equilibrium(
@@ -153,7 +153,7 @@ def fixed_point(
             )
     convergence.conclude(on_failure)
     z = packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
-    return _full_output(z, y, term, convergence, stats) if full_output else z
+    return _full_output(z, convergence, stats) if full_output else z
 
 
 def _iterate(
@@ -205,9 +205,8 @@ def _checked(
     check_choice("stop", stop, ("batch", "sample"))
     check_choice("on_failure", on_failure, ("warn", "raise", "ignore"))
     steps = max_steps() if callable(max_steps) else max_steps
-    for name, number in (("max_steps", steps), ("min_steps", min_steps)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}.")
+    _check_whole("max_steps", steps)
+    _check_whole("min_steps", min_steps)
     if min_steps > steps:
         raise ValueError(f"min_steps = {min_steps} is more than max_steps = {steps}.")
     if not (tol >= 0.0 and math.isfinite(tol)):
@@ -220,14 +219,21 @@ def _checked(
     return packing, Criterion(float(tol), steps, min_steps, residual, stop == "sample")
 
 
+def _check_whole(name: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}.")
+
+
 def _with_arguments(f: Callable[..., Any], arguments: tuple[Any, ...], z: Any) -> Any:
     return f(z, *arguments)
 
 
-def _refuse(method: str, **given: Any) -> None:
+def _refuse(method: str, owners: tuple[str, ...], **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} belongs to method='reversible', and has no meaning for {method!r}.")
+            raise ValueError(
+                f"{name}={value!r} is for {' and '.join(owners)}, and has no meaning for method={method!r}."
+            )
 
 
 def _show(bar: Any, n: int, residual: float) -> None:
@@ -235,12 +241,9 @@ def _show(bar: Any, n: int, residual: float) -> None:
     bar.set_postfix(residual=f"{residual:.1e}")
 
 
-def _full_output(z: Any, y: Tensor, term: ValueTerm, convergence: Convergence, stats: Stats) -> FixedPoint:
+def _full_output(z: Any, convergence: Convergence, stats: Stats) -> FixedPoint:
+    steps = stats.num_steps if convergence.counts is None else convergence.counts
     if not convergence.trace:
-        with torch.no_grad():
-            convergence.trace.append(convergence.measure(y, term.value(0.0, y)))
-    latest = convergence.latest()
-    counts = convergence.counts
-    steps = stats.num_steps if counts is None else counts
-    converged = latest <= convergence.criterion.tol
-    return FixedPoint(z, steps, latest, converged, torch.stack(convergence.trace), stats)
+        return FixedPoint(z, steps, None, None, None, stats)
+    residual = convergence.latest()
+    return FixedPoint(z, steps, residual, residual <= convergence.criterion.tol, torch.stack(convergence.trace), stats)

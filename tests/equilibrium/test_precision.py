@@ -1,0 +1,100 @@
+"""Pairs wider than the field, long iterations, and what is kept for the backward pass."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from revsolve import fixed_point
+from tests.equilibrium.cells import Convolution, Dense, difference, gradients
+
+
+@pytest.mark.parametrize("num_steps", [4, 32, 500])
+@pytest.mark.parametrize("beta", [0.5, 0.8, 0.9])
+def test_float64_pair_of_a_float32_field(beta: float, num_steps: int) -> None:
+    cell, x = Dense(), torch.randn(5, 6, requires_grad=True)
+    found, unrolled = (
+        gradients(
+            cell, torch.zeros(5, 6), [*cell.parameters(), x], args=x, beta=beta, tol=0, max_steps=num_steps, gradient=g
+        )
+        for g in ("reversible", "direct")
+    )
+    assert difference(found, unrolled) < 1e-6  # float32 sums, in another order
+
+
+@pytest.mark.parametrize("cell", [Dense(8), Convolution()], ids=["dense", "convolution"])
+def test_float32_pair_of_a_bfloat16_field(cell: torch.nn.Module) -> None:
+    x = torch.randn(4, 8, 5, 8)[..., : 8 if isinstance(cell, Dense) else 5].requires_grad_()
+    grads = []
+    for gradient in ("reversible", "direct"):
+        # The cache would make one bfloat16 copy of every weight, in which the unrolled gradient of 64 uses is summed.
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            options = {"beta": 0.9, "tol": 0, "max_steps": 32, "pair_dtype": torch.float32}
+            z = fixed_point(cell, torch.zeros_like(x), args=x, gradient=gradient, **options)
+        grads.append(torch.autograd.grad(z.square().sum(), [*cell.parameters(), x]))
+    # Half of the digits that the field itself has are 4e-2; anchors keep what its roundings make of the pair far below.
+    assert difference(*grads) < 1e-3
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-30])
+def test_float32_pair_for_500_steps(tol: float) -> None:
+    cell, x = Dense(), torch.randn(5, 6, requires_grad=True)
+    options = {"args": x, "tol": tol, "max_steps": 500, "pair_dtype": torch.float32, "on_failure": "ignore"}
+    found, unrolled = (
+        gradients(cell, torch.zeros(5, 6), [*cell.parameters(), x], gradient=g, **options)
+        for g in ("reversible", "direct")
+    )
+    assert difference(found, unrolled) < 1e-5
+
+
+def test_bfloat16_states() -> None:
+    cell, x = Dense().bfloat16(), torch.randn(5, 6, dtype=torch.bfloat16, requires_grad=True)
+    z = fixed_point(cell, torch.zeros_like(x), args=x, tol=1e-2)
+    assert z.dtype == torch.bfloat16
+    assert torch.autograd.grad(z.sum(), x)[0].isfinite().all()
+
+
+def numbers_kept(num_steps: int, gradient: str, beta: float = 0.5) -> int:
+    """Of what autograd saves, other than parameters and x, in float32 numbers."""
+    cell, x = Convolution(), torch.randn(2, 8, 5, 5, requires_grad=True)
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        z = fixed_point(cell, torch.zeros_like(x), args=x, beta=beta, tol=0, max_steps=num_steps, gradient=gradient)
+    own = {p.untyped_storage().data_ptr() for p in [*cell.parameters(), x]}
+    del z
+    return sum(t.untyped_storage().nbytes() // 4 for pointer, t in saved.items() if pointer not in own)
+
+
+def test_what_is_kept_does_not_grow_up_to_the_first_anchor() -> None:
+    assert numbers_kept(2, "reversible") == numbers_kept(9, "reversible")
+
+
+def test_an_anchor_is_one_pair() -> None:
+    # Two states of 400 numbers in float64, ten steps apart.
+    assert numbers_kept(40, "reversible") - numbers_kept(30, "reversible") == 2 * 2 * 400
+
+
+def test_unrolling_keeps_far_more() -> None:
+    assert numbers_kept(40, "direct") > 15 * numbers_kept(40, "reversible")
+
+
+@contextlib.contextmanager
+def default_device(device: torch.device):
+    with torch.device(device):
+        yield
+
+
+def test_every_device(device: torch.device) -> None:
+    with default_device(device):
+        cell, x = Dense(), torch.randn(5, 6, requires_grad=True)
+        found, unrolled = (
+            gradients(cell, torch.zeros(5, 6), [*cell.parameters(), x], args=x, stop="sample", gradient=g)
+            for g in ("reversible", "direct")
+        )
+    assert difference([g.cpu() for g in found], [g.cpu() for g in unrolled]) < 1e-6
