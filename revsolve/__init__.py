@@ -5,7 +5,7 @@ from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.equilibrium import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
-from revsolve.ode import odeint
+from revsolve.ode import odeint, odeint_event
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import Tableau
@@ -28,6 +28,7 @@ __all__ = [
     "leapfrog",
     "method_names",
     "odeint",
+    "odeint_event",
     "plain",
     "reversible",
     "reversible_heun",

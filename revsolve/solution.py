@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from revsolve.core.march import Stats
+from revsolve.dense import Dense
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,32 @@ class Solution:
         ys: the states there, like y0 with a leading dimension len(t).
         stats: what the solve did; the backward pass fills in its own counters when it has run.
         times: the accepted time steps, one more than there were steps.
+        interpolant: the solution between the steps, where `options={"dense": True}` asked for it.
     """
 
     ts: Tensor
     ys: Any
     stats: Stats
     times: list[float]
+    interpolant: Dense | None = None
+
+    def evaluate(self, t: Any) -> Any:
+        """The state at the times t, a tensor of any shape: like y0, with the dimensions of t in front.
+
+        Raises:
+            ValueError: if t leaves what was solved, or the solve was not asked for dense output.
+        """
+        return self._dense().evaluate(t)
+
+    def derivative(self, t: Any) -> Any:
+        """The time derivative of the state at the times t, shaped like `evaluate(t)`.
+
+        Raises:
+            ValueError: if t leaves what was solved, or the solve was not asked for dense output.
+        """
+        return self._dense().derivative(t)
+
+    def _dense(self) -> Dense:
+        if self.interpolant is None:
+            raise ValueError("only the output times were kept: solve with odeint(..., options={'dense': True}).")
+        return self.interpolant

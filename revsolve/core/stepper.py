@@ -165,8 +165,10 @@ class Adaptive:
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
         self.h = min(control.first_step, control.max_step)
         self.previous = 1.0
+        self.lost: float | None = None  # the end of the latest attempt whose error was not finite
         self.next_target = 1
         self.num_rejected = 0
+        self.every_step = False  # an output after every accepted step, not only at targets
 
     @property
     def num_steps(self) -> int:
@@ -195,6 +197,7 @@ class Adaptive:
                 self._accept(t1, lands)
                 return after
             self.num_rejected += 1
+            self.lost = self.lost if math.isfinite(ratio) else t1
             step.forget_attempt()
             self.h, grown = max(h * min(factor, 0.9), self.control.min_step), 1.0
 
@@ -225,10 +228,10 @@ class Adaptive:
 
     def _accept(self, t1: float, lands: bool) -> None:
         self.grid.times.append(t1)
-        if lands:
-            landed = self.grid.outputs if self.is_output[self.next_target] else self.grid.pinned
-            landed.append(self.num_steps)
-            self.next_target += 1
+        if lands or self.every_step:
+            due = self.every_step or self.is_output[self.next_target]
+            (self.grid.outputs if due else self.grid.pinned).append(self.num_steps)
+        self.next_target += lands
 
     def _check_progress(self, t0: float, pair: Pair) -> None:
         if self.num_steps + self.num_rejected >= self.control.max_num_steps:

@@ -1,0 +1,188 @@
+"""Event functions, and steps that stop where one of them changes sign."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Pair, Scheme, Term, Time
+from revsolve.core.stepper import Grid, Step, Stepper
+from revsolve.grids import adaptive_grid
+from revsolve.steps import Tolerances, adapts
+
+EVENT_OPTIONS = ("event_direction", "max_num_steps")
+MAX_NUM_STEPS = 10_000
+FAR = 1e300
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Components of the event function that change sign between two times, by the sign that each had before."""
+
+    signs: dict[int, float]
+    between: tuple[float, float]
+
+
+class Event:
+    """An event function `func(t, y)` on packed states, the directions in which it counts, and the crossing that was found.
+
+    `direction`: 0 for any, 1 for crossings from negative to positive, -1 for the others, in the order in which the steps go; a
+    number, or one for each component.
+    """
+
+    def __init__(self, func: Callable[[Time, Tensor], Any], direction: Any) -> None:
+        self.func, self.direction = func, direction
+        self.crossing: Crossing | None = None
+
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        """The components as a vector."""
+        value = self.func(t, x)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"event_fn must return a real floating point tensor, one number for each event, but it returned {kind}."
+            )
+        return value.reshape(-1)
+
+    @torch.no_grad()
+    def values(self, t: float, x: Tensor) -> list[float]:
+        values = self.value(t, x.detach()).tolist()
+        if any(math.isnan(v) for v in values):
+            raise RuntimeError(f"event_fn returned NaN at t = {t}: {values}.")
+        return values
+
+    def directions(self, num_components: int) -> list[float]:
+        given = self.direction if isinstance(self.direction, (list, tuple)) else [self.direction] * num_components
+        if len(given) != num_components or any(d not in (-1, 0, 1) for d in given):
+            raise ValueError(
+                f"event_direction must be -1, 0 or 1, or one of these for each of the {num_components} components of event_fn, "
+                f"but it is {self.direction!r}."
+            )
+        return [float(d) for d in given]
+
+    def crossed(self, before: Sequence[float], after: Sequence[float]) -> dict[int, float]:
+        """The components that changed sign the way they should, with their sign before."""
+        signs = {}
+        for i, (a, b, wanted) in enumerate(zip(before, after, self.directions(len(before)), strict=True)):
+            if a and a * wanted <= 0 and (b == 0 or (a < 0) != (b < 0)):
+                signs[i] = math.copysign(1.0, a)
+        return signs
+
+
+class EqualSteps:
+    """Steps of one length without end."""
+
+    num_total = None
+
+    def __init__(self, t0: float, h: float) -> None:
+        self.grid, self.h = Grid([t0], [0]), h
+        self.done, self.num_rejected = False, 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        t0, t1 = self.grid.times[-1], self.grid.times[0] + (self.num_steps + 1) * self.h
+        pair, _ = step(pair, t0, t1, restart)
+        self.grid.times.append(t1)
+        return pair
+
+    def rewind(self, num_steps: int) -> None:
+        self.num_rejected += self.num_steps - num_steps
+        del self.grid.times[num_steps + 1 :]
+
+    def tolerance(self, size: float) -> float:
+        return 0.0
+
+
+class UntilEvent:
+    """The steps of another stepper until shortly before or after the event; `event.crossing` then says what to look for."""
+
+    num_total = None
+
+    def __init__(self, stepper: Stepper, event: Event, max_num_steps: int) -> None:
+        self.stepper, self.grid, self.tolerance = stepper, stepper.grid, stepper.tolerance
+        self.event, self.max_num_steps = event, max_num_steps
+        self.done, self.num_rejected = False, 0
+        self.latest: tuple[Tensor | None, list[float]] = (None, [])
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+        n, t0 = self.num_steps, self.grid.times[-1]
+        before = self._values(t0, pair[0])
+        if n + self.num_rejected >= self.max_num_steps or not math.isfinite(t0):
+            raise RuntimeError(
+                f"no event by t = {t0}, where event_fn is {before}, after {n} steps and {self.num_rejected} rejected ones: make "
+                "sure that it changes sign, check the direction of time and event_direction, or raise the option max_num_steps."
+            )
+        after = self.stepper.advance(step, pair, restart)
+        self.num_rejected, t1 = self.stepper.num_rejected, self.grid.times[-1]
+        values = self._values(t1, after[0])
+        if n == 0:
+            before = _without_initial_zeros(before, values, t0, t1, torch.finfo(pair[0].dtype).eps)
+        signs = self.event.crossed(before, values)
+        if not signs:
+            return after
+        self.event.crossing = Crossing(signs, (t0, t1))
+        self.stepper.rewind(n)
+        self.grid.times.append(middle := 0.5 * (t0 + t1))
+        self.grid.outputs.append(n + 1)
+        self.done = True
+        return step(pair, t0, middle, restart)[0]
+
+    def rewind(self, num_steps: int) -> None:
+        while self.grid.outputs[-1] > num_steps:
+            self.grid.outputs.pop()
+        self.stepper.rewind(num_steps)
+        self.num_rejected, self.done = self.stepper.num_rejected, False
+
+    def _values(self, t: float, y: Tensor) -> list[float]:
+        if self.latest[0] is not y:
+            self.latest = (y, self.event.values(t, y))
+        return self.latest[1]
+
+
+def steps_until(
+    event: Event,
+    times: list[float],
+    scheme: Scheme,
+    options: dict[str, Any],
+    tolerances: Tolerances,
+    term: Term,
+    x0: Tensor,
+) -> Callable[[], Stepper]:
+    """Steps from times[0] in the direction of times[1], until the event."""
+    if len(times) != 2:
+        raise ValueError(
+            f"with event_fn, t must hold the initial time and one that gives the direction, but it holds {len(times)} times."
+        )
+    event.directions(len(event.values(times[0], x0)))
+    most = options.setdefault("max_num_steps", MAX_NUM_STEPS)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_num_steps must be a whole number of at least 1, but it is {most!r}.")
+    direction = math.copysign(1.0, times[1] - times[0])
+    if adapts(scheme, options, tolerances):
+        make = adaptive_grid([times[0], direction * FAR], options, *tolerances, scheme, term, x0)
+        return lambda: UntilEvent(make(), event, most)
+    step_size = options.get("step_size")
+    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
+        raise ValueError(
+            f"{scheme.name!r} takes fixed steps towards the event, so step_size must be a positive number, but it is "
+            f"{step_size!r}: pass options={{'step_size': ...}}, or rtol and atol where the method can adapt."
+        )
+    return lambda: UntilEvent(EqualSteps(times[0], direction * step_size), event, most)
+
+
+def _without_initial_zeros(before: list[float], after: list[float], t0: float, t1: float, eps: float) -> list[float]:
+    """The first values, with those set to zero whose zero lies within rounding of the initial time: an event just handled."""
+    nearby = 16 * eps * max(abs(t0), abs(t1 - t0))
+    return [0.0 if abs(a) * abs(t1 - t0) <= nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]
