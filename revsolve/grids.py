@@ -23,7 +23,10 @@ ADAPTIVE_OPTIONS = (
 
 
 def fixed_grid(times: list[float], step_size: float | None, method: str) -> Callable[[], Stepper]:
-    """Equal steps of at most `step_size` between the given times; without it, one step from each time to the next."""
+    """Equal steps of `step_size` or less between the given times; without it, one step from each time to the next.
+
+    Times may come from float32: a step may be longer than asked for by a millionth.
+    """
     if step_size is None:
         if len(times) == 2:
             warnings.warn(
@@ -36,7 +39,7 @@ def fixed_grid(times: list[float], step_size: float | None, method: str) -> Call
         raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
     grid, outputs = times[:1], [0]
     for a, b in itertools.pairwise(times):
-        n = max(1, math.ceil(abs(b - a) / step_size * (1 - 1e-9)))
+        n = max(1, math.ceil(abs(b - a) / step_size * (1 - 1e-6)))
         grid += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
         outputs.append(len(grid) - 1)
     return lambda: FixedGrid(grid, outputs)
@@ -158,10 +161,11 @@ def explain_step(term: Term) -> Callable[..., str]:
     """Why adaptive stepping cannot go on, in words."""
 
     def explain(kind: str, t0: float, stepper: Adaptive, pair: Any) -> str:
-        with torch.no_grad():
-            value = _rate(term, t0, pair[0], stepper.direction)
-        if not bool(torch.isfinite(value).all()):
-            return explain_field(t0, pair[0], value)
+        for t in (t0, t0 if stepper.lost is None else stepper.lost):
+            with torch.no_grad():
+                value = _rate(term, t, pair[0], stepper.direction)
+            if not bool(torch.isfinite(value).all()):
+                return explain_field(t, pair[0], value)
         progress = (
             f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, step size {stepper.h:.1e}"
         )

@@ -151,6 +151,9 @@ class Control:
     max_num_steps: int = 100_000
 
 
+SHORTEST = 8.0  # steps of fewer roundings of the time cannot be shortened reliably
+
+
 class Adaptive:
     """Steps whose error estimate meets the tolerances, landing on every target; one device read per attempted step."""
 
@@ -236,5 +239,5 @@ class Adaptive:
     def _check_progress(self, t0: float, pair: Pair) -> None:
         if self.num_steps + self.num_rejected >= self.control.max_num_steps:
             raise RuntimeError(self.explain("too many steps", t0, self, pair))
-        if t0 + self.direction * self.h == t0:
+        if not self.h >= SHORTEST * math.ulp(t0):  # also where the field's NaN has made it NaN
             raise RuntimeError(self.explain("step underflow", t0, self, pair))
