@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.march import Problem, Stats
-from revsolve.core.replay import Buffers, Frozen, Noisy
+from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, taken_as_it_is
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
@@ -98,53 +98,56 @@ def prepare(
     traced call get zero gradients if they stay unused.
     """
     gradient = _gradient(gradient, scheme)
-    if values_hidden():
-        restarts = _blind(check_restarts(restarts))
-        return Problem(scheme, term, make_stepper, "direct", restarts, Stats(), values_hidden=True)
     if not scheme.reversible and restarts not in ("auto", None):
         raise ValueError(
             f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
         )
+    restarts = check_restarts(restarts)
+    if values_hidden():
+        return Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
     values: list[Any] = []
 
     def call() -> Tensor:
         values[:] = [term.value(span[0], leaf)]
         return term.product(values[0], *span)[0]
 
-    candidates = [x for x in held_tensors(list(owners), depth=4) if x.requires_grad]
+    held = list(held_tensors(list(owners), depth=4))
     leaf = x0.detach().requires_grad_()
     buffers = Buffers(held_modules(list(owners), depth=4))
     replays = gradient != "direct" and torch.is_grad_enabled()
     with refusing_sharded_calls() if replays else nullcontext():
-        (_, tensors), noisy = random_state_changed_by(lambda: traced(call, candidates, (leaf,)), x0.device)
-    repeatable, buffers = _repeatable(term, noisy, buffers, span, x0)
+        (tensors, constants), noisy = random_state_changed_by(lambda: traced(call, held, (leaf,)), x0.device)
+    buffers.keep_changed()
+    repeatable, lent = _repeatable(term, noisy, buffers, span, x0)
+    stand_in = depend_on_each_other(tensors) or any(map(has_hooks, tensors))
     first_value = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
     return Problem(
         scheme=scheme,
         term=repeatable,
         make_stepper=make_stepper,
         gradient=gradient,
-        restarts=check_restarts(restarts),
+        restarts=restarts,
         stats=Stats(),
         tensors=tuple(tensors),
-        audit=Audit(tensors),
-        entangled=depend_on_each_other(tensors),
-        buffers=buffers,
-        first_value=first_value if repeatable is term and not buffers.kept else None,
+        audit=Audit([x for x in tensors if not stand_in or taken_as_it_is(x)]),
+        stand_in=stand_in,
+        constants=tuple(x for x in constants if not buffers.holds(x)),
+        buffers=lent,
+        first_value=first_value if repeatable is term and lent is None else None,
     )
 
 
 def _repeatable(
     term: Term, noisy: bool, buffers: Buffers, span: tuple[float, float], x0: Tensor
-) -> tuple[Term, Buffers]:
+) -> tuple[Term, Buffers | None]:
     """A term whose values are the same when asked again, after a first call; and the buffers that it changes all the same."""
     if noisy:
         seed = int(torch.randint(2**62, ()))
         term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
-    if buffers.keep_changed() and _depends_on(buffers, term, span, x0):
-        return Frozen(term, buffers), Buffers()  # the first call was the one that changes the state
+    if buffers.kept and _depends_on(buffers, term, span, x0):
+        return Frozen(term, buffers), None  # the first call was the one that changes the state
     buffers.restore()
-    return term, buffers
+    return term, buffers if buffers.kept else None
 
 
 def _depends_on(buffers: Buffers, term: Term, span: tuple[float, float], x: Tensor) -> bool:

@@ -6,7 +6,7 @@ encoder's output used inside a lambda) that the field took from outside. What th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,29 +21,34 @@ Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
 
 
 class _Witness(TorchDispatchMode):
-    """Remembers the non-leaf tensors that are handed to any operation."""
+    """Remembers the non-leaf tensors that are handed to any operation, and the identities of all that are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[Edge, Tensor] = {}
+        self.touched: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, Tensor) and x.grad_fn is not None:
-                self.seen.setdefault((x.grad_fn, x.output_nr), x)
+            if isinstance(x, Tensor):
+                self.touched.add(id(x))
+                if x.grad_fn is not None:
+                    self.seen.setdefault((x.grad_fn, x.output_nr), x)
         return func(*args, **(kwargs or {}))
 
 
 def traced(
-    call: Callable[[], Tensor], candidates: Iterable[Tensor], own: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """The value of `call()`, and all tensors outside it that its gradient reaches (`candidates` first, `own` left out)."""
+    call: Callable[[], Tensor], held: Sequence[Tensor], own: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All tensors outside `call()` that the gradient of its value reaches (those `held` first, `own` left out), and the
+    constants: others among those `held` that it uses and does not change."""
+    constants = [(x, x._version) for x in held if not (x.requires_grad or x.is_inference())]
     with torch.enable_grad():
         birthday = _sequence_number()
         with _Witness() as witness:
             value = call()
     leaves, outside = boundary([value], birthday)
-    found = {id(x): x for x in candidates if x.requires_grad}
+    found = {id(x): x for x in held if x.requires_grad}
     mine = {id(x) for x in own}
     for leaf in leaves:
         if id(leaf) not in mine:
@@ -55,7 +60,7 @@ def traced(
                 "would be lost: pass it through args=."
             )
         found.setdefault(id(witness.seen[edge]), witness.seen[edge])
-    return value, list(found.values())
+    return list(found.values()), [x for x, version in constants if id(x) in witness.touched and x._version == version]
 
 
 def boundary(
@@ -140,9 +145,9 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
 
 
 def held_tensors(func: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Tensors and module parameters that a callable holds: its own, its closure's, its bound object's, a partial's."""
+    """Tensors that a callable holds, those of modules included: its own, its closure's, its bound object's, a partial's."""
     for thing in _things_held(func, depth):
-        yield from thing.parameters() if isinstance(thing, nn.Module) else (thing,)
+        yield from (*thing.parameters(), *thing.buffers()) if isinstance(thing, nn.Module) else (thing,)
 
 
 def held_modules(func: Any, depth: int = 3) -> Iterator[nn.Module]:

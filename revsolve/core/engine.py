@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from revsolve.core.coupling import Pair, Tape, Time, accumulate, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
-from revsolve.core.replay import Ambient, Gate, StandIns
+from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
 from revsolve.core.stepper import Grid
+
+NOTHING = nullcontext()
 
 
 class ReconstructionWarning(UserWarning):
@@ -43,7 +45,7 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     with torch.no_grad():
         march(problem, y0)
     assert problem.grid is not None
-    with problem.buffers:
+    with problem.buffers or NOTHING:
         return torch.stack(replay_all(problem, problem.grid, y0, t))
 
 
@@ -56,7 +58,7 @@ class Solved(torch.autograd.Function):
         ys, pair = march(problem, y0.detach(), _store(problem, marks))
         ctx.problem, ctx.grid = problem, problem.grid
         ctx.steps = [n for n, _ in marks]
-        ctx.ambient = Ambient.now()
+        ctx.ambient, ctx.unchanged = Ambient.now(), Unchanged(problem.constants)
         pairs = [x for _, kept in [*marks, (0, pair)] for x in kept]
         ctx.save_for_backward(y0, t, *tensors, *pairs)
         problem.stats.num_stored_states = sum(x is not None for x in pairs)
@@ -66,15 +68,17 @@ class Solved(torch.autograd.Function):
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         problem, grid, tensors = ctx.problem, ctx.grid, ctx.problem.tensors
         saved, split = ctx.saved_tensors, 2 + len(tensors)  # unpacking checks that nothing was changed in place
+        ctx.unchanged()
         y0, t = saved[:2]
         if torch.is_grad_enabled():
-            with ctx.ambient, problem.buffers:
+            with ctx.ambient, problem.buffers or NOTHING:
                 return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
         pairs = list(zip(saved[split::2], saved[split + 1 :: 2], strict=True))
         marks = dict(zip(ctx.steps, pairs[:-1], strict=True))
         method = undo if problem.gradient == "reversible" else recompute
-        with ctx.ambient, problem.buffers, _stand_ins(problem, lambda x: x.detach().requires_grad_()) as within:
-            tape = Tape(problem.term, within, problem.audit)
+        within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
+        with ctx.ambient, problem.buffers or NOTHING, within as leaves:
+            tape = Tape(problem.term, leaves, problem.audit)
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
@@ -101,8 +105,7 @@ def undo(
             pair = pull_back(update, pair, grads, t0, t1, tape)
         if n in marks:
             stored = marks[n]
-            scale = torch.maximum(size_of(stored[0]), size_of(end)).clamp(min=torch.finfo(end.dtype).tiny)
-            mismatches.append(size_of(pair[0] - stored[0]) / scale)
+            mismatches.append(_mismatch(pair[0], stored[0], end))
             if n in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
@@ -121,7 +124,8 @@ def recompute(
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: tuple[Tensor | None, ...] = (None, None)
     grad_times: dict[int, Tensor | None] = {}
-    stop = grid.num_steps
+    mismatches: list[Tensor] = []
+    stop, end = grid.num_steps, pair[0]
     for start in sorted(marks, reverse=True):
         leaves = [None if x is None else x.detach().requires_grad_() for x in marks[start]]
         times = [torch.tensor(s, dtype=torch.float64) for s in grid.times[start : stop + 1]] if moving else []
@@ -130,6 +134,7 @@ def recompute(
             walk = Walk(problem.scheme, tape.memo)
             kept: Pair = (leaves[0], leaves[1])  # type: ignore[assignment]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
+        mismatches.append(_mismatch(after[0].detach(), end, marks[start][0]))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
@@ -142,7 +147,8 @@ def recompute(
         for n, grad in enumerate(got[len(inputs) : len(inputs) + len(times)]):
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
         tape.add_up(got[len(inputs) + len(times) :])
-        stop = start
+        stop, end = start, marks[start][0]
+    _certify(problem, mismatches)
     grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
     return grad_y0, grad_times
 
@@ -199,8 +205,9 @@ def _differentiable_gradient(
 
 @contextmanager
 def _stand_ins(problem: Problem, make: Callable[[Tensor], Tensor]) -> Iterator[Sequence[Tensor]]:
-    """The tensors to differentiate by: those of the problem, or stand-ins where one was computed from another."""
-    if not problem.entangled:
+    """The tensors to differentiate by: those of the problem, or stand-ins where one was computed from another or has
+    hooks, which are to see the gradient of the solve alone."""
+    if not (problem.stand_in or any(map(has_hooks, problem.tensors))):  # hooks may be new
         yield problem.tensors
         return
     with StandIns(problem.tensors, make) as mode:
@@ -215,21 +222,32 @@ def _grad_t(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
         return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows))[0]
 
 
+def _mismatch(found: Tensor, stored: Tensor, other_end: Tensor) -> Tensor:
+    """The difference from what was stored, relative to the larger of the states at both ends of the segment."""
+    scale = torch.maximum(size_of(stored), size_of(other_end)).clamp(min=torch.finfo(stored.dtype).tiny)
+    return size_of(found - stored) / scale
+
+
 def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
     """Compare what was reconstructed with what was stored; a gradient is never silently wrong."""
     worst = float(torch.stack(mismatches).nan_to_num(nan=math.inf).max())
     problem.stats.reconstruction_error = worst
+    undone = problem.gradient == "reversible"
+    done = "undoing" if undone else "repeating"
+    remedies = (
+        f"{problem.remedy}, make sure that the field is deterministic, or use gradient='checkpoint'"
+        if undone
+        else "make sure that the field is deterministic"
+    )
     if not math.isfinite(worst):
         raise RuntimeError(
-            f"undoing the steps gave a state that is not finite, so the gradient would be wrong: {problem.remedy}, or use "
-            "gradient='checkpoint'."
+            f"{done} the steps gave a state that is not finite, so the gradient would be wrong: {remedies}."
         )
     limit = math.sqrt(problem.rounding or torch.finfo(mismatches[0].dtype).eps)
     if worst > limit:
         warnings.warn(
-            f"undoing the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
-            f"that inaccurate. Remedies: {problem.remedy}, make sure that the field is deterministic, or use "
-            "gradient='checkpoint'.",
+            f"{done} the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
+            f"that inaccurate. Remedies: {remedies}.",
             ReconstructionWarning,
             stacklevel=2,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from revsolve.core.coupling import Memo, Pair, Scheme, Term, Time, advance
 from revsolve.core.replay import Buffers
@@ -42,13 +43,14 @@ class Problem:
     stats: Stats
     tensors: tuple[Tensor, ...] = ()
     audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = lambda outputs, own: None
-    buffers: Buffers = field(default_factory=Buffers)  # those that the field changes, but that do not change its values
+    constants: tuple[Tensor, ...] = ()  # what the field uses besides
+    buffers: Buffers | None = None  # those that the field changes, but that do not change its values
     first_value: tuple[Any, ...] | None = None
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None
     rounding: float | None = None  # that of the field, where it is coarser than the state's
     remedy: str = "restart more often (restarts=8, say), use a wider dtype"
-    entangled: bool = False
+    stand_in: bool = False  # for tensors, while gradients are taken
     values_hidden: bool = False
     grid: Grid | None = None
 
@@ -183,16 +185,37 @@ def _last_step(grid: Grid, n: int) -> float:
 
 
 def _non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
-    """Repeat the steps one by one to say where the state stopped being finite."""
-    walk = Walk(problem.scheme, Memo(problem.term))
+    """Repeat the steps one by one to say where the field or the state stopped being finite."""
+    watch = _Watch(problem.term)
+    walk = Walk(problem.scheme, Memo(watch))
     pair: Pair = (y0, None)
     with torch.no_grad():
         for n in range(grid.num_steps):
             before = pair[0]
             pair, _ = walk(pair, grid.times[n], grid.times[n + 1], n in grid.restarts)
-            if not bool(torch.isfinite(pair[0]).all()):
+            if watch.lost is not None:
+                return RuntimeError(problem.explain(*watch.lost))
+            if not _finite(pair[0]):
                 return RuntimeError(problem.explain(grid.times[n], before))
     return RuntimeError(problem.explain(grid.times[-1], pair[0]))
+
+
+class _Watch:
+    """A term that remembers where its value first was not finite although the state was."""
+
+    def __init__(self, term: Term) -> None:
+        self.term, self.product = term, term.product
+        self.lost: tuple[float, Tensor] | None = None
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        value = self.term.value(t, x)
+        if self.lost is None and _finite(x) and not all(map(_finite, tree_leaves(value))):
+            self.lost = float(t), x
+        return value
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
 
 
 def size_of(x: Tensor) -> Tensor:

@@ -76,14 +76,16 @@ class Buffers:
         ]
         self.lenders: list[list[tuple[nn.Module, str, Tensor | None]]] = []
 
-    def keep_changed(self) -> bool:
-        """Whether any have changed since; the others are forgotten."""
+    def keep_changed(self) -> None:
+        """Forget those that are still the same."""
         self.kept = [
             (module, name, buffer, copy)
             for module, name, buffer, copy in self.kept
             if module._buffers[name] is not buffer or not torch.equal(buffer, copy)
         ]
-        return bool(self.kept)
+
+    def holds(self, x: Tensor) -> bool:
+        return any(x is buffer for _, _, buffer, _ in self.kept)
 
     def restore(self) -> None:
         for module, name, buffer, copy in self.kept:
@@ -99,6 +101,21 @@ class Buffers:
     def __exit__(self, *error: object) -> None:
         for module, name, buffer in self.lenders.pop():
             module._buffers[name] = buffer
+
+
+class Unchanged:
+    """Raises RuntimeError when called after one of the tensors was changed in place, as autograd does for those that it saves."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.versions = [(x, x._version) for x in tensors]
+
+    def __call__(self) -> None:
+        for x, version in self.versions:
+            if x._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} that the field uses was modified by an inplace operation between the "
+                    "solve and its backward pass, which needs it as it was: change it later, or give the field a copy."
+                )
 
 
 class Frozen:
@@ -137,12 +154,13 @@ class StandIns(TorchFunctionMode):
     """Puts stand-ins in the place of tensors wherever a field uses them.
 
     Needed where one of the tensors that a field takes from outside was computed from another: a gradient must stop at the
-    computed one, not run on to the other within the field's own derivative.
+    computed one, not run on to the other within the field's own derivative. And where a tensor has hooks: these are to see
+    its gradient once, not in every piece.
     """
 
     def __init__(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.tensors = [x if x.is_leaf else make(x) for x in tensors]
+        self.tensors = [x if taken_as_it_is(x) else make(x) for x in tensors]
         self.by_id = {id(x): new for x, new in zip(tensors, self.tensors, strict=True) if new is not x}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,6 +169,16 @@ class StandIns(TorchFunctionMode):
 
     def _swap(self, x: Any) -> Any:
         return self.by_id.get(id(x), x)
+
+
+def taken_as_it_is(x: Tensor) -> bool:
+    """Whether a tensor needs no stand-in where others do."""
+    return x.is_leaf and not has_hooks(x)
+
+
+def has_hooks(x: Tensor) -> bool:
+    """Whether something happens whenever a gradient of x is taken."""
+    return bool(x._backward_hooks) or x.retains_grad
 
 
 class _Gated(torch.autograd.Function):
