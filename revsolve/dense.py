@@ -11,6 +11,7 @@ the method, it is as accurate between adaptive steps as at them (dopri5 with rto
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class Dense:
 
     def __init__(self, problem: Problem, packing: Packing, states: Tensor, shift: Tensor | None) -> None:
         assert problem.grid is not None
-        self.term, self.packing, self.states, self.shift = problem.term, packing, states, shift
+        self.term, self.buffers, self.packing = problem.term, problem.buffers or nullcontext(), packing
+        self.states, self.shift = states, shift
         self.steps = problem.grid.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
         self.num_knots = min(max(2, (problem.scheme.order + 3) // 2), len(self.steps))
@@ -92,8 +94,12 @@ class Dense:
     def _rate(self, i: int) -> Tensor:
         """The field at a step, evaluated again for its gradient instead of kept."""
         if torch.is_grad_enabled():
-            return checkpoint(self.term.value, self.steps[i], self.states[i], use_reentrant=False)
-        return self.term.value(self.steps[i], self.states[i])
+            return checkpoint(self._value, self.steps[i], self.states[i], use_reentrant=False)
+        return self._value(self.steps[i], self.states[i])
+
+    def _value(self, t: float, x: Tensor) -> Tensor:
+        with self.buffers:
+            return self.term.value(t, x)
 
 
 def _weights(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

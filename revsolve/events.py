@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Ten
     middle = solve(problem, x0, None)[1]
     assert problem.grid is not None and event.crossing is not None
     last = _LastStep(problem, event, problem.grid.times[-1], middle)
-    with torch.no_grad():
-        found, component = last.locate(event.crossing)
-    time = torch.tensor(found, dtype=torch.float64)
-    if torch.is_grad_enabled():
-        time = last.differentiable(found, component)
-    return time, torch.stack([x0, last.state(time, middle)])
+    with problem.buffers or nullcontext():  # trial steps are no evaluations that running statistics should see
+        with torch.no_grad():
+            found, component = last.locate(event.crossing)
+        time = torch.tensor(found, dtype=torch.float64)
+        if torch.is_grad_enabled():
+            time = last.differentiable(found, component)
+        return time, torch.stack([x0, last.state(time, middle)])
 
 
 class _LastStep:

@@ -10,44 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term, Time
+from revsolve.core.coupling import Scheme, Term
 from revsolve.core.engine import solve
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.dense import Dense, every_step
 from revsolve.event_steps import EVENT_OPTIONS, Event, steps_until
 from revsolve.events import solve_until
-from revsolve.packing import Clock, Packing
+from revsolve.field_term import FieldTerm, time_shift
+from revsolve.packing import Packing
 from revsolve.per_sample import TimesOfEach, check_times_of_each, steps_for_each
 from revsolve.problem import check_times, prepare
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 from revsolve.steps import Tolerances, choose_steps, explain, scheme_and_options
-
-
-class FieldTerm:
-    """The term of an ODE: field value times h. The field sees times `shift` later, a tensor that is zero: its gradient is that
-    with respect to the initial time, where the whole grid moves with it."""
-
-    def __init__(self, func: Callable[..., Any], packing: Packing, shift: Tensor | None = None) -> None:
-        self.func, self.packing, self.shift = func, packing, shift
-        self.clock = Clock(packing.real_dtype, packing.device)
-        self.checked = False
-
-    def time(self, t: Time) -> Tensor:
-        """The time as the field receives it."""
-        return self.clock(t) if self.shift is None else self.clock(t) + self.clock(self.shift)
-
-    def value(self, t: Time, x: Tensor) -> Tensor:
-        out = self.func(self.time(t), self.packing.unpack(x))
-        if not self.checked or (self.packing.lone and (out.shape != x.shape or out.dtype != x.dtype)):
-            self.packing.check_like(out, "the field")
-            self.checked = True
-        out = self.packing.pack(out)
-        return out if out.dtype == x.dtype else out.to(x.dtype)
-
-    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        return value, t1 - t0
 
 
 def odeint(
@@ -118,7 +94,7 @@ def odeint(
         raise ValueError(
             "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
         )
-    targets, shift = ([times[0], times[-1]], shift_of(t)) if dense else (times, None)
+    targets, shift = ([times[0], times[-1]], time_shift(t)) if dense else (times, None)
     term = FieldTerm(equation.field, packing, shift)
     with torch.no_grad():
         construct = lambda constructor: constructor(equation.field, y0, t)  # noqa: E731
@@ -132,11 +108,6 @@ def odeint(
         return ys
     grid = problem.grid
     return Solution(torch.as_tensor(t), ys, problem.stats, times if grid is None else grid.times, interpolant)
-
-
-def shift_of(t: Any) -> Tensor | None:
-    """Zero, with the gradient of the initial time; None where that needs none."""
-    return t[0] - t[0].detach() if isinstance(t, Tensor) and t.requires_grad else None
 
 
 def odeint_event(
@@ -214,7 +185,11 @@ class _Equation:
 
     def until_event(self, t: Tensor, event_fn: Callable[..., Any], full_output: bool) -> tuple[Tensor, Any]:
         """The time of the event, and what `odeint` returns for the times t[0] and then."""
-        times, shift = check_times(t), shift_of(t)
+        times, shift = check_times(t), time_shift(t)
+        if shift is not None and self.options.get("jump_t"):
+            raise ValueError(
+                "with event_fn, the gradient of t[0] moves all steps, which jump_t forbids: detach t, or leave out jump_t."
+            )
         term = FieldTerm(self.field, self.packing, shift)
         event = Event(
             lambda s, x: event_fn(term.time(s), self.packing.unpack(x)), self.options.pop("event_direction", 0)

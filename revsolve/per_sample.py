@@ -51,7 +51,7 @@ class TimesOfEach:
     """The term of an ODE whose samples have their own times; the field receives them as a vector, one for each sample."""
 
     def __init__(self, term: Any, t: Tensor) -> None:
-        self.term, self.t = term, t
+        self.term, self.t = term, t.to(term.packing.device)
 
     def value(self, s: Time, x: Tensor) -> Tensor:
         s = float(s)

@@ -19,7 +19,7 @@ LAYERS = (
     {"core"},
     {"schemes", "drivers"},
     {"packing", "tracing"},
-    {"dense", "grids", "problem", "progress"},
+    {"dense", "field_term", "grids", "problem", "progress"},
     {"solution", "steps"},
     {"event_steps", "per_sample"},
     {"events"},
