@@ -1,23 +1,67 @@
-"""A progress bar around a stepper; neither the march nor the stepper knows of it."""
+"""Watching a solve: a progress bar and a callback around its stepper. Neither the march nor the stepper knows of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from revsolve.core.coupling import Pair
-from revsolve.core.stepper import Step, Stepper
+from revsolve.core.stepper import Grid, Step, Stepper
+
+OVER_TIME = "{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
+OPEN_ENDED = "{desc}: {n:.4g} [{elapsed}{postfix}]"
 
 
-class Shown:
-    """A stepper whose accepted steps move a bar: counted where their number is known, else by the time they cover."""
+@dataclass(frozen=True)
+class AcceptedStep:
+    """What a callback is told after each accepted step of the forward pass.
 
-    def __init__(self, stepper: Stepper, name: str, length: float) -> None:
-        self.stepper, self.grid, self.num_total = stepper, stepper.grid, stepper.num_total
-        self.tolerance = stepper.tolerance
-        total = length if stepper.num_total is None else stepper.num_total
-        self.bar = tqdm(total=total, desc=name, unit="step" if stepper.num_total is not None else "time")
+    Attributes:
+        number: steps accepted so far. It goes back where steps are taken again from a restart.
+        t: the time reached, in the unit of the field; for fixed points the number of the step.
+        h: the length of the step, negative backwards in time.
+        y: the state there, like y0; detached.
+        num_rejected: steps rejected or taken again so far.
+    """
+
+    number: int
+    t: float
+    h: float
+    y: Any
+    num_rejected: int
+
+
+class Bar:
+    """A progress bar: steps where their number is known, else the time they cover."""
+
+    def __init__(self, name: str, num_steps: int | None, length: float | None) -> None:
+        self.counts = num_steps is not None
+        look = None if self.counts else OPEN_ENDED if length is None else OVER_TIME
+        self.bar = tqdm(total=num_steps if self.counts else length, desc=name, unit="step", bar_format=look)
+
+    def show(self, number: int, times: list[float]) -> None:
+        t0, t, h = times[0], times[number], times[number] - times[max(number - 1, 0)]
+        self.bar.set_postfix_str(f"t={t:.4g}, h={h:.2g}", refresh=False)
+        self.bar.update((number if self.counts else abs(t - t0)) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Watched:
+    """A stepper whose accepted steps are shown by a bar and told to a callback."""
+
+    def __init__(self, stepper: Stepper, bar: Bar | None, tell: Callable[[AcceptedStep], Any] | None) -> None:
+        self.stepper, self.bar, self.tell = stepper, bar, tell
+        self.num_total, self.tolerance = stepper.num_total, stepper.tolerance
+
+    @property
+    def grid(self) -> Grid:
+        return self.stepper.grid
 
     @property
     def num_steps(self) -> int:
@@ -35,24 +79,55 @@ class Shown:
     def done(self) -> bool:
         done = self.stepper.done
         if done:
-            self.bar.close()
+            self._close()
         return done
 
     def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
-        pair = self.stepper.advance(step, pair, restart)
-        self._move()
+        try:
+            pair = self.stepper.advance(step, pair, restart)
+            self._report(pair[0])
+        except BaseException:
+            self._close()
+            raise
         return pair
 
     def rewind(self, num_steps: int) -> None:
         self.stepper.rewind(num_steps)
-        self._move()
 
-    def _move(self) -> None:
-        times = self.grid.times
-        reached = self.num_steps if self.num_total is not None else abs(times[-1] - times[0])
-        self.bar.update(reached - self.bar.n)
+    def _report(self, y: Tensor) -> None:
+        n, times = self.num_steps, self.grid.times
+        if self.bar is not None:
+            self.bar.show(n, times)
+        if self.tell is not None:
+            self.tell(AcceptedStep(n, times[n], times[n] - times[n - 1], y.detach(), self.num_rejected))
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
-def shown(make: Callable[[], Stepper], name: str, length: float) -> Callable[[], Stepper]:
-    """Steppers as `make` makes them, with a bar; `length` is the time to cover."""
-    return lambda: Shown(make(), name, length)
+def watched(
+    make: Callable[[], Stepper],
+    progress: bool,
+    callback: Callable[[AcceptedStep], Any] | None,
+    name: str,
+    length: float | None,
+    unpack: Callable[[Tensor], Any] = lambda x: x,
+) -> Callable[[], Stepper]:
+    """Steppers as `make` makes them, with a bar where progress is wanted (`length` is the time to cover, None if not
+    known), and a callback that sees states as `unpack` gives them.
+
+    Raises:
+        TypeError: the callback is not callable.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable with one AcceptedStep, but it is {callback!r}.")
+    if not progress and callback is None:
+        return make
+    tell = None if callback is None else lambda step: callback(replace(step, y=unpack(step.y)))
+
+    def made() -> Stepper:
+        stepper = make()
+        return Watched(stepper, Bar(name, stepper.num_total, length) if progress else None, tell)
+
+    return made

@@ -15,12 +15,12 @@ from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid
 from revsolve.packing import Clock
 from revsolve.problem import check_options, prepare
-from revsolve.progress import shown
+from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import as_sde, check_state, check_steps, given_path, increasing, new_path, noise_shape
 from revsolve.sde.coefficients import Coefficients, coefficients
 from revsolve.sde.ito import shift_of
-from revsolve.sde.methods import needs_area, sde_scheme, solves_ito
+from revsolve.sde.methods import default_restarts, needs_area, sde_scheme, solves_ito
 from revsolve.sde.term import LogRatioTerm, Path, SDETerm
 from revsolve.solution import Solution
 
@@ -46,6 +46,7 @@ def sdeint(
     restarts: Any = "auto",
     full_output: bool = False,
     progress: bool = False,
+    callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
     """Solve `dy = f(t, y) dt + g(t, y) dW` from `y(ts[0]) = y0`, with exact gradients of the discrete solve.
 
@@ -78,6 +79,7 @@ def sdeint(
         restarts: "auto", a fixed number of steps, a `Restarts`, or None to switch them off (reversible methods only).
         full_output: return a `Solution` with statistics.
         progress: show a progress bar.
+        callback: called with an `AcceptedStep` after every accepted step.
 
     Returns:
         The states, shape (T, *y0.shape); with logqp the pair of them and log-ratios of shape (T - 1, *y0.shape[:-1]).
@@ -123,7 +125,9 @@ def sdeint(
     if len(times) == 1:
         return _results(x0[None], logqp)
     term = terms.over(path, on_demand=area)
-    make = shown(make, f"sdeint {scheme.name}", times[-1] - times[0]) if progress else make
+    make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], terms.state_of)
+    if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
+        restarts = default_restarts(scheme)
     problem = prepare(term, x0, None, (times[0], times[1]), terms.owners(sde), scheme, make, gradient, restarts)
     if isinstance(problem.term, Noisy):  # random numbers are fixed while a value is made: none may be drawn later
         term.on_demand = False

@@ -1,0 +1,119 @@
+"""Speed of `sdeint` against torchsde, side by side in one process: `python docs/benchmarks/sde_speed.py`.
+
+A training gradient of a diagonal Stratonovich SDE (batch 64, state 4, width 32, 100 steps, float32, one thread) with
+reversible Heun, in milliseconds: the median over rounds in which all contenders take turns. "Bare field" is the
+evaluations alone: 101 of f and g without a graph, and 101 with their vector-Jacobian products.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torchsde
+from torch import Tensor, nn
+
+from revsolve import BrownianPath, sdeint
+
+BATCH, STATE, WIDTH, STEPS = 64, 4, 32, 100
+ROUNDS = 40
+
+
+class NeuralSDE(nn.Module):
+    noise_type, sde_type = "diagonal", "stratonovich"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drift = nn.Sequential(nn.Linear(STATE, WIDTH), nn.Tanh(), nn.Linear(WIDTH, STATE))
+        self.diffusion = nn.Sequential(nn.Linear(STATE, WIDTH), nn.Tanh(), nn.Linear(WIDTH, STATE), nn.Sigmoid())
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.drift(y)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.diffusion(y)
+
+
+def ours(sde: NeuralSDE, y0: Tensor, ts: Tensor, **settings: object) -> None:
+    sdeint(sde, y0, ts, dt=1 / STEPS, **settings)[-1].square().mean().backward()
+
+
+def torchsde_adjoint(sde: NeuralSDE, y0: Tensor, ts: Tensor) -> None:
+    bm = torchsde.BrownianInterval(0.0, 1.0, (BATCH, STATE), dt=1 / STEPS)
+    method = {"method": "reversible_heun", "adjoint_method": "adjoint_reversible_heun"}
+    torchsde.sdeint_adjoint(sde, y0, ts, bm=bm, dt=1 / STEPS, **method)[-1].square().mean().backward()
+
+
+def bare_field(sde: NeuralSDE, y0: Tensor, ts: Tensor) -> None:
+    y, t, parameters = y0.detach(), ts[0], list(sde.parameters())
+    with torch.no_grad():
+        for _ in range(STEPS + 1):
+            sde.f(t, y), sde.g(t, y)
+    ones = torch.ones_like(y)
+    for _ in range(STEPS + 1):
+        leaf = y.detach().requires_grad_()
+        torch.autograd.grad((sde.f(t, leaf), sde.g(t, leaf)), (leaf, *parameters), (ones, ones))
+
+
+def brownian_sweep(path: Callable[[float, float], Tensor], knots: list[float]) -> None:
+    for a, b in pairwise(knots):
+        path(a, b)
+    for a, b in pairwise(knots):
+        path(b, a)
+
+
+def randn_sweep() -> None:
+    for _ in range(2 * STEPS):
+        torch.randn(BATCH, STATE)
+
+
+def new_path() -> BrownianPath:
+    return BrownianPath(0.0, 1.0, (BATCH, STATE), grid=[n / STEPS for n in range(STEPS + 1)])
+
+
+def milliseconds(contenders: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median time of each; they take turns, so that a busy moment of the machine hits all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sde, ts = NeuralSDE(), torch.tensor([0.0, 1.0])
+    y0 = torch.randn(BATCH, STATE, requires_grad=True)
+    knots = [n / STEPS for n in range(STEPS + 1)]
+    gradients = milliseconds(
+        {
+            "revsolve reversible_heun": lambda: ours(sde, y0, ts),
+            "revsolve reversible_heun, restarts=32": lambda: ours(sde, y0, ts, restarts=32),
+            "revsolve reversible_heun, direct": lambda: ours(sde, y0, ts, gradient="direct"),
+            "torchsde sdeint_adjoint": lambda: torchsde_adjoint(sde, y0, ts),
+            "bare field": lambda: bare_field(sde, y0, ts),
+        }
+    )
+    noise = milliseconds(
+        {"BrownianPath": lambda: brownian_sweep(new_path(), knots), "torch.randn": randn_sweep}, 5 * ROUNDS
+    )
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, one thread\n")
+    print("| training gradient | ms | / torchsde | / bare field |\n|---|---|---|---|")
+    for name, ms in gradients.items():
+        print(
+            f"| {name} | {ms:.1f} | {ms / gradients['torchsde sdeint_adjoint']:.2f} | {ms / gradients['bare field']:.2f} |"
+        )
+    print("\n| 2 x 100 increments, forward then backward | ms | / randn |\n|---|---|---|")
+    for name, ms in noise.items():
+        print(f"| {name} | {ms:.2f} | {ms / noise['torch.randn']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

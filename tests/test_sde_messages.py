@@ -1,0 +1,152 @@
+"""What is wrong is said at the door, with the values and what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchsde
+
+from revsolve import SDE, BrownianPath, Tableau, sde_method_names, sdeint
+from tests.sde_problems import NeuralSDE
+
+Y0 = torch.zeros(4, 3)
+
+
+def decay(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return -y
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[..., torch.Tensor]:
+    return lambda t, y: torch.ones(shape, dtype=dtype)
+
+
+def path(*size: int, end: float = 1.0, **settings: Any) -> BrownianPath:
+    return BrownianPath(0.0, end, size, seed=0, **settings)
+
+
+DIAGONAL = SDE(decay, ones(4, 3))
+ADDITIVE = SDE(decay, ones(4, 3, 2), "additive")
+GENERAL = SDE(decay, ones(4, 3, 2), "general")
+HALF = Tableau(a=((),), b=(1.0,), c=(0.0,), order=1, name="half")
+
+WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
+    ("zero dt", {"dt": 0.0}, r"dt must be positive and finite, but it is 0.0"),
+    ("negative dt", {"dt": -0.1}, r"dt must be positive and finite, but it is -0.1"),
+    ("zero dt_min", {"dt_min": 0.0}, "dt_min must be positive"),
+    ("dt_min above dt", {"dt": 1e-3, "dt_min": 1e-2, "adaptive": True}, "dt_min = 0.01 is larger than the first step"),
+    ("decreasing ts", {"ts": [1.0, 0.0]}, r"ts must increase, but it runs from 1.0 to 0.0"),
+    ("repeated ts", {"ts": [0.0, 0.5, 0.5]}, r"ts\[2\] = 0.5 follows ts\[1\] = 0.5: drop"),
+    ("ts with gradient", {"ts": torch.tensor([0.0, 1.0], requires_grad=True)}, "no derivative in time: pass ts.detach"),
+    ("scalar state", {"y0": torch.zeros(())}, r"y0 has shape \(\), but a state of shape"),
+    ("shape of the drift", {"sde": SDE(ones(4, 2), ones(4, 3))}, r"drift must have shape \(4, 3\).*not \(4, 2\)"),
+    (
+        "shape of diagonal noise",
+        {"sde": SDE(decay, ones(4, 3, 2))},
+        r"diffusion \(diagonal noise\) must have shape \(4, 3\)",
+    ),
+    (
+        "shape of general noise",
+        {"sde": SDE(decay, ones(4, 3), "general")},
+        r"must have shape \(4, 3, 3\).*not \(4, 3\)",
+    ),
+    (
+        "shape of scalar noise",
+        {"sde": SDE(decay, ones(4, 3, 2), "scalar")},
+        "scalar noise has one channel, but g returned",
+    ),
+    ("size of bm", {"bm": path(4, 2)}, r"bm has shape \(4, 2\), but this SDE needs \(4, 3\)"),
+    ("dtype of bm", {"bm": path(4, 3, dtype=torch.float64)}, "bm is of torch.float64 .* but y0 of torch.float32"),
+    ("interval of bm", {"bm": path(4, 3, end=0.5)}, r"at t = 1.0, outside the path's interval \[0.0, 0.5\]"),
+    ("torchsde's interval", {"bm": torchsde.BrownianInterval(0.0, 0.5, (4, 3))}, r"interval \[0.0, 0.5\]"),
+    ("bm without area", {"bm": path(4, 3), "method": "rev_slowrk"}, 'levy_area="space-time"'),
+    ("rev_euler", {"method": "rev_euler"}, "inconsistent for diagonal noise.*Use 'rev_heun2'"),
+    ("euler for Stratonovich", {"method": "euler"}, "converges to the Ito solution, but sde_type is 'stratonovich'"),
+    ("a tableau of order 1", {"method": HALF}, "converges to the Ito solution"),
+    ("a velocity", {"method": "alf"}, "keeps a velocity, and Brownian motion has none"),
+    ("leapfrog", {"method": "leapfrog"}, "keeps a velocity"),
+    ("a composition", {"method": "reversible_heun4"}, "composes substeps to raise the order for smooth drivers"),
+    ("shark for diagonal noise", {"method": "rev_shark"}, "is for additive noise, but noise_type is 'diagonal'"),
+    ("a method of torchsde", {"method": "srk"}, "method 'srk' does not exist here: 'rev_shark'"),
+    ("an unknown method", {"method": "reversible_hein"}, "did you mean 'reversible_heun'"),
+    ("an unknown option", {"options": {"saftey": 0.5}, "adaptive": True}, "did you mean 'safety'"),
+    ("an adaptive option", {"options": {"safety": 0.5}}, "pass adaptive=True"),
+    ("first_step", {"options": {"first_step": 0.5}, "adaptive": True}, "is the argument dt of sdeint"),
+    ("no error estimate", {"method": "rev_midpoint", "adaptive": True}, "'rev_midpoint' has no error estimate"),
+    ("no prior", {"logqp": True}, r"logqp needs the drift of a prior"),
+    ("unknown key of names", {"names": {"drfit": "f"}}, "unknown key 'drfit'"),
+    ("unknown name", {"names": {"drift": "pull"}}, "the drift is called 'pull', but the SDE has none such"),
+    ("gradient", {"gradient": "adjoint"}, "gradient must be one of"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [case[1:] for case in WRONG_VALUES], ids=[case[0] for case in WRONG_VALUES]
+)
+def test_wrong_values(changes: dict[str, Any], message: str) -> None:
+    arguments = {"sde": DIAGONAL, "y0": Y0, "ts": [0.0, 1.0], "dt": 0.25, **changes}
+    with pytest.raises(ValueError, match=message):
+        sdeint(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y0": [0.0]}, "y0 must be a tensor, but it is a list"),
+        ({"y0": torch.zeros(4, 3, dtype=torch.int64)}, "real and floating point, but it has dtype torch.int64"),
+        ({"y0": torch.zeros(4, 3, dtype=torch.complex64)}, "real and floating point"),
+        ({"sde": SDE(decay, ones(4, 3, dtype=torch.float64))}, "must have the dtype of y0, torch.float32"),
+        ({"sde": (decay, 1.0)}, "a tuple must hold two functions"),
+        ({"bm": 3}, "bm is a int without"),
+    ],
+)
+def test_wrong_types(changes: dict[str, Any], message: str) -> None:
+    arguments = {"sde": DIAGONAL, "y0": Y0, "ts": [0.0, 1.0], "dt": 0.25, **changes}
+    with pytest.raises(TypeError, match=message):
+        sdeint(**arguments)
+
+
+class Bare:
+    """An object with some attributes of an SDE."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("sde", "message"),
+    [
+        (Bare(f=decay, g=decay), "needs a noise_type of 'diagonal'.*it has no noise_type"),
+        (Bare(f=decay, g=decay, noise_type="diagonal"), "needs a sde_type of 'ito'"),
+        (Bare(f=decay, g=decay, noise_type="diag", sde_type="ito"), "noise_type is 'diag'"),
+        (Bare(f=decay, noise_type="diagonal", sde_type="ito"), "needs a drift and a diffusion"),
+        (
+            Bare(f=decay, g_prod=lambda t, y, v: y, noise_type="general", sde_type="ito"),
+            "number of noise channels is not known from g_prod alone: pass bm",
+        ),
+    ],
+)
+def test_objects_that_are_no_sde(sde: Bare, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sdeint(sde, Y0, [0.0, 1.0], dt=0.25)
+
+
+@pytest.mark.parametrize("method", sde_method_names())
+def test_every_name_solves_an_additive_sde(method: str) -> None:
+    assert sdeint(ADDITIVE, Y0, [0.0, 0.5], dt=0.25, method=method).shape == (2, 4, 3)
+
+
+def test_a_field_that_is_not_finite_is_named() -> None:
+    sde = SDE(lambda t, y: torch.where(y < 0.5, 1.0, torch.nan), lambda t, y: torch.zeros_like(y), sde_type="ito")
+    with pytest.raises(RuntimeError, match=r"the field returned NaN at t = 0\.5"):
+        sdeint(sde, Y0, [0.0, 1.0], dt=0.25, method="euler")
+
+
+def test_a_state_that_explodes_is_named() -> None:
+    sde = SDE(lambda t, y: -(y**3), lambda t, y: torch.ones_like(y))
+    with pytest.raises(RuntimeError, match="lower dt"):
+        sdeint(sde, Y0 + 1e12, [0.0, 1.0], dt=0.5, method="heun2")
+
+
+def test_neural_sde_without_area_is_fine_where_none_is_needed() -> None:
+    assert sdeint(NeuralSDE("general"), Y0, [0.0, 1.0], bm=path(4, 2), dt=0.25).shape == (2, 4, 3)
