@@ -6,6 +6,7 @@ from revsolve.core.restarts import Restarts
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.equilibrium import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
 from revsolve.ode import odeint, odeint_event
+from revsolve.progress import AcceptedStep
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import Tableau
@@ -14,6 +15,7 @@ from revsolve.solution import Solution
 
 __all__ = [
     "SDE",
+    "AcceptedStep",
     "BrownianPath",
     "ConvergenceWarning",
     "FixedPoint",

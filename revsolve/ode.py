@@ -21,6 +21,7 @@ from revsolve.field_term import FieldTerm, time_shift
 from revsolve.packing import Packing
 from revsolve.per_sample import TimesOfEach, check_times_of_each, steps_for_each
 from revsolve.problem import check_times, prepare
+from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 from revsolve.steps import Tolerances, choose_steps, explain, scheme_and_options
@@ -40,6 +41,8 @@ def odeint(
     restarts: Any = "auto",
     full_output: bool = False,
     event_fn: Callable[..., Any] | None = None,
+    progress: bool = False,
+    callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
     """Solve `dy/dt = func(t, y, *args)` from `y(t[0]) = y0`, with exact gradients of the discrete solve.
 
@@ -65,6 +68,9 @@ def odeint(
         event_fn: solve from t[0] in the direction of t[1], which need not be reached, until a component of the tensor
             `event_fn(t, y)` crosses zero. A zero at t[0] does not count, nor does one that is left again within a step.
 
+        progress: show a progress bar.
+        callback: called with an `AcceptedStep` after every accepted step.
+
     Returns:
         The states at the times t: like y0, with a leading dimension T. With event_fn, the time of the event, and the two states
         at t[0] and then.
@@ -83,7 +89,7 @@ def odeint(
     """
     known = EVENT_OPTIONS if event_fn is not None else ("dense",)
     solve_options = scheme_and_options(method, options, known)
-    equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts)
+    equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback)
     if event_fn is not None:
         return equation.until_event(t, event_fn, full_output)
     if isinstance(t, Tensor) and t.ndim == 2:
@@ -165,6 +171,8 @@ class _Equation:
     tolerances: Tolerances
     gradient: str | None
     restarts: Any
+    progress: bool
+    callback: Callable[[AcceptedStep], Any] | None
 
     def __post_init__(self) -> None:
         if not callable(self.func):
@@ -175,9 +183,17 @@ class _Equation:
         self.x0 = self.packing.pack(self.y0)
 
     def problem(
-        self, term: Term, times: list[float], make: Callable[[], Stepper], moving: Tensor | None = None
+        self,
+        term: Term,
+        times: list[float],
+        make: Callable[[], Stepper],
+        moving: Tensor | None = None,
+        open_ended: bool = False,
     ) -> Problem:
         span = (times[0], times[1] if len(times) > 1 else times[0] + 1.0)
+        length = None if open_ended else abs(times[-1] - times[0])
+        name = f"odeint {self.scheme.name}"
+        make = watched(make, self.progress, self.callback, name, length, self.packing.unpack)
         owners = (self.func, self.arguments)
         problem = prepare(term, self.x0, moving, span, owners, self.scheme, make, self.gradient, self.restarts)
         problem.explain = explain(term.value)
@@ -196,7 +212,7 @@ class _Equation:
         )
         with torch.no_grad():
             make = steps_until(event, times, self.scheme, self.options, self.tolerances, term, self.x0)
-        problem = self.problem(term, times, make)
+        problem = self.problem(term, times, make, open_ended=True)
         found, states = solve_until(event, problem, self.x0)
         t = torch.as_tensor(t)
         event_t = found.to(t) if shift is None else found.to(t) + shift

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from revsolve.core.coupling import Pair
-from revsolve.core.stepper import Grid, Step, Stepper
+from revsolve.core.stepper import Step, Stepper
 
 OVER_TIME = "{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
 OPEN_ENDED = "{desc}: {n:.4g} [{elapsed}{postfix}]"
@@ -57,11 +57,7 @@ class Watched:
 
     def __init__(self, stepper: Stepper, bar: Bar | None, tell: Callable[[AcceptedStep], Any] | None) -> None:
         self.stepper, self.bar, self.tell = stepper, bar, tell
-        self.num_total, self.tolerance = stepper.num_total, stepper.tolerance
-
-    @property
-    def grid(self) -> Grid:
-        return self.stepper.grid
+        self.grid, self.num_total, self.tolerance = stepper.grid, stepper.num_total, stepper.tolerance
 
     @property
     def num_steps(self) -> int:
@@ -110,8 +106,8 @@ def watched(
     make: Callable[[], Stepper],
     progress: bool,
     callback: Callable[[AcceptedStep], Any] | None,
-    name: str,
-    length: float | None,
+    name: str = "solve",
+    length: float | None = None,
     unpack: Callable[[Tensor], Any] = lambda x: x,
 ) -> Callable[[], Stepper]:
     """Steppers as `make` makes them, with a bar where progress is wanted (`length` is the time to cover, None if not

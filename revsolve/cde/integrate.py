@@ -17,7 +17,7 @@ from revsolve.core.engine import solve
 from revsolve.drivers.control import as_control
 from revsolve.packing import Packing
 from revsolve.problem import check_times, prepare
-from revsolve.progress import shown
+from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
@@ -41,6 +41,7 @@ def cdeint(
     restarts: Any = "auto",
     full_output: bool = False,
     progress: bool = False,
+    callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
     """Solve `dz = func(t, z) dX(t)` from `z(t[0]) = z0`, with exact gradients of the discrete solve.
 
@@ -65,7 +66,8 @@ def cdeint(
         restarts: "auto", a fixed number of steps, a `Restarts`, or None (reversible methods only).
         full_output: return a `Solution` with statistics instead of the states alone. A `prod` is called anew wherever its
             values are used, which the statistics do not know.
-        progress: show a bar.
+        progress: show a progress bar.
+        callback: called with an `AcceptedStep` after every accepted step.
 
     Returns:
         The states at the times t, (..., T, hidden), or a tuple of such.
@@ -117,8 +119,8 @@ def cdeint(
         if moving is None:
             drive = drive.tabulated(scheme, grid, ROWS_PER_KNOT * max(len(knots), 64))
     term, owners = CDETerm(func, packing, drive), (func, *drive.tensors)
-    if progress:
-        make = shown(make, f"cdeint {scheme.name}", abs(times[-1] - times[0]))
+    length = abs(times[-1] - times[0])
+    make = watched(make, progress, callback, f"cdeint {scheme.name}", length, packing.unpack)
     gradient = "direct" if not adjoint and gradient is None else gradient
     problem = prepare(term, x0, moving, span, owners, scheme, make, gradient, restarts)
     problem.explain = explain(lambda t, x: rates.rate(t, x, control))

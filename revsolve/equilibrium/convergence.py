@@ -39,7 +39,7 @@ class Convergence:
 
     criterion: Criterion
     packing: Packing
-    report: Callable[[int, float], None] | None = None
+    report: Callable[[int, Tensor, float], None] | None = None
     trace: list[Tensor] = field(default_factory=list)  # one (2,) or (2, samples) a step: absolute, relative
     worst: list[float] = field(default_factory=list)  # the largest absolute ones
     num_steps: int = 0
@@ -63,7 +63,7 @@ class Convergence:
         if not math.isfinite(absolute):
             raise RuntimeError(f"the iteration diverges: the residual is not finite after {n} steps. {self.hint()}")
         if self.report is not None:
-            self.report(n, residual)
+            self.report(n, y, residual)
         self.content = residual <= self.criterion.tol
         if n < self.criterion.min_steps:
             return False

@@ -21,6 +21,7 @@ from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibri
 from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.packing import Packing
 from revsolve.problem import check_choice, check_options, prepare
+from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.reversible import relaxation
 
 
@@ -80,6 +81,7 @@ def fixed_point(
     on_failure: str = "warn",
     full_output: bool = False,
     progress: bool = False,
+    callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
     """The fixed point `z = f(z, *args)`, reached from z0, with the exact gradient of the iteration that was made.
 
@@ -114,6 +116,7 @@ def fixed_point(
         on_failure: "warn", "raise" or "ignore" when max_steps are not enough.
         full_output: return a `FixedPoint` instead of z alone.
         progress: show a progress bar.
+        callback: called with an `AcceptedStep` after every step; by the methods for comparison only if tol > 0.
 
     Returns:
         The last y: like z0.
@@ -134,8 +137,10 @@ def fixed_point(
     arguments = args if isinstance(args, tuple) else (args,)
     term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing)
     check_choice("method", method, ("reversible", *METHODS))
+    unpack = functools.partial(_unpacked, packing)
     bar = tqdm(total=criterion.max_steps, desc="fixed point", disable=not progress)
-    convergence = Convergence(criterion, packing, functools.partial(_show, bar) if progress else None)
+    report = functools.partial(_report, bar, None if method == "reversible" else callback, unpack)
+    convergence = Convergence(criterion, packing, report)
     x0 = packing.pack(z0)
     with bar:
         if method == "reversible":
@@ -143,7 +148,8 @@ def fixed_point(
             _refuse(method, METHODS, options=options)
             x0 = x0.to(pair_dtype_of(packing, pair_dtype))
             betas = packed_beta(beta, packing, x0)
-            y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments))
+            watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
+            y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments), watch)
         else:
             _refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
@@ -152,7 +158,7 @@ def fixed_point(
                 term, x0, betas, method, gradient or "implicit", convergence, check_options(options, OPTIONS, method)
             )
     convergence.conclude(on_failure)
-    z = packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
+    z = unpack(y)
     return _full_output(z, convergence, stats) if full_output else z
 
 
@@ -164,6 +170,7 @@ def _iterate(
     anchor_every: int | None,
     convergence: Convergence,
     owners: tuple[Any, ...],
+    watch: Callable[[Callable[[], Stepper]], Callable[[], Stepper]],
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
     stops = convergence.counts is not None and criterion.tol > 0
@@ -174,7 +181,7 @@ def _iterate(
             return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
         return UntilConverged(criterion.max_steps, convergence.observe)
 
-    problem = prepare(term, x0, None, (0.0, 0.0), (*owners, beta), scheme, stepper, gradient, None)
+    problem = prepare(term, x0, None, (0.0, 0.0), (*owners, beta), scheme, watch(stepper), gradient, None)
     if problem.gradient == "reversible":
         computed = computed_dtype(term.packing)
         problem.anchor_every = anchor_every or anchor_spacing(beta, x0.dtype, computed)
@@ -236,9 +243,23 @@ def _refuse(method: str, owners: tuple[str, ...], **given: Any) -> None:
             )
 
 
-def _show(bar: Any, n: int, residual: float) -> None:
-    bar.update(n - bar.n)
-    bar.set_postfix(residual=f"{residual:.1e}")
+def _unpacked(packing: Packing, y: Tensor) -> Any:
+    return packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
+
+
+def _report(
+    bar: Any,
+    callback: Callable[[AcceptedStep], Any] | None,
+    unpack: Callable[[Tensor], Any],
+    n: int,
+    y: Tensor,
+    residual: float,
+) -> None:
+    if not bar.disable:
+        bar.update(n - bar.n)
+        bar.set_postfix_str(f"residual={residual:.1e}", refresh=False)
+    if callback is not None:
+        callback(AcceptedStep(n, float(n), 1.0, unpack(y.detach()), 0))
 
 
 def _full_output(z: Any, convergence: Convergence, stats: Stats) -> FixedPoint:

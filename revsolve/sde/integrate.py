@@ -153,6 +153,9 @@ class _Terms:
         term = SDETerm(self.parts, path, self.like, self.shift, on_demand and not self.logqp)
         return LogRatioTerm(term, self.parts) if self.logqp else term
 
+    def state_of(self, x: Tensor) -> Tensor:
+        return x[..., :-1] if self.logqp else x
+
     def owners(self, sde: Any) -> tuple[Any, ...]:
         fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if self.logqp else None)
         return sde, *(field for field in fields if field is not None)
