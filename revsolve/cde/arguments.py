@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
@@ -10,6 +14,7 @@ from revsolve.drivers.piecewise import check_inside
 from revsolve.packing import Packing
 from revsolve.problem import check_choice
 from revsolve.schemes.increment import OneEvaluation
+from revsolve.steps import Tolerances, adapts, given
 
 FORMS = ("derivative", "increment")
 
@@ -45,18 +50,35 @@ def check_path(control: Control, packing: Packing, times: list[float], t: Tensor
             )
 
 
-def choose_form(form: str | None, scheme: Scheme, adaptive: bool) -> str:
-    """Increments for methods of order 2 that evaluate once, for more than the ends of a step they cannot resolve anyway."""
+def choose_form(
+    form: str | None, scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances
+) -> tuple[Scheme, str]:
+    """How to step, and the scheme, whose error estimate is given up with increments: it does not see what the path does within
+    a step.
+
+    By default, methods of order 2 with one evaluation take increments, for they resolve no more than the ends of a step.
+    """
     if form is None:
         once = all(isinstance(update.increment, OneEvaluation | None) for update in scheme.updates)
-        return "increment" if once and scheme.order <= 2 and not adaptive else "derivative"
+        form = "increment" if once and scheme.order <= 2 and not adapts(scheme, options, tolerances) else "derivative"
     check_choice("option form", form, FORMS)
-    if form == "increment" and adaptive:
+    if form == "derivative":
+        return scheme, form
+    if given(tolerances):
         raise ValueError(
-            "form='increment' takes fixed steps, for the error that steps would follow does not see what the path does within "
-            f"them: leave rtol and atol out and fix the steps of {scheme.name!r} (step_size), or use form='derivative'."
+            "form='increment' takes fixed steps, but rtol or atol ask for adaptive ones: leave them out, or use "
+            "form='derivative'."
         )
-    return form
+    return replace(scheme, error_order=None), form
+
+
+def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
+    """The gradient mode, which adjoint=False sets."""
+    if adjoint:
+        return gradient
+    if gradient not in (None, "direct"):
+        raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
+    return "direct"
 
 
 def refuse_kinks(control: Control, times: list[float]) -> None:

@@ -133,7 +133,7 @@ class _Recorder:
         return t
 
     def product(self, value: Time, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        self.asked.append((value, t0, t1))  # type: ignore[arg-type]
+        self.asked.append((value, t0, t1))
         return torch.zeros(()), 1.0
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, refuse_kinks
+from revsolve.cde.arguments import check_path, choose_form, choose_gradient, refuse_kinks
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
-from revsolve.cde.term import CDETerm
+from revsolve.cde.term import Deferred, cde_term, whole
 from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
 from revsolve.drivers.control import as_control
@@ -93,22 +93,20 @@ def cdeint(
     control, packing, times = as_control(X), Packing(z0, "z0"), check_times(t)
     check_path(control, packing, times, t)
     scheme, settings = scheme_and_options(method, options, ("form",))
+    scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
     adaptive = adapts(scheme, settings, (rtol, atol))
-    form = choose_form(settings.pop("form", None), scheme, adaptive)
+    if adaptive:
+        rtol, atol = (TOLERANCES[0] if rtol is None else rtol), (TOLERANCES[1] if atol is None else atol)
+        settings["jump_t"] = [*settings.get("jump_t", ()), *control.jump_times.tolist()]
     moving = t if isinstance(t, Tensor) and t.requires_grad else None
     if moving is not None and form == "derivative":
         refuse_kinks(control, times)
-    if adaptive:
-        rtol, atol = (
-            given if given is not None else usual for given, usual in zip((rtol, atol), TOLERANCES, strict=True)
-        )
-        settings["jump_t"] = [*settings.get("jump_t", ()), *control.jump_times.tolist()]
 
     drive: Drive = (Increments if form == "increment" else Slopes)(control)
     x0, knots = packing.pack(z0), control.grid_points.tolist()
     with torch.no_grad():
         construct = lambda constructor: constructor(func, z0, t)  # noqa: E731
-        rates = CDETerm(func, packing, drive)
+        rates = whole(cde_term(func, packing, Slopes(control)))
         make = choose_steps(times, scheme, settings, (rtol, atol), rates, x0, construct, knots[2:] and knots)
     if len(times) == 1:
         return _results(x0[None], packing)
@@ -118,12 +116,14 @@ def cdeint(
         span = asked_for(scheme, grid[:2])[0][1:]
         if moving is None:
             drive = drive.tabulated(scheme, grid, ROWS_PER_KNOT * max(len(knots), 64))
-    term, owners = CDETerm(func, packing, drive), (func, *drive.tensors)
+    term = cde_term(func, packing, drive, span)
     length = abs(times[-1] - times[0])
     make = watched(make, progress, callback, f"cdeint {scheme.name}", length, packing.unpack)
-    gradient = "direct" if not adjoint and gradient is None else gradient
-    problem = prepare(term, x0, moving, span, owners, scheme, make, gradient, restarts)
-    problem.explain = explain(lambda t, x: rates.rate(t, x, control))
+    gradient = choose_gradient(adjoint, gradient)
+    problem = prepare(term, x0, moving, span, (func, *drive.tensors), scheme, make, gradient, restarts)
+    problem.term = whole(term, problem.term)  # which may fix its random numbers
+    problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
+    problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
     ys = _results(solve(problem, x0, moving), packing)
     if not full_output:
         return ys

@@ -9,49 +9,76 @@ import torch
 from torch import Tensor
 
 from revsolve.cde.drive import Drive
-from revsolve.core.coupling import Time
-from revsolve.drivers.control import Control
+from revsolve.core.coupling import Scalar, Term, Time
 from revsolve.packing import Clock, Packing
 
 
-class CDETerm:
-    """The term f(t, z) dX of a lone state or a tuple of states.
+class MatrixTerm:
+    """f(t, z) dX for a field whose value is the matrix f(t, z), or one for every state of a tuple."""
 
-    A field with a method `prod(t, z, dX)` computes its product with dX itself. As dX is not known before the span is, its
-    value then stands for the place of the evaluation, and the product evaluates.
-    """
-
-    def __init__(self, func: Any, packing: Packing, drive: Drive) -> None:
+    def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive) -> None:
         self.func, self.packing, self.drive = func, packing, drive
-        self.prod: Callable[..., Any] | None = getattr(func, "prod", None)
         self.clock = Clock(packing.real_dtype, packing.device)
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Any]:
-        z = self.packing.unpack(x)
-        return (t, z) if self.prod is not None else (t, self.func(self.clock(t), z))
+        return t, self.func(self.clock(t), self.packing.unpack(x))
 
     def product(self, value: tuple[Time, Any], t0: Time, t1: Time) -> tuple[Tensor, Time]:
         t, f = value
         dx, scale = self.drive(t, t0, t1)
-        return self.along(t, f, dx), scale
+        if not self.checked:
+            check_field(self.packing, f, dx)
+            self.checked = True
+        if self.packing.lone:
+            return applied(f, dx), scale
+        return self.packing.pack([applied(*pair) for pair in zip(f, dx, strict=True)]), scale
 
-    def along(self, t: Time, f: Any, dx: Any) -> Tensor:
-        """f dX as one tensor, where f is the value of the field, or the state if that has a method `prod`."""
-        if self.prod is not None:
-            k = self.prod(self.clock(t), f, dx)
-            if not self.checked:
-                self.packing.check_like(k, "func.prod")
-        else:
-            if not self.checked:
-                check_field(self.packing, f, dx)
-            k = applied(f, dx) if self.packing.lone else [applied(*pair) for pair in zip(f, dx, strict=True)]
-        self.checked = True
-        return self.packing.pack(k)
 
-    def rate(self, t: float, x: Tensor, control: Control) -> Tensor:
-        """dz/dt at one time and state."""
-        return self.along(*self.value(t, x), control.derivative(t))
+class ProductTerm:
+    """f(t, z) dX for a field with a method `prod(t, z, dX)`; the value is the product over the `span` that was set before."""
+
+    def __init__(self, func: Any, packing: Packing, drive: Drive, span: tuple[Time, Time]) -> None:
+        self.func, self.packing, self.drive, self.span = func, packing, drive, span
+        self.clock = Clock(packing.real_dtype, packing.device)
+
+    def value(self, t: Time, x: Tensor) -> tuple[Tensor, Time]:
+        dx, scale = self.drive(t, *self.span)
+        k = self.func.prod(self.clock(t), self.packing.unpack(x), dx)
+        self.packing.check_like(k, "func.prod")
+        return self.packing.pack(k), scale
+
+    def product(self, value: tuple[Tensor, Time], t0: Time, t1: Time) -> tuple[Tensor, Time]:
+        return value
+
+
+class Deferred:
+    """A term that evaluates only when the span is known: its value is the place of the evaluation.
+
+    `term` is `products`, or that with its random numbers fixed.
+    """
+
+    def __init__(self, term: Term, products: ProductTerm) -> None:
+        self.term, self.products = term, products
+
+    def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
+        return t, x
+
+    def product(self, value: tuple[Time, Tensor], t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
+        self.products.span = (t0, t1)
+        return self.term.product(self.term.value(*value), t0, t1)
+
+
+def cde_term(
+    func: Any, packing: Packing, drive: Drive, span: tuple[Time, Time] = (0.0, 0.0)
+) -> MatrixTerm | ProductTerm:
+    """The term of the field: its own products where it has them, first over `span`."""
+    return ProductTerm(func, packing, drive, span) if hasattr(func, "prod") else MatrixTerm(func, packing, drive)
+
+
+def whole(term: MatrixTerm | ProductTerm, prepared: Term | None = None) -> Term:
+    """The term to solve with, given `term` as it was prepared for the engine."""
+    return Deferred(prepared or term, term) if isinstance(term, ProductTerm) else prepared or term
 
 
 def applied(f: Tensor, dx: Tensor) -> Tensor:
