@@ -24,7 +24,7 @@ class AcceptedStep:
         number: steps accepted so far. It goes back where steps are taken again from a restart.
         t: the time reached, in the unit of the field; for fixed points the number of the step.
         h: the length of the step, negative backwards in time.
-        y: the state there, like y0; detached.
+        y: the state there, shaped like y0; detached.
         num_rejected: steps rejected or taken again so far.
     """
 
