@@ -105,7 +105,8 @@ def _check_leaf(leaf: Any, name: str) -> None:
 
 
 def _flat(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
+    # view_as_real would need even offsets of the gradient, which a slice of the vector's may not have
+    return (torch.stack((leaf.real, leaf.imag), -1) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
 
 
 def _autocast(device: torch.device) -> bool:
