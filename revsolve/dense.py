@@ -73,7 +73,7 @@ class Dense:
             for j in range(self.num_knots)
         )
         assert isinstance(total, Tensor)
-        return self.packing.unpack(total.view(*t.shape, *self.states.shape[1:]))
+        return self.packing.unpack(total.reshape((*t.shape, *self.states.shape[1:])))
 
     def _knots(self, s: Tensor) -> Tensor:
         """Which steps each time is interpolated from: those nearest to the step that it lies in."""
@@ -121,12 +121,12 @@ def _lagrange(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     basis, derivative, slopes = [], [], []
     for j in range(k):
         others = [m for m in range(k) if m != j]
-        inverse = 1 / (nodes[:, j, None] - nodes[:, others])
-        factors = (s - nodes[:, others]) * inverse
+        gaps = nodes[:, j, None] - nodes[:, others]
+        factors = (s - nodes[:, others]) / gaps  # exactly 1 where s is the knot
         rest = torch.stack([factors[:, [i for i in range(k - 1) if i != m]].prod(1) for m in range(k - 1)], 1)
         basis.append(factors.prod(1))
-        derivative.append((inverse * rest).sum(1))
-        slopes.append(inverse.sum(1))
+        derivative.append((rest / gaps).sum(1))
+        slopes.append((1 / gaps).sum(1))
     return torch.stack(basis, 1), torch.stack(derivative, 1), torch.stack(slopes, 1)
 
 

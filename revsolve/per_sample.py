@@ -74,10 +74,13 @@ def steps_for_each(
             raise ValueError(
                 f"option {name!r} has no meaning where each sample has times of its own: use step_size or rtol."
             )
-    if any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
+    if scheme.staggered or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
+        fault = (
+            "carries a velocity from step to step" if scheme.staggered else "evaluates the field outside of its steps"
+        )
         raise ValueError(
-            f"{scheme.name!r} evaluates the field outside of its steps, which times of each sample do not allow: use another "
-            "method, 'rev_rk4' say."
+            f"{scheme.name!r} {fault}, but with times of each sample's own the speed of time changes at every output: use "
+            "another method, 'rev_rk4' say."
         )
     times = [float(i) for i in range(len(t))]
     step_size = options.get("step_size")
