@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from revsolve.cde import cdeint
 from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.drivers.log_ode import LogODEField
-from revsolve.drivers.logsignature import LogSignaturePath, lyndon_words
+from revsolve.drivers.logsignature import LogSignaturePath
 from tests.equations import loss_of
 
 BATCH, LENGTH, CHANNELS, HIDDEN = 2, 7, 3, 4
 KNOTS = torch.tensor([0.0, 0.7, 1.0, 1.6, 2.5, 2.6, 3.5], dtype=torch.float64)
+WINDOWS = KNOTS[[0, 2, 4, 6]]
 FORWARD = (0.0, 0.9, 2.5 - 0.125, 3.5)
 BACKWARD = (3.5, 2.0, 1.2, 0.0)
 
@@ -96,15 +97,11 @@ def gradients_of(zs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(inputs, found, strict=True))
 
 
-def log_ode(depth: int, x: Tensor, func: Callable[..., Tensor]) -> tuple[LogSignaturePath, LogODEField]:
-    """Path and field of the log-ODE method over windows of about two knots."""
-    return LogSignaturePath(x, depth, torch.tensor([0.0, 1.0, 2.5, 3.5], dtype=x.dtype), KNOTS), LogODEField(
-        func, depth
-    )
-
-
-def num_words(depth: int) -> int:
-    return len(lyndon_words(CHANNELS, depth))
+def log_ode(
+    depth: int, x: Tensor, func: Callable[..., Tensor], t: Tensor = KNOTS, windows: Tensor = WINDOWS
+) -> tuple[LogSignaturePath, LogODEField]:
+    """Path and field of the log-ODE method."""
+    return LogSignaturePath(x, depth, windows, t), LogODEField(func, depth)
 
 
 def random_walk(length: int, channels: int, batch: int = 16) -> Tensor:

@@ -151,11 +151,11 @@ class PiecewisePath(Control):
         # Plain numbers are looked up in double precision, as in `_locate`, whatever the precision of the knots.
         times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)
         knots = self._knots.to(times.device, torch.promote_types(self._knots.dtype, times.dtype))
-        where = times.detach().to(knots.dtype)
+        where = times.detach().to(knots.dtype).contiguous()
         if where.device.type == "cpu":
             low, high = where.aminmax()
             check_inside(float(low), float(high), self._ends, self._knots, times)
-        inner = knots.detach()[1:-1]
+        inner = knots.detach()[1:-1].contiguous()
         pieces = torch.bucketize(where, inner)
         if spans is not None:
             one, other = (torch.as_tensor(end, dtype=where.dtype, device=where.device).detach() for end in spans)
