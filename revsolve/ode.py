@@ -128,6 +128,9 @@ def odeint_event(
 ) -> tuple[Tensor, Any]:
     """Solve from t0 until `event_fn(t, y)` crosses zero; called like the function of this name in torchdiffeq.
 
+    Event times as differentiable functions follow Chen, Amos & Nickel (2021, arXiv 2011.03902), here with the derivative of the
+    discrete solve.
+
     Args:
         func, y0: as in `odeint`.
         t0: the initial time, a tensor with one number.

@@ -1,5 +1,6 @@
 """Draws every figure of the documentation anew: `python docs/figures/draw.py`."""
 
+import bouncing_ball
 import diagrams
 import plots
 
@@ -8,5 +9,6 @@ if __name__ == "__main__":
     plots.parasitic_growth()
     plots.reconstruction()
     plots.memory_and_stability()
+    bouncing_ball.bouncing_ball()
     diagrams.layers()
     diagrams.choice()
