@@ -78,5 +78,5 @@ def gradients(door: Callable[..., Any], field: nn.Module, y0: Tensor, **settings
 
 def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The relative difference of all together: some may be zero but for rounding, a bias before a normalisation say."""
-    a, b = (torch.cat([x.reshape(-1) for x in tensors]) for tensors in (found, wanted))
+    a, b = (torch.cat([x.detach().reshape(-1) for x in tensors]) for tensors in (found, wanted))
     return float((a - b).norm() / b.norm())
