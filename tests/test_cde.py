@@ -104,6 +104,7 @@ def test_increments_miss_nothing_of_the_path(method: str) -> None:
     torch.testing.assert_close(zs[:, -1], wanted, rtol=1e-13, atol=1e-13)
 
 
+@torch.no_grad()
 def test_log_ode_of_depth_2_is_more_accurate_on_a_rough_path() -> None:
     x, matrix, z0 = random_walk(257, 2), MatrixField(2, 3).map, torch.ones(16, 3, dtype=torch.float64)
 
