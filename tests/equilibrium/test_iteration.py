@@ -192,3 +192,35 @@ def test_beta_1_is_possible_where_nothing_is_undone() -> None:
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     fixed_point(Dense(), torch.zeros(2, 6), args=torch.randn(2, 6), progress=True)
     assert "residual=" in capsys.readouterr().err
+
+
+def rotation(size: float) -> Tensor:
+    return size * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.8, 1.5])
+@pytest.mark.parametrize(
+    "jacobian",
+    [
+        lambda beta: 0.95 * torch.eye(2),
+        lambda beta: -0.95 * torch.eye(2),
+        lambda beta: rotation(0.95 * (2 - beta) / beta),
+    ],
+    ids=["positive", "negative", "rotation"],
+)
+def test_where_it_converges(jacobian: Any, beta: float) -> None:
+    map_ = jacobian(beta)
+    z = fixed_point(lambda z: map_ @ z + 1, torch.ones(2), beta=beta, tol=1e-9, max_steps=3000)
+    torch.testing.assert_close(z, torch.linalg.solve(torch.eye(2) - map_, torch.ones(2)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.8, 1.5])
+@pytest.mark.parametrize(
+    "jacobian",
+    [lambda beta: 1.1 * torch.eye(2), lambda beta: -1.1 * torch.eye(2), lambda beta: rotation(1.1 * (2 - beta) / beta)],
+    ids=["positive", "negative", "rotation"],
+)
+def test_where_it_diverges(jacobian: Any, beta: float) -> None:
+    map_ = jacobian(beta)
+    with pytest.raises(RuntimeError, match="diverges"):
+        fixed_point(lambda z: map_ @ z + 1, torch.ones(2), beta=beta, tol=1e-9, max_steps=3000)
