@@ -135,6 +135,8 @@ class Tape:
         self.tensors = tuple(tensors)
         self.audit = audit
         self.audit_due = True
+        self.looks: set[tuple[Any, ...]] = set()
+        self.num_nodes = 0
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
@@ -168,16 +170,26 @@ class Tape:
         """Take the vector-Jacobian products of all that was recorded, and add them up."""
         if self.outputs:
             assert self.member is not None and self.leaf is not None
-            if self.audit_due:
-                self.audit(self.outputs, (self.leaf, *self.times, *self.tensors))
-                self.audit_due = False
             inputs = (self.leaf, *self.times, *self.tensors)
             got = torch.autograd.grad(self.outputs, inputs, self.cotangents, allow_unused=True)
+            if self._looks_new(got) or self.audit_due:
+                self.audit(self.outputs, inputs)
+                self.audit_due = False
             grads[self.member] = accumulate(grads[self.member], got[0])
             for time, grad in zip(self.times, got[1:], strict=False):
                 self.times[time] = accumulate(self.times[time], grad)
             self.add_up(got[1 + len(self.times) :])
         self._forget()
+
+    def _looks_new(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
+        node = self.outputs[-1].grad_fn
+        latest = 0 if node is None else node._sequence_nr()
+        look = (latest - self.num_nodes, *(grad is None for grad in grads))
+        self.num_nodes = latest
+        new = look not in self.looks
+        self.looks.add(look)
+        return new
 
     def add_up(self, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of `tensors` to their sums."""
