@@ -48,6 +48,7 @@ class Dense:
         assert problem.grid is not None
         self.term, self.buffers, self.packing = problem.term, problem.buffers or nullcontext(), packing
         self.states, self.shift = states, shift
+        self.keeps_rates = problem.values_hidden  # torch.func transforms know no saved-tensor hooks
         self.steps = problem.grid.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
         self.num_knots = min(max(2, (problem.scheme.order + 3) // 2), len(self.steps))
@@ -93,7 +94,7 @@ class Dense:
 
     def _rate(self, i: int) -> Tensor:
         """The field at a step, evaluated again for its gradient instead of kept."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.keeps_rates:
             return checkpoint(self._value, self.steps[i], self.states[i], use_reentrant=False)
         return self._value(self.steps[i], self.states[i])
 

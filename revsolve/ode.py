@@ -20,7 +20,7 @@ from revsolve.events import solve_until
 from revsolve.field_term import FieldTerm, time_shift
 from revsolve.packing import Packing
 from revsolve.per_sample import TimesOfEach, check_times_of_each, steps_for_each
-from revsolve.problem import check_times, prepare
+from revsolve.problem import check_times, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
@@ -204,6 +204,11 @@ class _Equation:
 
     def until_event(self, t: Tensor, event_fn: Callable[..., Any], full_output: bool) -> tuple[Tensor, Any]:
         """The time of the event, and what `odeint` returns for the times t[0] and then."""
+        if values_hidden():
+            raise RuntimeError(
+                "an event is found by looking at numbers, which torch.func transforms and torch.compile hide: differentiate with "
+                "torch.autograd (gradient='direct' for higher derivatives), and solve outside of what is compiled."
+            )
         times, shift = check_times(t), time_shift(t)
         if shift is not None and self.options.get("jump_t"):
             raise ValueError(

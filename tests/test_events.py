@@ -163,6 +163,14 @@ def test_higher_derivatives_of_other_gradients_raise() -> None:
         torch.autograd.grad(fall(inputs, **FIXED)[0], inputs["height"], create_graph=True)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_that_hide_numbers_are_refused(transform: Callable[..., Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"differentiate with torch\.autograd"):
+        transform(lambda y: odeint(cosine, y, torch.tensor([0.0, 1.0]), event_fn=lambda t, y: y[0], **FIXED)[0])(
+            start()[None][0]
+        )
+
+
 def cosine(t: Tensor, y: Tensor) -> Tensor:
     return torch.stack([y[1], -y[0]])
 
