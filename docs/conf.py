@@ -1,8 +1,10 @@
 """Sphinx configuration. `make docs` builds with -W: a warning is an error."""
 
+import re
 import shutil
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 
@@ -19,7 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "figures"]
 
 # Docstrings write code in single backquotes.
 default_role = "code"
@@ -54,3 +56,19 @@ def copy_notebooks(source: Path, target: Path) -> None:
 
 
 copy_notebooks(DOCS.parent / "notebooks", DOCS / "notebooks")
+
+
+def take_literally(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """In docstrings | and * mean themselves, as in ||z - f(z)|| and (T, *y0.shape); code and examples are left alone."""
+    example = False
+    for i, line in enumerate(lines):
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if not example:
+            parts = re.split(r"(`[^`]*`)", line)
+            parts[::2] = [re.sub(r"(?<!\\)([|*])", r"\\\1", part) for part in parts[::2]]
+            lines[i] = "".join(parts)
+
+
+def setup(app: Any) -> None:
+    # before napoleon, whose own markup needs its stars
+    app.connect("autodoc-process-docstring", take_literally, priority=100)

@@ -19,7 +19,7 @@ class Box:
     width: float = 2.6
     height: float = 0.8
 
-    def draw(self, axes: plt.Axes, size: float = 9.0) -> None:
+    def draw(self, axes: plt.Axes, size: float = 10.5) -> None:
         corner = (self.x - self.width / 2, self.y - self.height / 2)
         frame = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.5, "facecolor": "none"}
         axes.add_patch(FancyBboxPatch(corner, self.width, self.height, edgecolor=self.colour, **frame))
@@ -32,7 +32,7 @@ def arrow(
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.2})
     if label:
         x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-        axes.text(x + dx, y, label, fontsize=8.5, va="center", ha="left" if dx > 0 else "right", style="italic")
+        axes.text(x + dx, y, label, fontsize=9.5, va="center", ha="left" if dx > 0 else "right", style="italic")
 
 
 def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
@@ -73,29 +73,29 @@ def layers() -> None:
 
 def choice() -> None:
     """Four questions, each with the method and gradient mode that answer it."""
-    figure, axes = canvas(11.6, 9.4)
-    left, right = 2.9, 8.3
+    figure, axes = canvas(11.0, 8.0)
+    left, right = 2.7, 8.4
     questions = [
-        (8.6, "Does backpropagation through\nall steps fit in memory?"),
-        (6.6, "Do about 2 sqrt(N) states fit, and the\ntape of sqrt(N) steps?"),
-        (4.6, "Noise, or a rough path, or is\norder 2 enough?"),
+        (7.4, "Does backpropagation through\nall steps fit in memory?"),
+        (5.8, "Do about 2 sqrt(N) states fit, and the\ntape of sqrt(N) steps?"),
+        (4.2, "Noise, or a rough path, or is\norder 2 enough?"),
         (2.6, "Adaptive steps?"),
     ]
     answers = [
-        (8.6, "yes", 'method="dopri5" or "rk4"\ngradient="direct"', ORANGE),
-        (6.6, "yes", 'the same methods\ngradient="checkpoint" (their default)', GREEN),
-        (4.6, "yes", '"reversible_heun"\none evaluation a step', BLUE),
+        (7.4, "yes", 'method="dopri5" or "rk4"\ngradient="direct"', ORANGE),
+        (5.8, "yes", 'the same methods\ngradient="checkpoint" (their default)', GREEN),
+        (4.2, "yes", '"reversible_heun"\none evaluation a step', BLUE),
         (2.6, "yes", '"rev_dopri5" or "rev_tsit5", with\nrtol and atol', BLUE),
     ]
     for y, text in questions:
-        Box(left, y, text, INK, 4.9, 1.0).draw(axes)
+        Box(left, y, text, INK, 5.1, 1.05).draw(axes)
     for y, label, text, colour in answers:
-        Box(right, y, text, colour, 4.6, 1.0).draw(axes)
-        arrow(axes, (left + 2.45, y), (right - 2.3, y))
-        axes.text((left + right + 0.15) / 2, y + 0.12, label, fontsize=8.5, ha="center", style="italic")
+        Box(right, y, text, colour, 4.9, 1.05).draw(axes)
+        arrow(axes, (left + 2.55, y), (right - 2.45, y))
+        axes.text((left + right + 0.15) / 2, y + 0.12, label, fontsize=9.5, ha="center", style="italic")
     for (y0, _), (y1, _) in itertools.pairwise(questions):
         arrow(axes, (left, y0 - 0.5), (left, y1 + 0.5), "no")
-    arrow(axes, (left, 2.1), (left, 1.1), "no")
-    Box(left, 0.6, '"rev_rk4"; or "alf4", where long\nsteps are accurate enough', BLUE, 4.9, 1.0).draw(axes)
-    Box(right, 0.6, 'blue: gradient="reversible" (their default)\nrestarts stay on', BLUE, 4.6, 1.0).draw(axes)
+    arrow(axes, (left, 2.1), (left, 1.15), "no")
+    Box(left, 0.6, '"rev_rk4"; or "alf4", where long\nsteps are accurate enough', BLUE, 5.1, 1.05).draw(axes)
+    Box(right, 0.6, 'blue: gradient="reversible" (their default)\nrestarts stay on', BLUE, 4.9, 1.05).draw(axes)
     save(figure, "choice")

@@ -30,7 +30,7 @@ def amplification(tableau: str, z: np.ndarray, coupling: float) -> np.ndarray:
 
 def stability_regions() -> None:
     """Where the pair over RK4 is stable, for four couplings; left all of it, right the strip at the negative real axis."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=[3, 4])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.9), width_ratios=[3, 4])
     for axes, (x0, x1, y0, y1) in ((left, (-3.2, 0.6, -3.2, 3.2)), (right, (-0.3, 0.02, -0.5, 0.5))):
         x, y = np.meshgrid(np.linspace(x0, x1, 301), np.linspace(y0, y1, 301))
         z = x + 1j * y
@@ -123,7 +123,7 @@ def draw_reconstruction(axes: plt.Axes, rate: float, counts: list[int]) -> None:
 
 def reconstruction() -> None:
     """Left a flow that keeps everything, so that only the coupling loses digits; right one that forgets."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7), sharey=True)
     draw_reconstruction(left, 0.0, [10, 30, 100, 300, 1000, 2000])
     left.set(ylabel="reconstruction error (float32)", title="rotation about a point")
     left.legend(loc="upper left", fontsize="x-small")
@@ -187,7 +187,7 @@ def draw_memory(axes: plt.Axes) -> None:
 
 
 def memory_and_stability() -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
     draw_memory(left)
     draw_growth(right)
     right.legend(loc="upper left", fontsize="x-small")
