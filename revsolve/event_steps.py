@@ -134,6 +134,7 @@ class UntilEvent:
             return after
         self.event.crossing = Crossing(signs, (t0, t1))
         self.stepper.rewind(n)
+        self.num_rejected = self.stepper.num_rejected
         self.grid.times.append(middle := 0.5 * (t0 + t1))
         self.grid.outputs.append(n + 1)
         self.done = True

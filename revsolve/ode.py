@@ -228,7 +228,7 @@ class _Equation:
         if not full_output:
             return event_t, ys
         assert problem.grid is not None
-        steps = [*problem.grid.times, float(found)]
+        steps = [*problem.grid.times, float(found.detach())]
         return event_t, Solution(torch.stack([t[0], event_t]), ys, problem.stats, steps)
 
     def at_times_of_each(self, t: Tensor, full_output: bool) -> Any:

@@ -307,9 +307,13 @@ def test_memory_does_not_grow_with_the_steps() -> None:
 
 def test_full_output() -> None:
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    event_t, solution = odeint(cosine, start(), t, event_fn=lambda t, y: y[0], full_output=True, **FIXED)
+    y0 = start().requires_grad_()
+    event_t, solution = odeint(cosine, y0, t, event_fn=lambda t, y: y[0], full_output=True, **FIXED)
     assert torch.equal(solution.ts, torch.stack([t[0], event_t]))
-    assert solution.times[-1] == float(event_t) and solution.stats.num_steps == len(solution.times) - 2
+    # The solve goes half into the 32nd step, which crosses and is rejected, and one more step leads to the event.
+    assert solution.times[-1] == event_t.item()
+    assert solution.times[-2] == pytest.approx(31.5 * 0.05)
+    assert (solution.stats.num_steps, solution.stats.num_rejected) == (32, 1)
 
 
 RAISES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
