@@ -1,9 +1,13 @@
 """Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
 
+from revsolve.cde import cdeint
 from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.drivers.brownian import BrownianPath
+from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
+from revsolve.drivers.log_ode import LogODEField
+from revsolve.drivers.logsignature import LogSignaturePath, logsignature
 from revsolve.equilibrium import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
 from revsolve.ode import odeint, odeint_event
 from revsolve.progress import AcceptedStep
@@ -19,6 +23,11 @@ __all__ = [
     "BrownianPath",
     "ConvergenceWarning",
     "FixedPoint",
+    "HermitePath",
+    "LinearPath",
+    "LogODEField",
+    "LogSignaturePath",
+    "NaturalCubicPath",
     "ReconstructionWarning",
     "Restarts",
     "RevDEQ",
@@ -26,8 +35,10 @@ __all__ = [
     "Stats",
     "Tableau",
     "alf",
+    "cdeint",
     "fixed_point",
     "leapfrog",
+    "logsignature",
     "method_names",
     "odeint",
     "odeint_event",

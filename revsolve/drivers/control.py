@@ -52,7 +52,8 @@ class HermitePath(PiecewisePath):
     """Cubics whose slope at a knot is that of the line arriving there: dX/dt is continuous, and no piece looks ahead.
 
     Arguments and errors are those of `LinearPath`; gaps are first bridged by lines. Where a sample ends early its path
-    stands still at once, so that dX/dt jumps there. See `interpolation.hermite` for the formula.
+    stands still at once, so that dX/dt jumps there. See `interpolation.hermite` for the formula, and Morrill, Kidger, Yang &
+    Lyons (2021, arXiv 2106.11028) for the choice of backward differences.
     """
 
     def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:
@@ -65,7 +66,8 @@ class NaturalCubicPath(PiecewisePath):
     """Natural cubic splines: the second derivative is continuous, but every piece looks at the whole series.
 
     Arguments and errors are those of `LinearPath`; each series has its knots where it was observed. Where a sample ends
-    early its spline ends and its path stands still, so that dX/dt jumps there. See `interpolation.natural`.
+    early its spline ends and its path stands still, so that dX/dt jumps there. See `interpolation.natural`, and Kidger,
+    Morrill, Foster & Lyons (2020, arXiv 2005.08926) for their use in neural CDEs.
     """
 
     def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:

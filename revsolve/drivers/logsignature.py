@@ -43,7 +43,7 @@ def standard_factors(word: Word) -> tuple[Word, Word]:
 
 
 def logsignature(x: Tensor, depth: int, *, t: Tensor | None = None, basis: Basis = "words") -> Tensor:
-    """The log-signature of the linear path through `x`, (..., len(lyndon_words(channels, depth))).
+    """The log-signature of the linear path through `x`, (..., len(lyndon_words(channels, depth))); see Reutenauer (1993).
 
     Args:
         x: points, (..., length, channels); NaN is missing and is filled linearly.
@@ -99,7 +99,7 @@ class LogSignaturePath(PiecewisePath):
 
     Channels are the Lyndon words, in coordinates of their brackets, and the knots are the windows' ends: drive a
     `LogODEField` of the same depth with it. Any scheme then solves, one window after the other,
-    dz/dt = sum_w [f_w](z) logsig_w / (length of the window).
+    dz/dt = sum_w [f_w](z) logsig_w / (length of the window), see Morrill, Salvi, Kidger & Foster (2021, arXiv 2009.08295).
 
     Args:
         x, t, lengths: observations as for `LinearPath`; time has to be one of the channels for a field to depend on it.
