@@ -54,13 +54,12 @@ class Convergence:
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
-        absolute, residual = both.reshape(2, -1).amax(1).tolist()
-        if self.criterion.residual == "absolute":
-            residual = absolute
+        absolute, relative = both.reshape(2, -1).amax(1).tolist()
+        residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n
         self.trace.append(both)
         self.worst.append(absolute)
-        if not math.isfinite(absolute):
+        if not math.isfinite(absolute + relative):
             raise RuntimeError(f"the iteration diverges: the residual is not finite after {n} steps. {self.hint()}")
         if self.report is not None:
             self.report(n, y, residual)
@@ -78,7 +77,8 @@ class Convergence:
         with torch.no_grad():
             for a, b in zip(self._leaves(y), self._leaves(value), strict=True):
                 gap, size = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, b))
-                rows.append(torch.stack([gap, gap / (SMALLEST + size)]))
+                relative = gap / (SMALLEST + size) + 0.0 * size  # NaN, not 0, where the norm of f overflows
+                rows.append(torch.stack([gap, relative]))
         return rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
 
     def latest(self) -> Tensor:
