@@ -136,6 +136,16 @@ def test_shape_follows_time_and_state() -> None:
     assert solution.evaluate(0.5)["a"][0, 0] == pytest.approx(math.exp(-0.5), abs=1e-5)
 
 
+def test_on_every_device(device: torch.device) -> None:
+    rate, t = torch.tensor(1.5, device=device, requires_grad=True), torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+    options = {"dense": True}
+    ys = odeint(lambda t, y: -rate * y, torch.ones(2, 3, device=device), t.to(device), options=options)
+    assert ys.device.type == device.type
+    slope, slope_t = torch.autograd.grad(ys[1].mean(), (rate, t))
+    assert float(slope) == pytest.approx(-0.4 * math.exp(-0.6), rel=1e-4)
+    assert slope_t.tolist() == pytest.approx([1.5 * math.exp(-0.6), -1.5 * math.exp(-0.6), 0.0], rel=1e-4, abs=1e-6)
+
+
 def test_the_field_is_evaluated_again_instead_of_kept() -> None:
     kept: dict[int, Tensor] = {}
 

@@ -234,6 +234,20 @@ def test_event_keeps_dtype_and_structure(dtype: torch.dtype) -> None:
     assert float(event_t) == pytest.approx(math.log(2), abs=2e-6 if dtype == torch.float32 else 1e-7)
 
 
+def test_on_every_device(device: torch.device) -> None:
+    rate = torch.tensor(1.5, device=device, requires_grad=True)
+    event_t, ys = odeint_event(
+        lambda t, y: -rate * y,
+        torch.ones(3, device=device),
+        torch.zeros((), device=device, requires_grad=True),
+        event_fn=lambda t, y: y - 0.5,
+        **FIXED,
+    )
+    assert event_t.device.type == ys.device.type == device.type
+    (slope,) = torch.autograd.grad(event_t, rate)
+    assert float(slope) == pytest.approx(-math.log(2) / 1.5**2, rel=1e-5)
+
+
 def test_parameters_of_the_event_function() -> None:
     surface = torch.nn.Linear(2, 1).double()
     with torch.no_grad():
