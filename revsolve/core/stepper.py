@@ -166,7 +166,7 @@ class Adaptive:
         self.targets, self.is_output = targets, is_output
         self.control, self.explain = control, explain
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
-        self.h = min(control.first_step, control.max_step)
+        self.h = max(min(control.first_step, control.max_step), control.min_step)
         self.previous = 1.0
         self.lost: float | None = None  # the end of the latest attempt whose error was not finite
         self.next_target = 1
@@ -193,7 +193,7 @@ class Adaptive:
             ratio = self._ratio(error, pair[0], after[0])
             factor = self._factor(ratio, grown)
             h = abs(t1 - t0)
-            if ratio <= 1.0 or (h <= self.control.min_step and math.isfinite(ratio)):
+            if ratio <= 1.0 or (h <= self.control.min_step * (1 + 1e-9) and math.isfinite(ratio)):
                 self.h = min(max(h * factor, self.h if lands and factor > 1 else 0.0), self.control.max_step)
                 self.h = max(self.h, self.control.min_step)
                 self.previous = max(ratio, 1e-4)
