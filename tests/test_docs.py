@@ -101,5 +101,10 @@ def test_files_on_the_page_exist(page: Path) -> None:
     assert not {path for path in named if not (ROOT / path).exists()}
 
 
+def test_every_public_name_is_on_the_api_page() -> None:
+    listed = re.findall(r"^\.\. auto\w+:: (\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == PUBLIC
+
+
 def test_citation_names_this_version() -> None:
     assert f"version: {revsolve.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
