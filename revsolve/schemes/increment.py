@@ -84,7 +84,7 @@ class FieldValue:
     def __call__(
         self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
-        k, scale = term.product(term.value(0.0, x), t0, t1)
+        k, scale = _product(term, 0.0, x, t0, t1)
         return [(scale, k)], []
 
 
