@@ -22,9 +22,9 @@ def through_odeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
     return odeint(lambda t, y: field(y), y0, t, **settings)
 
 
-def through_sdeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
+def through_sdeint(field: Field, y0: Tensor, noise: float = 0.3, **settings: Any) -> Tensor:
     t = torch.linspace(0.0, 1.0, 3)
-    return sdeint((lambda t, y: field(y), lambda t, y: 0.3 + 0.1 * y), y0, t, **{"dt": 0.1, **settings})
+    return sdeint((lambda t, y: field(y), lambda t, y: noise * (1 + 0.3 * y)), y0, t, **{"dt": 0.1, **settings})
 
 
 def through_cdeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
@@ -33,7 +33,8 @@ def through_cdeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
     path = LinearPath(data.expand(len(y0), *data.shape), t.to(y0))
     slopes = torch.tensor([1.0, -0.5], dtype=y0.dtype)
     settings = {"method": "rev_heun_euler", "options": {"step_size": 0.1}, **settings}
-    return cdeint(path, lambda t, z: field(z).unsqueeze(-1) * slopes, y0, t[[0, 5, 10]], **settings)
+    out = cdeint(path, lambda t, z: field(z).unsqueeze(-1) * slopes, y0, t[[0, 5, 10]], **settings)
+    return out.movedim(-2, 0) if isinstance(out, Tensor) else out  # times first, as the others have them
 
 
 def through_fixed_point(field: Field, y0: Tensor, **settings: Any) -> Tensor:

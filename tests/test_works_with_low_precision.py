@@ -46,6 +46,16 @@ def test_backward_runs_under_the_autocast_of_the_forward_pass(door: Any, dtype: 
 
 
 @replayed
+def test_autocast_on_every_device(device: torch.device, gradient: str) -> None:
+    net, y0 = make_net(Seen).float().to(device), make_y0(torch.float32).detach().to(device).requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = gradients(DOORS["odeint"], net, y0, gradient=gradient)
+        wanted = gradients(DOORS["odeint"], net, y0, gradient="direct")
+    assert difference(found, wanted) < ROUGH
+    assert set(net.middle[0].dtypes) == {torch.bfloat16}
+
+
+@replayed
 @every_door
 def test_backward_under_autocast_of_a_solve_without(door: Any, gradient: str) -> None:
     net = make_net(Seen).float()

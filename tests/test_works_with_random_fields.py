@@ -40,6 +40,18 @@ def test_draws_are_the_same_when_replayed(door: Any, middle: Callable[[], nn.Mod
     assert difference(gradients(door, net, y0, gradient=gradient), wanted) < EXACT
 
 
+@replayed
+def test_draws_on_every_device(device: torch.device, gradient: str) -> None:
+    net, y0 = make_net(dropout).to(device), make_y0().detach().to(device).requires_grad_()
+    wanted = gradients(DOORS["odeint"], net, y0, gradient="direct")
+    states = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    out = DOORS["odeint"](net, y0, gradient=gradient).sum()
+    drawn = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    out.backward()
+    assert difference(gradients(DOORS["odeint"], net, y0, gradient=gradient), wanted) < EXACT
+    assert all(torch.equal(a, b) for a, b in zip(states, drawn, strict=True)), "the seed comes from the CPU"
+
+
 @every_door
 def test_solves_draw_anew(door: Any) -> None:
     net, y0 = make_net(dropout), make_y0()
