@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from revsolve.core.coupling import Scalar, Time
 from revsolve.core.engine import solve
 from revsolve.core.march import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
-from revsolve.equilibrium.convergence import RESIDUALS, Convergence, Criterion
+from revsolve.equilibrium.arguments import check_whole, checked, refuse
+from revsolve.equilibrium.convergence import Convergence
 from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.packing import Packing
@@ -133,7 +133,7 @@ def fixed_point(
         >>> z, torch.autograd.grad(z, x)[0]
         (tensor([0.8439], grad_fn=<ToCopyBackward0>), tensor([1.3576]))
     """
-    packing, criterion = _checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
+    packing, criterion = checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
     arguments = args if isinstance(args, tuple) else (args,)
     term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing)
     check_choice("method", method, ("reversible", *METHODS))
@@ -144,14 +144,14 @@ def fixed_point(
     x0 = packing.pack(z0)
     with bar:
         if method == "reversible":
-            _check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
-            _refuse(method, METHODS, options=options)
+            check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
+            refuse(method, METHODS, options=options)
             x0 = x0.to(pair_dtype_of(packing, pair_dtype))
             betas = packed_beta(beta, packing, x0)
             watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
             y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments), watch)
         else:
-            _refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
+            refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
             betas = packed_beta(beta, packing, x0)
             y, stats = equilibrium(
@@ -196,51 +196,8 @@ def _iterate(
     return y, problem.stats
 
 
-def _checked(
-    f: Any,
-    z0: Any,
-    tol: float,
-    max_steps: int | Callable[[], int],
-    min_steps: int,
-    residual: str,
-    stop: str,
-    on_failure: str,
-) -> tuple[Packing, Criterion]:
-    if not callable(f):
-        raise TypeError(f"f must be callable as f(z), but it is {f!r}.")
-    check_choice("residual", residual, RESIDUALS)
-    check_choice("stop", stop, ("batch", "sample"))
-    check_choice("on_failure", on_failure, ("warn", "raise", "ignore"))
-    steps = max_steps() if callable(max_steps) else max_steps
-    _check_whole("max_steps", steps)
-    _check_whole("min_steps", min_steps)
-    if min_steps > steps:
-        raise ValueError(f"min_steps = {min_steps} is more than max_steps = {steps}.")
-    if not (tol >= 0.0 and math.isfinite(tol)):
-        raise ValueError(f"tol must be 0 or positive, but it is {tol!r}: 0 makes exactly max_steps steps.")
-    packing = Packing(z0, "z0")
-    if stop == "sample" and len({shape[:1] for shape in packing.shapes} | {torch.Size()}) != 2:
-        raise ValueError(
-            f"stop='sample' needs one leading dimension common to all of z0, but the shapes are {[*map(tuple, packing.shapes)]}."
-        )
-    return packing, Criterion(float(tol), steps, min_steps, residual, stop == "sample")
-
-
-def _check_whole(name: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, but it is {number!r}.")
-
-
 def _with_arguments(f: Callable[..., Any], arguments: tuple[Any, ...], z: Any) -> Any:
     return f(z, *arguments)
-
-
-def _refuse(method: str, owners: tuple[str, ...], **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is for {' and '.join(owners)}, and has no meaning for method={method!r}."
-            )
 
 
 def _unpacked(packing: Packing, y: Tensor) -> Any:
