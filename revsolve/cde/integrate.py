@@ -90,6 +90,7 @@ def cdeint(
     """
     if not callable(func) and not hasattr(func, "prod"):
         raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
+    gradient = choose_gradient(adjoint, gradient)
     control, packing, times = as_control(X), Packing(z0, "z0"), check_times(t)
     check_path(control, packing, times, t)
     scheme, settings = scheme_and_options(method, options, ("form",))
@@ -119,7 +120,6 @@ def cdeint(
     term = cde_term(func, packing, drive, span)
     length = abs(times[-1] - times[0])
     make = watched(make, progress, callback, f"cdeint {scheme.name}", length, packing.unpack)
-    gradient = choose_gradient(adjoint, gradient)
     problem = prepare(term, x0, moving, span, (func, *drive.tensors), scheme, make, gradient, restarts)
     problem.term = whole(term, problem.term)  # which may fix its random numbers
     problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
