@@ -185,3 +185,16 @@ def test_field_is_evaluated_once_each_way(method: str, per_step: tuple[int, int]
         seen.append((calls["f"], calls["g"]))
     more = tuple(after - before for before, after in zip(*seen, strict=True))
     assert more == tuple(10 * 2 * n for n in per_step)
+
+
+@pytest.mark.parametrize("method", ["reversible_heun", "rev_slowrk"])
+def test_what_is_kept_does_not_grow_with_the_number_of_steps(method: str) -> None:
+    sde, y0 = NeuralSDE("diagonal"), torch.randn(BATCH, DIM)
+
+    def kept(num_steps: int) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            sdeint(sde, y0, [0.0, 1.0], dt=1 / num_steps, method=method, restarts=None)
+        return sum(sizes)
+
+    assert kept(64) == kept(16)
