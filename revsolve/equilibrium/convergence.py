@@ -54,6 +54,10 @@ class Convergence:
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
+        if torch._C._functorch.is_batchedtensor(both):
+            raise ValueError(
+                "residuals cannot be read inside torch.vmap: use tol=0 and max_steps there, or stop='sample' without vmap."
+            )
         absolute, relative = both.reshape(2, -1).amax(1).tolist()
         residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n
