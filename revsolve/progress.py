@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from revsolve.core.coupling import Pair
 from revsolve.core.stepper import Step, Stepper
