@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 # Two targets at once (make -j) would run two installers in one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow format lint types docs notebooks render bench build check clean
+.PHONY: help demo test slow format lint types docs notebooks render figures bench build check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ notebooks: $(VENV)/with-notebooks ## execute every notebook in its small mode
 
 render: $(VENV)/with-notebooks ## execute every notebook in full and keep the plots in it
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+figures: $(VENV)/with-test ## draw the figures of the documentation anew
+	$(BIN)/python docs/figures/draw.py
 
 bench: $(VENV)/with-test ## run the benchmarks of docs/benchmarks
 	$(BIN)/python docs/benchmarks/run.py

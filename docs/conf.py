@@ -44,6 +44,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
 
@@ -67,8 +68,23 @@ def take_literally(app: Any, what: str, name: str, thing: Any, options: Any, lin
             parts = re.split(r"(`[^`]*`)", line)
             parts[::2] = [re.sub(r"(?<!\\)([|*])", r"\\\1", part) for part in parts[::2]]
             lines[i] = "".join(parts)
+        if i and lines[i - 1].strip() == "Returns:":
+            # what comes back is said in words, and the words before a colon are no type
+            lines[i] = re.sub(r"^(\s*)", r"\1: ", lines[i])
+
+
+def show_results(app: Any, page: str, source: list[str]) -> None:
+    """Every dated result stands on the page of benchmarks, as its script printed it."""
+    if page == "benchmarks":
+        for result in sorted((DOCS / "benchmarks" / "results").glob("*.txt")):
+            file = result.relative_to(DOCS).as_posix()
+            title = result.stem.replace("_", " ").capitalize()
+            source[0] += (
+                f"\n## {title}\n\n`docs/benchmarks/{result.stem}.py`\n\n```{{literalinclude}} {file}\n:language: text\n```\n"
+            )
 
 
 def setup(app: Any) -> None:
+    app.connect("source-read", show_results)
     # before napoleon, whose own markup needs its stars
     app.connect("autodoc-process-docstring", take_literally, priority=100)

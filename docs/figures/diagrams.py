@@ -44,7 +44,7 @@ def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
 
 def layers() -> None:
     """Layers, top to bottom; imports point down only. At the right, what travels between them."""
-    figure, axes = canvas(12.4, 8.4)
+    figure, axes = canvas(12.6, 8.4)
     rows = [
         (7.5, BLUE, "front doors", ["odeint", "cdeint", "sdeint", "fixed_point\nRevDEQ"]),
         (5.7, GREEN, "preparation", ["problem\ntracing", "packing\nsteps", "grids\nprogress", "solution"]),
