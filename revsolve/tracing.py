@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -151,8 +152,12 @@ def held_tensors(func: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 def held_modules(func: Any, depth: int = 3) -> Iterator[nn.Module]:
-    """Modules that a callable holds in the same ways, and their submodules."""
-    for thing in _things_held(func, depth):
+    """Modules that a callable holds in the same ways, or as attributes of any object, and their submodules."""
+    holders = func if isinstance(func, (list, tuple)) else [func]
+    owners = [owner for holder in holders for owner in (holder, getattr(holder, "__self__", None))]
+    plain = [owner for owner in owners if not (callable(owner) or isinstance(owner, ModuleType))]
+    attributes = [x for owner in plain for x in getattr(owner, "__dict__", {}).values()]
+    for thing in (*_things_held(func, depth), *attributes):
         if isinstance(thing, nn.Module):
             yield from thing.modules()
 

@@ -37,6 +37,29 @@ def through_cdeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
     return out.movedim(-2, 0) if isinstance(out, Tensor) else out  # times first, as the others have them
 
 
+class Products:
+    """A field of a CDE that gives its products with slopes of the path, in an object that is no callable."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+
+    def prod(self, t: Tensor, z: Tensor, dx: Tensor) -> Tensor:
+        return self.field(z) * (dx[..., :1] - 0.5 * dx[..., 1:])
+
+
+def through_products(field: Field, y0: Tensor, **settings: Any) -> Tensor:
+    t = torch.linspace(0.0, 1.0, 11)
+    data = torch.stack([t, torch.sin(3 * t)], -1).to(y0)
+    settings = {"method": "rev_heun_euler", "options": {"step_size": 0.1}, **settings}
+    path = LinearPath(data.expand(len(y0), *data.shape), t.to(y0))
+    return cdeint(path, Products(field), y0, t[[0, 10]], **settings)
+
+
+def in_pieces(field: Field, y0: Tensor, **settings: Any) -> Tensor:
+    """A method that evaluates drift and diffusion where it needs them alone."""
+    return through_sdeint(field, y0, method="rev_slowrk", **settings)
+
+
 def through_fixed_point(field: Field, y0: Tensor, **settings: Any) -> Tensor:
     settings = {"beta": 0.5, "tol": 0.0, "max_steps": 5, **settings}
     return fixed_point(lambda z: 0.5 * torch.tanh(field(z)) + 0.1, y0, **settings)
@@ -48,6 +71,8 @@ DOORS = {
     "cdeint": through_cdeint,
     "fixed_point": through_fixed_point,
 }
+
+EVALUATED_LATER = {"cdeint of products": through_products, "sdeint in pieces": in_pieces}
 
 
 class Net(nn.Module):

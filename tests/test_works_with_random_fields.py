@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from revsolve import ReconstructionWarning, odeint
-from tests.front_doors import DOORS, difference, gradients, make_net, make_y0
+from tests.front_doors import DOORS, EVALUATED_LATER, difference, gradients, make_net, make_y0
 
 # The order of summation differs, and undone steps are rounded; a relaxation by half multiplies that by 4 in each of its
 # 5 steps.
@@ -107,6 +107,18 @@ def test_modules_with_a_state_have_exact_gradients(door: Any, middle: Callable[[
     y0 = make_y0()
     wanted = gradients(door, make_net(middle), y0, gradient="direct")
     assert difference(gradients(door, make_net(middle), y0, gradient=gradient), wanted) < EXACT
+
+
+def noisy_with_a_state() -> nn.Module:
+    return nn.Sequential(dropout(), STATEFUL["spectral norm"]())
+
+
+@pytest.mark.parametrize("middle", [STATEFUL["spectral norm"], dropout, noisy_with_a_state])
+@pytest.mark.parametrize("door", EVALUATED_LATER.values(), ids=EVALUATED_LATER)
+def test_fields_that_are_evaluated_after_their_value_was_asked_for(door: Any, middle: Callable[[], nn.Module]) -> None:
+    y0 = make_y0()
+    wanted = gradients(door, make_net(middle), y0, gradient="direct")
+    assert difference(gradients(door, make_net(middle), y0), wanted) < EXACT
 
 
 @replayed

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme, Term
 from revsolve.core.engine import solve
-from revsolve.core.replay import Noisy
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid
 from revsolve.packing import Clock
@@ -129,7 +128,7 @@ def sdeint(
     if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
         restarts = default_restarts(scheme)
     problem = prepare(term, x0, None, (times[0], times[1]), terms.owners(sde), scheme, make, gradient, restarts)
-    if isinstance(problem.term, Noisy):  # random numbers are fixed while a value is made: none may be drawn later
+    if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
         term.on_demand = False
     problem.explain = _explain(rates)
     ys = _results(solve(problem, x0, None), logqp)
