@@ -23,7 +23,7 @@ from revsolve.solution import Solution
 from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
 
 TOLERANCES = (1e-4, 1e-6)  # rtol and atol, as torchcde has them
-ROWS_PER_KNOT = 16  # a table may be so many times longer than the path: its memory must not grow with the steps
+ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
 
 def cdeint(
@@ -116,7 +116,7 @@ def cdeint(
         grid = make().grid.times
         span = asked_for(scheme, grid[:2])[0][1:]
         if moving is None:
-            drive = drive.tabulated(scheme, grid, ROWS_PER_KNOT * max(len(knots), 64))
+            drive = drive.tabulated(scheme, grid, ROWS_PER_KNOT * len(knots))
     term = cde_term(func, packing, drive, span)
     length = abs(times[-1] - times[0])
     make = watched(make, progress, callback, f"cdeint {scheme.name}", length, packing.unpack)
