@@ -1,5 +1,6 @@
 """Sphinx configuration. `make docs` builds with -W: a warning is an error."""
 
+import ast
 import re
 import shutil
 from importlib.metadata import version as installed_version
@@ -74,14 +75,14 @@ def take_literally(app: Any, what: str, name: str, thing: Any, options: Any, lin
 
 
 def show_results(app: Any, page: str, source: list[str]) -> None:
-    """Every dated result stands on the page of benchmarks, as its script printed it."""
-    if page == "benchmarks":
-        for result in sorted((DOCS / "benchmarks" / "results").glob("*.txt")):
-            file = result.relative_to(DOCS).as_posix()
-            title = result.stem.replace("_", " ").capitalize()
-            source[0] += (
-                f"\n## {title}\n\n`docs/benchmarks/{result.stem}.py`\n\n```{{literalinclude}} {file}\n:language: text\n```\n"
-            )
+    """Every dated result stands on the page of benchmarks below what its script says of itself."""
+    for result in sorted((DOCS / "benchmarks" / "results").glob("*.txt")) if page == "benchmarks" else ():
+        script, text = DOCS / "benchmarks" / f"{result.stem}.py", result.read_text(encoding="utf-8")
+        about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.name
+        heading, _, rest = about.partition(": `")
+        rest = rest.partition("\n")[2]
+        body = text if "|---" in text else f"```text\n{text}```"
+        source[0] += f"\n## {heading}\n{rest}\n\n`docs/benchmarks/{script.name}`\n\n{body}\n"
 
 
 def setup(app: Any) -> None:
