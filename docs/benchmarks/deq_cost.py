@@ -10,12 +10,13 @@ its own; and the numbers that autograd saves, which do not depend on the machine
 """
 
 import argparse
-import platform
-import resource
+import functools
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +25,56 @@ from torchdeq import get_deq
 import revsolve.torchdeq  # noqa: F401 (registers the core)
 from revsolve import fixed_point
 
-CHANNELS, EVALUATIONS, ROUNDS = 32, 24, 15
-MEMORY_BATCH, MEMORY_SIZE = 256, 32
-FIXED = {"f_tol": 0.0, "f_max_iter": EVALUATIONS, "b_tol": 0.0, "b_max_iter": EVALUATIONS, "on_failure": "ignore"}
-CORES = {
-    "reversible": {"core": "reversible", "beta": 0.8},
-    "reversible, beta 0.5": {"core": "reversible", "beta": 0.5},
-    "reversible, float32 pair": {"core": "reversible", "beta": 0.5, "pair_dtype": torch.float32},
-    "torchdeq, one step": {"core": "sliced"},
-    "torchdeq, phantom 5": {"core": "sliced", "grad": 5, "tau": 0.5},
-    "torchdeq, phantom 12": {"core": "sliced", "grad": 12, "tau": 0.5},
-    "torchdeq, ift": {"core": "sliced", "ift": True},
+Contender = Callable[[nn.Module, Tensor], Tensor]  # cell, x -> z
+
+CHANNELS, EVALUATIONS, ROUNDS = 32, 24, 6
+MEMORY_BATCH, MEMORY_SIZE = 64, 32
+TORCHDEQ = {"f_tol": 0.0, "f_max_iter": EVALUATIONS, "b_tol": 0.0, "b_max_iter": EVALUATIONS}
+
+
+def ours(**options: Any) -> Contender:
+    return lambda cell, x: fixed_point(cell, torch.zeros_like(x), args=x, tol=0, max_steps=EVALUATIONS // 2, **options)
+
+
+def core(name: str, **keys: Any) -> Contender:
+    deq = get_deq(core=name, **TORCHDEQ, **keys)
+    return lambda cell, x: deq(lambda z: cell(z, x), torch.zeros_like(x))[0][-1]
+
+
+CONTENDERS: dict[str, Contender] = {
+    "fixed_point, beta 0.5": ours(beta=0.5),
+    "fixed_point, beta 0.8": ours(beta=0.8),
+    "the same, float32 pair": ours(beta=0.8, pair_dtype=torch.float32),
+    "the same, unrolled": ours(beta=0.8, gradient="direct"),
+    "torchdeq, reversible": core("reversible", beta=0.8, on_failure="ignore"),
+    "torchdeq, one step": core("sliced"),
+    "torchdeq, phantom 5": core("sliced", grad=5, tau=0.5),
+    "torchdeq, phantom 12": core("sliced", grad=12, tau=0.5),
+    "torchdeq, ift": core("sliced", ift=True),
 }
 
 
 class Cell(nn.Module):
-    """norm(relu(z + norm(x + conv(norm(relu(conv(z))))))), its convolutions scaled so that it contracts."""
+    """norm(relu(z / 4 + x + norm(conv(norm(relu(conv(z))))) / 4)), an implicit ResNet cell that contracts."""
 
-    def __init__(self, channels: int = CHANNELS, scale: float = 0.5) -> None:
+    def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         self.inner = nn.Conv2d(channels, channels, 3, padding=1)
         self.outer = nn.Conv2d(channels, channels, 3, padding=1)
         self.norms = nn.ModuleList([nn.GroupNorm(channels // 16, channels) for _ in range(3)])
-        with torch.no_grad():
-            self.norms[1].weight.mul_(scale)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         first, second, last = self.norms
-        return last(torch.relu(0.5 * z + second(x + self.outer(first(torch.relu(self.inner(z)))))))
+        return last(torch.relu(0.25 * z + x + 0.25 * second(self.outer(first(torch.relu(self.inner(z)))))))
 
 
-def run(name: str, cell: Cell, x: Tensor) -> list[Tensor]:
-    keys = {**FIXED, **CORES[name]}
-    if CORES[name]["core"] != "reversible":
-        del keys["on_failure"]
-    states, _ = get_deq(**keys)(lambda z: cell(z, x), torch.zeros_like(x))
-    return list(torch.autograd.grad(states[-1].square().mean(), [*cell.parameters(), x]))
+def gradient(name: str, cell: Cell, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(CONTENDERS[name](cell, x)), [*cell.parameters(), x]))
+
+
+def loss(z: Tensor) -> Tensor:
+    """A component in a random direction: the norm of z tells nothing, for the cell normalises it."""
+    return (z * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)).mean()
 
 
 def bare(cell: Cell, x: Tensor) -> None:
@@ -97,28 +112,37 @@ def exact(cell: Cell, x: Tensor) -> Tensor:
     x = x.detach().double().requires_grad_()
     options = {"b_tol": 1e-11, "b_max_steps": 300}
     z = fixed_point(wide, torch.zeros_like(x), args=x, method="anderson", tol=1e-11, max_steps=300, options=options)
-    return vector(list(torch.autograd.grad(z.square().mean(), [*wide.parameters(), x])))
+    return vector(list(torch.autograd.grad(loss(z), [*wide.parameters(), x])))
 
 
 def numbers_saved(name: str, cell: Cell, x: Tensor) -> int:
     """How many float32 numbers autograd saves for the backward pass besides parameters and x."""
     saved: dict[int, Tensor] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
-        states, _ = get_deq(**{k: v for k, v in {**FIXED, **CORES[name]}.items() if k != "on_failure"})(
-            lambda z: cell(z, x), torch.zeros_like(x)
-        )
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        z = CONTENDERS[name](cell, x)
     own = {t.untyped_storage().data_ptr() for t in [*cell.parameters(), x]}
-    del states
+    del z
     return sum(t.untyped_storage().nbytes() // 4 for pointer, t in saved.items() if pointer not in own)
 
 
 def megabytes(name: str) -> float:
-    """Growth of the largest resident set over one gradient (called in a fresh process)."""
+    """How far the resident set grows during one gradient (called in a fresh process, on Linux)."""
     cell, x = Cell(), torch.randn(MEMORY_BATCH, CHANNELS, MEMORY_SIZE, MEMORY_SIZE, requires_grad=True)
-    run(name, cell, torch.randn(1, CHANNELS, 4, 4, requires_grad=True))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(name, cell, x)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    gradient(name, cell, torch.randn(1, CHANNELS, 4, 4, requires_grad=True))
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = kilobytes("VmRSS")
+    gradient(name, cell, x)
+    return (kilobytes("VmHWM") - before) / 1024
+
+
+def kilobytes(entry: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(entry)))
 
 
 def main() -> None:
@@ -126,15 +150,16 @@ def main() -> None:
     cell, x = Cell(), torch.randn(64, CHANNELS, 8, 8, requires_grad=True)
     truth = exact(cell, x)
     calls: dict[str, Callable[[], object]] = {"bare cell": lambda: bare(cell, x)}
-    for name in CORES:
-        calls[name] = lambda name=name: run(name, cell, x)
+    for name in CONTENDERS:
+        calls[name] = functools.partial(gradient, name, cell, x)
     taken = milliseconds(calls)
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread, {time.strftime('%Y-%m-%d')}")
     print(f"{'':<26}{'ms':>8}{'of bare':>9}{'error':>10}{'saved':>12}{'peak MB':>9}")
     print(f"{'bare cell':<26}{taken['bare cell']:>8.0f}{1.0:>9.2f}")
-    for name in CORES:
-        error = ((vector(run(name, cell, x)) - truth).norm() / truth.norm()).item()
-        peak = subprocess.run([sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True).stdout
+    for name in CONTENDERS:
+        error = ((vector(gradient(name, cell, x)) - truth).norm() / truth.norm()).item()
+        peak = subprocess.run(
+            [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
+        ).stdout
         row = f"{taken[name]:>8.0f}{taken[name] / taken['bare cell']:>9.2f}{error:>10.1e}{numbers_saved(name, cell, x):>12,}"
         print(f"{name:<26}{row}{float(peak):>9.0f}", flush=True)
 
@@ -142,7 +167,7 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
-    parser.add_argument("--memory", choices=list(CORES))
+    parser.add_argument("--memory", choices=list(CONTENDERS))
     wanted = parser.parse_args().memory
     if wanted is None:
         main()
