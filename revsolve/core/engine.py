@@ -232,13 +232,9 @@ def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
     """Compare what was reconstructed with what was stored; a gradient is never silently wrong."""
     worst = float(torch.stack(mismatches).nan_to_num(nan=math.inf).max())
     problem.stats.reconstruction_error = worst
-    undone = problem.gradient == "reversible"
-    done = "undoing" if undone else "repeating"
-    remedies = (
-        f"{problem.remedy}, make sure that the field is deterministic, or use gradient='checkpoint'"
-        if undone
-        else "make sure that the field is deterministic"
-    )
+    done, remedies = "repeating", "make sure that the field is deterministic"
+    if problem.gradient == "reversible":
+        done, remedies = "undoing", f"{problem.remedy}, {remedies}, or use gradient='checkpoint'"
     if not math.isfinite(worst):
         raise RuntimeError(
             f"{done} the steps gave a state that is not finite, so the gradient would be wrong: {remedies}."
