@@ -6,17 +6,32 @@ import difflib
 from collections.abc import Callable
 
 from revsolve.core.coupling import Scheme
-from revsolve.schemes.reversible import KAHAN_LI6, SUZUKI4, YOSHIDA4, alf, leapfrog, plain, reversible, reversible_heun
+from revsolve.schemes.reversible import (
+    FIVE_STAGES,
+    KAHAN_LI6,
+    SUZUKI4,
+    THREE_STAGES,
+    YOSHIDA4,
+    alf,
+    leapfrog,
+    plain,
+    reversible,
+    reversible_heun,
+)
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 NATIVE: dict[str, Callable[[], Scheme]] = {
     "reversible_heun": reversible_heun,
     "reversible_heun4": lambda: reversible_heun(SUZUKI4, order=4),
     "reversible_heun4_yoshida": lambda: reversible_heun(YOSHIDA4, order=4),
+    "reversible_heun4_s3": lambda: reversible_heun(THREE_STAGES, order=4),
+    "reversible_heun4_s5": lambda: reversible_heun(FIVE_STAGES, order=4),
     "reversible_heun6": lambda: reversible_heun(KAHAN_LI6, order=6),
     "alf": alf,
     "alf4": lambda: alf(1.0, SUZUKI4, order=4),
     "alf4_yoshida": lambda: alf(1.0, YOSHIDA4, order=4),
+    "alf4_s3": lambda: alf(1.0, THREE_STAGES, order=4),
+    "alf4_s5": lambda: alf(1.0, FIVE_STAGES, order=4),
     "alf6": lambda: alf(1.0, KAHAN_LI6, order=6),
     "leapfrog": leapfrog,
 }

@@ -28,9 +28,10 @@ def halved(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 # Symmetric compositions: fractions of the step that raise a symmetric second-order method to the order given.
-YOSHIDA4 = halved((1 / (2 - CUBE_ROOT), -CUBE_ROOT / (2 - CUBE_ROOT), 1 / (2 - CUBE_ROOT)))  # Yoshida 1990
+THREE_STAGES = (1 / (2 - CUBE_ROOT), -CUBE_ROOT / (2 - CUBE_ROOT), 1 / (2 - CUBE_ROOT))  # Yoshida 1990
 _SUZUKI = 1 / (4 - FOURTH_ROOT)
-SUZUKI4 = halved((_SUZUKI, _SUZUKI, 1 - 4 * _SUZUKI, _SUZUKI, _SUZUKI))  # Suzuki 1990
+FIVE_STAGES = (_SUZUKI, _SUZUKI, 1 - 4 * _SUZUKI, _SUZUKI, _SUZUKI)  # Suzuki 1990
+YOSHIDA4, SUZUKI4 = halved(THREE_STAGES), halved(FIVE_STAGES)
 _KAHAN_LI = (0.39216144400731413928, 0.33259913678935943860, -0.70624617255763935981, 0.082213596293550800230)
 KAHAN_LI6 = halved((*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI)))  # Kahan & Li 1997
 # Divided differences over more nodes would measure the second-order wobble between substeps, not the error of the step.
