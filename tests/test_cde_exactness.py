@@ -29,7 +29,7 @@ EXACT = 1e-12
 
 METHODS = [name for name in method_names() if name != "dop853"]
 # Yoshida's substeps leave the step, and with the last step the path.
-REVERSIBLE = [name for name in METHODS if scheme(name).reversible and not name.endswith("yoshida")]
+REVERSIBLE = [name for name in METHODS if scheme(name).reversible and not name.endswith(("yoshida", "s3"))]
 FEW = ["rev_rk4", "reversible_heun", "alf"]
 FIXED: dict[str, Any] = {"step_size": 0.3}
 
