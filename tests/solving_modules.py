@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from revsolve import odeint
-from tests.front_doors import make_net, make_y0
+from tests.front_doors import SIZE, make_net, make_y0
 
 
 class Flow(nn.Module):
@@ -23,6 +24,17 @@ class Flow(nn.Module):
     def forward(self, y0: Tensor) -> Tensor:
         settings = {"options": {"step_size": 0.1}, "restarts": "auto" if self.restarts is None else self.restarts}
         return odeint(self.field, y0, (0.0, 1.0), method=self.method, **settings)[-1]
+
+
+class Injected(nn.Module):
+    """A contraction towards something that depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.linear(z)) + x
 
 
 def final_state(flow: Flow) -> list[list[float]]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revsolve import Restarts, Tableau, alf, odeint, reversible, reversible_heun
+from revsolve import Restarts, RevDEQ, Tableau, alf, odeint, reversible, reversible_heun
 from tests.front_doors import DOORS, SIZE, difference, gradients, make_net, make_y0
-from tests.solving_modules import Flow, final_state
+from tests.solving_modules import Flow, Injected, final_state
 
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 
@@ -174,6 +174,13 @@ def test_copies_of_modules_that_solve(method: Any, copied: Callable[[Any], Any])
     flow(y0).sum().backward()  # what a solve leaves behind must not be in the way
     twin = copied(flow)
     assert torch.equal(twin(y0), flow(y0))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_of_equilibrium_layers(copied: Callable[[Any], Any]) -> None:
+    layer, x = RevDEQ(Injected(), tol=1e-6), torch.ones(2, SIZE)
+    layer(x).sum().backward()
+    assert torch.equal(copied(layer)(x), layer(x))
 
 
 MINE = Tableau(a=[[], [0.5]], b=[0, 1], c=[0, 0.5], order=2, name="mine")
