@@ -112,8 +112,14 @@ def odeint(
     ys = packing.unpack(states) if interpolant is None else interpolant.evaluate(t)
     if not full_output:
         return ys
-    grid = problem.grid
-    return Solution(torch.as_tensor(t), ys, problem.stats, times if grid is None else grid.times, interpolant)
+    steps = times if problem.grid is None else problem.grid.times
+    again = None
+    if len(steps) > 1 and not equation.options.get("jump_t"):
+        over = {"grid_constructor": lambda *_: steps, "dense": True}
+        ends = t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]]
+        way = {"method": equation.scheme, "gradient": gradient, "restarts": restarts}
+        again = functools.partial(odeint, func, y0, ends, args=args, options=over, full_output=True, **way)
+    return Solution(torch.as_tensor(t), ys, problem.stats, steps, interpolant, again)
 
 
 def odeint_event(

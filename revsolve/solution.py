@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ class Solution:
         ys: the states there, like y0 with a leading dimension len(t).
         stats: what the solve did; the backward pass fills in its own counters when it has run.
         times: the accepted time steps, one more than there were steps.
-        interpolant: the solution between the steps, where `options={"dense": True}` asked for it.
+        interpolant: the solution between the steps: from the start with `options={"dense": True}`, else once it is asked for.
+        again: solves once more over the same steps and keeps them all; None where that is not possible.
     """
 
     ts: Tensor
@@ -28,12 +30,15 @@ class Solution:
     stats: Stats
     times: list[float]
     interpolant: Dense | None = None
+    again: Callable[[], Solution] | None = None
 
     def evaluate(self, t: Any) -> Any:
         """The state at the times t, a tensor of any shape: like y0, with the dimensions of t in front.
 
+        Without `options={"dense": True}` the first call solves again over the same steps, and keeps them all.
+
         Raises:
-            ValueError: if t leaves what was solved, or the solve was not asked for dense output.
+            ValueError: if t leaves what was solved, or the solve has no dense output (events, jumps, times of each sample).
         """
         return self._dense().evaluate(t)
 
@@ -41,11 +46,14 @@ class Solution:
         """The time derivative of the state at the times t, shaped like `evaluate(t)`.
 
         Raises:
-            ValueError: if t leaves what was solved, or the solve was not asked for dense output.
+            ValueError: if t leaves what was solved, or the solve has no dense output (events, jumps, times of each sample).
         """
         return self._dense().derivative(t)
 
     def _dense(self) -> Dense:
         if self.interpolant is None:
-            raise ValueError("only the output times were kept: solve with odeint(..., options={'dense': True}).")
+            if self.again is None:
+                raise ValueError("this solve has no dense output: solve with odeint(..., options={'dense': True}).")
+            object.__setattr__(self, "interpolant", self.again().interpolant)
+        assert self.interpolant is not None
         return self.interpolant
