@@ -13,9 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from revsolve import odeint
-from revsolve.cde import cdeint
-from revsolve.drivers.control import HermitePath
+from revsolve import HermitePath, cdeint, odeint
 
 
 class ConcatSquash(nn.Module):
