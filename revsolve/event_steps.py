@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Pair, Scheme, Term, Time
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Pair, Scheme
 from revsolve.core.stepper import Grid, Step, Stepper
+from revsolve.core.tape import Term
 from revsolve.grids import adaptive_grid
 from revsolve.steps import Tolerances, adapts
 

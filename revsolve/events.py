@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Memo, Time
+from revsolve.core.arithmetic import Time
 from revsolve.core.engine import solve
 from revsolve.core.march import Problem, Walk
+from revsolve.core.tape import Memo
 from revsolve.event_steps import Crossing, Event
 
 NEWTON_STEPS = 2  # differentiable ones make 1, 3, 7, ... derivatives of a root right

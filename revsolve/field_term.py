@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revsolve.core.coupling import Time
+from revsolve.core.arithmetic import Time
 from revsolve.packing import Clock, Packing
 
 

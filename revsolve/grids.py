@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term
+from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
+from revsolve.core.tape import Term
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 ADAPTIVE_OPTIONS = (

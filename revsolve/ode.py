@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term
+from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
 from revsolve.dense import Dense, every_step
 from revsolve.event_steps import EVENT_OPTIONS, Event, steps_until
 from revsolve.events import solve_until

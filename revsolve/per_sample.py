@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term, Time
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
 from revsolve.grids import given_grid
 from revsolve.schemes.increment import RungeKutta
 from revsolve.steps import Tolerances, adapts, choose_steps

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from revsolve.core.coupling import Scheme, Term
+from revsolve.core.coupling import Scheme
 from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, taken_as_it_is
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")

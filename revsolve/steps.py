@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term
+from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
 from revsolve.grids import (
     ADAPTIVE_OPTIONS,
     FIXED_OPTIONS,

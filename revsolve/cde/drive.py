@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.core.coupling import Scheme, Time, moment
+from revsolve.core.arithmetic import Time, moment
+from revsolve.core.coupling import Scheme
 from revsolve.drivers.control import Control
 
 Key = tuple[Any, ...]  # times

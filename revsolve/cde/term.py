@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from revsolve.cde.drive import Drive
-from revsolve.core.coupling import Scalar, Term, Time
+from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.tape import Term
 from revsolve.packing import Clock, Packing
 
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Pair, Tape, Time, accumulate, pull_back
+from revsolve.core.arithmetic import Time, accumulate
+from revsolve.core.coupling import Pair, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
 from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
 from revsolve.core.stepper import Grid
+from revsolve.core.tape import Tape
 
 NOTHING = nullcontext()
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from revsolve.core.coupling import Memo, Pair, Scheme, Term, Time, advance
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Pair, Scheme, advance
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Stepper
+from revsolve.core.tape import Memo, Term
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from revsolve.core.coupling import Term, Time
+from revsolve.core.arithmetic import Time
+from revsolve.core.tape import Term
 
 
 class Ambient:

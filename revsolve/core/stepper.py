@@ -9,7 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from revsolve.core.coupling import Memo, Pair
+from revsolve.core.coupling import Pair
+from revsolve.core.tape import Memo
 
 
 class Step(Protocol):

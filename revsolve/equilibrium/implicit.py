@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Memo, Scalar, Term
+from revsolve.core.arithmetic import Scalar
 from revsolve.core.march import Stats
+from revsolve.core.tape import Memo, Term
 from revsolve.equilibrium.convergence import Convergence, Criterion
 from revsolve.problem import check_choice
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from revsolve.core.coupling import Scalar
+from revsolve.core.arithmetic import Scalar
 from revsolve.packing import Packing
 
 # The share of the pair's digits that may be lost between two anchors: what is left must be more than the gradient needs. A field

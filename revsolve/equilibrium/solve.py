@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from revsolve.core.coupling import Scalar, Time
+from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.engine import solve
 from revsolve.core.march import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged

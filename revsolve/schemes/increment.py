@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Combination, Term, Time, moment, scaled_add
+from revsolve.core.arithmetic import Time, moment, scaled_add
+from revsolve.core.coupling import Combination
+from revsolve.core.tape import Term
 from revsolve.schemes.tableau import Tableau
 
 Weight = tuple[int, float]  # a stage and its weight

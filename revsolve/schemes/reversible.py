@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from revsolve.core.coupling import CouplingUpdate, Scalar, Scheme, Time
+from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.coupling import CouplingUpdate, Scheme
 from revsolve.schemes.increment import FieldValue, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau
 

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Combination, Scheme, Term, Time, moment
+from revsolve.core.arithmetic import Time, moment
+from revsolve.core.coupling import Combination, Scheme
+from revsolve.core.tape import Term
 from revsolve.schemes.reversible import plain, reversible
 from revsolve.schemes.tableau import TABLEAUS
 

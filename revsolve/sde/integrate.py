@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme, Term
+from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
+from revsolve.core.tape import Term
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid
 from revsolve.packing import Clock

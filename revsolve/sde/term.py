@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Time
+from revsolve.core.arithmetic import Time
 from revsolve.packing import Clock
 from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment

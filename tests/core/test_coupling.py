@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revsolve import method_names
-from revsolve.core.coupling import CouplingUpdate, Memo, Pair, Tape, advance, linear, pull_back
+from revsolve.core.arithmetic import linear
+from revsolve.core.coupling import CouplingUpdate, Pair, advance, pull_back
+from revsolve.core.tape import Memo, Tape
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.names import scheme
 

@@ -1,0 +1,69 @@
+"""The arithmetic of the pair: linear combinations of tensors in as few kernels as their coefficients allow.
+
+Another arithmetic (fixed-point integers that are undone to the last bit, say) would take the place of this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+Time = float | Tensor
+
+
+def moment(t0: Time, t1: Time, fraction: float) -> Time:
+    """t0 + fraction * (t1 - t0), exact at both ends."""
+    if fraction == 0.0:
+        return t0
+    if fraction == 1.0:
+        return t1
+    return t0 + fraction * (t1 - t0)
+
+
+def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar) -> Tensor:
+    """x + weight * k, where x = None stands for zero."""
+    if isinstance(weight, Tensor):
+        scaled = like(weight, k) * k
+        return scaled if x is None else x + scaled
+    if x is None:
+        return k if weight == 1.0 else k * weight
+    return torch.add(x, k, alpha=weight)
+
+
+def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:
+    """keep * target + mix * source in as few kernels as the coefficients allow; None stands for zero."""
+    if keep.__class__ is not float or mix.__class__ is not float:
+        out = None if target is None else target if equals(keep, 1.0) else keep * target
+        return out if equals(mix, 0.0) else scaled_add(out, source, mix)
+    if target is None:
+        return None if mix == 0.0 else source if mix == 1.0 else source * mix
+    if mix == 0.0:
+        return target if keep == 1.0 else target * keep
+    if keep == 1.0:
+        return torch.add(target, source, alpha=mix)
+    if abs(keep + mix - 1.0) < 1e-14:
+        return torch.lerp(source, target, keep)
+    return torch.add(target * keep, source, alpha=mix)
+
+
+def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """total + grad, where None stands for zero."""
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total + grad
+
+
+def value_of(coefficient: Scalar) -> Scalar:
+    """The coefficient without its history."""
+    return coefficient.detach() if isinstance(coefficient, Tensor) else coefficient
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient without dimensions in the real dtype of x, so that it promotes nothing."""
+    return coefficient.to(x.real.dtype) if coefficient.ndim == 0 else coefficient
+
+
+def equals(coefficient: Scalar, number: float) -> bool:
+    """Whether it is this number, and not a tensor."""
+    return coefficient.__class__ is float and coefficient == number

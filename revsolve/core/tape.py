@@ -1,0 +1,128 @@
+"""Evaluations of a term: the latest one remembered, and those of a backward pass recorded until they are differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import Scalar, Time, scaled_add
+
+Grads = list[Tensor | None]
+
+
+class Term(Protocol):
+    """What is integrated: a field, and how its value becomes an increment over a span of time."""
+
+    def value(self, t: Time, x: Tensor) -> Any: ...
+
+    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
+        """The increment over t0 -> t1 as (k, scale), meaning scale * k; linear in value."""
+        ...
+
+
+class Memo:
+    """A term that keeps its latest evaluation, because the next update may ask for the same one."""
+
+    __slots__ = ("latest", "num_evaluations", "product", "term")
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+        self.product = term.product
+        self.num_evaluations = 0
+        self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        kept_x, kept_t, kept = self.latest
+        if x is kept_x and (t is kept_t or bool(t == kept_t)):
+            return kept
+        self.num_evaluations += 1
+        kept = self.term.value(t, x)
+        self.latest = (x, t, kept)
+        return kept
+
+
+class Tape:
+    """Recorded evaluations of one member of the pair, waiting to be differentiated together.
+
+    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
+    """
+
+    def __init__(
+        self, term: Term, tensors: Sequence[Tensor], audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    ) -> None:
+        self.memo = Memo(term)
+        self.tensors = tuple(tensors)
+        self.audit = audit
+        self.audit_due = True
+        self.looks: set[tuple[Any, ...]] = set()
+        self.num_nodes = 0
+        self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
+        self.times: dict[Tensor, Tensor | None] = {}
+        self.member: int | None = None
+        self.source: Tensor | None = None
+        self.leaf: Tensor | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.member, self.source, self.leaf = None, None, None
+        self.weight = 1.0
+        self.outputs: list[Tensor] = []
+        self.cotangents: list[Tensor] = []
+
+    def watch(self, member: int, source: Tensor, grads: Grads) -> Tensor:
+        """The leaf that stands for `source` in what is recorded next."""
+        if self.source is not source:
+            self.flush(grads)
+            self.member, self.source = member, source
+            self.leaf = source.detach().requires_grad_()
+        assert self.leaf is not None
+        return self.leaf
+
+    def add(self, output: Tensor, cotangent: Tensor, weight: float = 1.0) -> None:
+        """Record that `weight * cotangent` belongs to `output`; the first weight scales the products, not the cotangent."""
+        if not output.requires_grad:
+            return
+        if not self.outputs:
+            self.weight = weight
+        elif weight != self.weight:
+            cotangent = cotangent * (weight / self.weight)
+        if self.outputs and self.outputs[-1] is output:
+            self.cotangents[-1] = self.cotangents[-1] + cotangent
+        else:
+            self.outputs.append(output)
+            self.cotangents.append(cotangent)
+
+    def flush(self, grads: Grads) -> None:
+        """Take the vector-Jacobian products of all that was recorded, and add them up."""
+        if self.outputs:
+            assert self.member is not None and self.leaf is not None
+            inputs = (self.leaf, *self.times, *self.tensors)
+            got = torch.autograd.grad(self.outputs, inputs, self.cotangents, allow_unused=True)
+            if self._looks_new(got) or self.audit_due:
+                self.audit(self.outputs, inputs)
+                self.audit_due = False
+            if got[0] is not None:
+                grads[self.member] = scaled_add(grads[self.member], got[0], self.weight)
+            for time, grad in zip(self.times, got[1:], strict=False):
+                self.times[time] = self.times[time] if grad is None else scaled_add(self.times[time], grad, self.weight)
+            self.add_up(got[1 + len(self.times) :], self.weight)
+        self._forget()
+
+    def _looks_new(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
+        node = self.outputs[-1].grad_fn
+        latest = 0 if node is None else node._sequence_nr()
+        look = (latest - self.num_nodes, *(grad is None for grad in grads))
+        self.num_nodes = latest
+        new = look not in self.looks
+        self.looks.add(look)
+        return new
+
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add gradients of `tensors`, times the weight, to their sums."""
+        found = [(total, grad) for total, grad in zip(self.sums, grads, strict=True) if grad is not None]
+        if found:
+            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found], alpha=weight)
