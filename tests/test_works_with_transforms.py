@@ -9,8 +9,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from revsolve import odeint
 
-# torch's own forward mode scripts a decomposition on first use, and says that it should not.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+# torch scripts parts of its own forward mode and inductor on first use, and says that it should not.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 TIMES = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
 SCHEMES = ["rk4", "rev_rk4", "reversible_heun", "alf4", "leapfrog"]
 ROUNDING = 1e-12  # relative; the same arithmetic in another order
