@@ -68,7 +68,6 @@ def odeint(
         full_output: return a `Solution` with statistics instead of the states alone.
         event_fn: solve from t[0] in the direction of t[1], which need not be reached, until a component of the tensor
             `event_fn(t, y)` crosses zero. A zero at t[0] does not count, nor does one that is left again within a step.
-
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
 
