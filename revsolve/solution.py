@@ -50,6 +50,10 @@ class Solution:
         """
         return self._dense().derivative(t)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles forget how to solve again: a field need not be something that can be pickled."""
+        return {**self.__dict__, "again": None}
+
     def _dense(self) -> Dense:
         if self.interpolant is None:
             if self.again is None:

@@ -37,7 +37,8 @@ BASES = {
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 CLOSE = {torch.float64: 1e-8, torch.float32: 1e-4}
 # Cotangents along the limit cycle are far larger than the gradient that is left at the end: float32 moves direct's own by 2e-4.
-LESS_CLOSE = {("reversible_heun", "van_der_pol2", torch.float32): 1e-3}
+# Rounding at the pericentre of the eccentric orbit is undone to 1.4e-4.
+LESS_CLOSE = {("reversible_heun", name, torch.float32): 1e-3 for name in ("van_der_pol2", "kepler0.7")}
 TOO_FAR = {("reversible_heun", "heat", torch.float32)}
 TOO_FAR_REASON = (
     "undoing the fastest modes (h * rate = 1.7) amplifies float32 rounding: 1e-2, below the certificate's threshold"

@@ -147,8 +147,13 @@ def pull_back(
     before = restored if equals(keep, 0.0) else _undone(keep, target, mix, source, weighted)
     grad = grads[update.target]
     if grad is not None:
+        scaled = {
+            1.0: grad
+        }  # before the vector-Jacobian product, as autograd would: the same rounding in a narrow field
         for weight, k in weighted:
-            tape.add(k, grad, weight)
+            if weight not in scaled:
+                scaled[weight] = grad * weight
+            tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
             tape.watch(update.source, source, grads)
             tape.add(keep * before, grad)

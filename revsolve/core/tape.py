@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Scalar, Time, scaled_add
+from revsolve.core.arithmetic import Scalar, Time, accumulate
 
 Grads = list[Tensor | None]
 
@@ -68,7 +68,6 @@ class Tape:
 
     def _forget(self) -> None:
         self.member, self.source, self.leaf = None, None, None
-        self.weight = 1.0
         self.outputs: list[Tensor] = []
         self.cotangents: list[Tensor] = []
 
@@ -81,17 +80,11 @@ class Tape:
         assert self.leaf is not None
         return self.leaf
 
-    def add(self, output: Tensor, cotangent: Tensor, weight: float = 1.0) -> None:
-        """Record that `weight * cotangent` belongs to `output`; the first weight scales the products, not the cotangent."""
-        if not output.requires_grad:
-            return
-        if not self.outputs:
-            self.weight = weight
-        elif weight != self.weight:
-            cotangent = cotangent * (weight / self.weight)
+    def add(self, output: Tensor, cotangent: Tensor) -> None:
+        """Record that `cotangent` belongs to `output`."""
         if self.outputs and self.outputs[-1] is output:
             self.cotangents[-1] = self.cotangents[-1] + cotangent
-        else:
+        elif output.requires_grad:
             self.outputs.append(output)
             self.cotangents.append(cotangent)
 
@@ -104,11 +97,10 @@ class Tape:
             if self._looks_new(got) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
-            if got[0] is not None:
-                grads[self.member] = scaled_add(grads[self.member], got[0], self.weight)
+            grads[self.member] = accumulate(grads[self.member], got[0])
             for time, grad in zip(self.times, got[1:], strict=False):
-                self.times[time] = self.times[time] if grad is None else scaled_add(self.times[time], grad, self.weight)
-            self.add_up(got[1 + len(self.times) :], self.weight)
+                self.times[time] = accumulate(self.times[time], grad)
+            self.add_up(got[1 + len(self.times) :])
         self._forget()
 
     def _looks_new(self, grads: Sequence[Tensor | None]) -> bool:
@@ -121,8 +113,8 @@ class Tape:
         self.looks.add(look)
         return new
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        """Add gradients of `tensors`, times the weight, to their sums."""
+    def add_up(self, grads: Sequence[Tensor | None]) -> None:
+        """Add gradients of `tensors` to their sums."""
         found = [(total, grad) for total, grad in zip(self.sums, grads, strict=True) if grad is not None]
         if found:
-            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found], alpha=weight)
+            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
