@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from revsolve.core.march import Problem
-from revsolve.core.stepper import Adaptive, FixedGrid, Grid, Stepper
+from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
 from revsolve.packing import Packing
 
 
@@ -29,7 +29,7 @@ def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
     def made() -> Stepper:
         stepper = make()
         if isinstance(stepper, FixedGrid):
-            stepper.grid = Grid(stepper.grid.times, list(range(stepper.num_total + 1)))
+            stepper.grid.outputs[:] = range(stepper.num_total + 1)
         else:
             assert isinstance(stepper, Adaptive)
             stepper.every_step = True

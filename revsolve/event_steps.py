@@ -89,9 +89,9 @@ class EqualSteps:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         t0, t1 = self.grid.times[-1], self.grid.times[0] + (self.num_steps + 1) * self.h
-        pair, _ = step(pair, t0, t1, restart)
+        pair, _ = step(pair, (t0, t1), restart)
         self.grid.times.append(t1)
         return pair
 
@@ -118,7 +118,7 @@ class UntilEvent:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         n, t0 = self.num_steps, self.grid.times[-1]
         before = self._values(t0, pair[0])
         if n + self.num_rejected >= self.max_num_steps or not math.isfinite(t0):
@@ -126,7 +126,7 @@ class UntilEvent:
                 f"no event by t = {t0}, where event_fn is {before}, after {n} steps and {self.num_rejected} rejected ones: make "
                 "sure that it changes sign, check the direction of time and event_direction, or raise the option max_num_steps."
             )
-        after = self.stepper.advance(step, pair, restart)
+        after = self.stepper.advance(step, pair, restart, n + 1)
         self.num_rejected, t1 = self.stepper.num_rejected, self.grid.times[-1]
         values = self._values(t1, after[0])
         if n == 0:
@@ -140,7 +140,7 @@ class UntilEvent:
         self.grid.times.append(middle := 0.5 * (t0 + t1))
         self.grid.outputs.append(n + 1)
         self.done = True
-        return step(pair, t0, middle, restart)[0]
+        return step(pair, (t0, middle), restart)[0]
 
     def rewind(self, num_steps: int) -> None:
         while self.grid.outputs[-1] > num_steps:

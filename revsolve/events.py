@@ -55,7 +55,7 @@ class _LastStep:
 
     def state(self, s: Time, y: Tensor) -> Tensor:
         walk = Walk(self.problem.scheme, Memo(self.problem.term))
-        return walk((y, None), self.t0, s, self.problem.scheme.reversible)[0][0]
+        return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
 
     def value(self, s: Time, y: Tensor, component: int) -> Tensor:
         return self.event.value(s, self.state(s, y))[component]

@@ -15,6 +15,8 @@ class FieldTerm:
     """The term of an ODE: field value times h. The field sees times `shift` later, a tensor that is zero: its gradient is that
     with respect to the initial time, where the whole grid moves with it."""
 
+    adds_up = True
+
     def __init__(self, func: Callable[..., Any], packing: Packing, shift: Tensor | None = None) -> None:
         self.func, self.packing, self.shift = func, packing, shift
         self.clock = Clock(packing.real_dtype, packing.device)

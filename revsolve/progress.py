@@ -78,9 +78,9 @@ class Watched:
             self._close()
         return done
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         try:
-            pair = self.stepper.advance(step, pair, restart)
+            pair = self.stepper.advance(step, pair, restart, self.num_steps + 1)
             self._report(pair[0])
         except BaseException:
             self._close()

@@ -6,7 +6,7 @@ encoder's output used inside a lambda) that the field took from outside. What th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
@@ -29,13 +28,24 @@ class _Witness(TorchDispatchMode):
         self.seen: dict[Edge, Tensor] = {}
         self.touched: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, which takes a second
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in tree_leaves((args, kwargs or {})):
+        self._look(args)
+        if kwargs:
+            self._look(kwargs.values())
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, things: Iterable[Any]) -> None:
+        for x in things:
             if isinstance(x, Tensor):
                 self.touched.add(id(x))
                 if x.grad_fn is not None:
                     self.seen.setdefault((x.grad_fn, x.output_nr), x)
-        return func(*args, **(kwargs or {}))
+            elif isinstance(x, (list, tuple)):
+                self._look(x)
 
 
 def traced(

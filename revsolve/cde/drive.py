@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time, moment
-from revsolve.core.coupling import Scheme
+from revsolve.core.coupling import Scheme, moves
 from revsolve.drivers.control import Control
 
 Key = tuple[Any, ...]  # times
@@ -25,6 +25,8 @@ Key = tuple[Any, ...]  # times
 
 class Drive(ABC):
     """What the path does over the span t0 -> t1 in which the field was evaluated at t: (dX, scale) means scale * dX."""
+
+    adds_up = False
 
     def __init__(self, control: Control, table: Table | None = None) -> None:
         self.control, self.table = control, table
@@ -44,7 +46,7 @@ class Drive(ABC):
         """This, but with all that the steps between `times` ask for computed beforehand, unless it is more than `most` rows."""
         if (len(times) - 1) * len(self.keys(asked_for(scheme, times[:2]))) > most:
             return self
-        keys = self.keys(asked_for(scheme, times))
+        keys = self.keys(asked_for(scheme, times, self.adds_up))
         return type(self)(self.control, Table(keys, self.rows(keys)))
 
     @property
@@ -72,6 +74,8 @@ class Slopes(Drive):
 class Increments(Drive):
     """X(t1) - X(t0)."""
 
+    adds_up = True
+
     def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
         if self.table is not None:
             return self.table(_ordered(t0, t1)), 1.0 if t1 > t0 else -1.0
@@ -81,11 +85,21 @@ class Increments(Drive):
         return sorted({_ordered(t0, t1) for _, t0, t1 in asked})
 
     def rows(self, keys: list[Key]) -> Any:
-        if all(end == start for (_, end), (start, _) in itertools.pairwise(keys)):
-            return self.control.increments([keys[0][0], *(end for _, end in keys)])
+        points = sorted({t for key in keys for t in key})
+        place = {t: i for i, t in enumerate(points)}
+        first, last = ([place[key[i]] - i for key in keys] for i in (0, 1))
+        if all(b - a in (0, 1) for a, b in zip(first, last, strict=True)):  # steps, and two of them joined
+            pieces = self.control.increments(points)
+            return pieces if first == last else tree_map(lambda x: _one_or_two(x, first, last), pieces)
         starts, ends = torch.tensor(keys, dtype=torch.float64).T.contiguous()
         before, after = self.control.evaluate(starts), self.control.evaluate(ends)
         return tree_map(lambda b, a: (a - b).movedim(-2, 0), before, after)
+
+
+def _one_or_two(pieces: Tensor, first: list[int], last: list[int]) -> Tensor:
+    """Pieces, with the next one added where `last` is not `first`."""
+    joined = torch.tensor([a != b for a, b in zip(first, last, strict=True)], dtype=pieces.dtype, device=pieces.device)
+    return torch.addcmul(pieces[first], pieces[last], joined.view(-1, *[1] * (pieces.ndim - 1)))
 
 
 class Table:
@@ -112,7 +126,7 @@ class Table:
         return tuple(block for blocks in self.columns for block in blocks)
 
 
-def asked_for(scheme: Scheme, times: list[float]) -> list[Key]:
+def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:
     """The (t, t0, t1) for which the steps between these times ask the term: its evaluations, and the spans they are used for."""
     recorder, nothing = _Recorder(), torch.zeros(())
     with torch.no_grad():
@@ -121,7 +135,10 @@ def asked_for(scheme: Scheme, times: list[float]) -> list[Key]:
                 if update.increment is not None:
                     t0, t1 = moment(start, end, update.start), moment(start, end, update.end)
                     update.increment(recorder, nothing, t0, t1)
-    return recorder.asked
+    joined = [
+        (at, t0, t1) for update, t0, t1, at in moves(scheme, times, adds_up) if at is not None and update.increment
+    ]
+    return [*recorder.asked, *joined]
 
 
 class _Recorder:

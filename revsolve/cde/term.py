@@ -19,6 +19,7 @@ class MatrixTerm:
 
     def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive) -> None:
         self.func, self.packing, self.drive = func, packing, drive
+        self.adds_up = drive.adds_up
         self.clock = Clock(packing.real_dtype, packing.device)
         self.checked = False
 
@@ -41,6 +42,7 @@ class ProductTerm:
 
     def __init__(self, func: Any, packing: Packing, drive: Drive, span: tuple[Time, Time]) -> None:
         self.func, self.packing, self.drive, self.span = func, packing, drive, span
+        self.adds_up = drive.adds_up
         self.clock = Clock(packing.real_dtype, packing.device)
 
     def value(self, t: Time, x: Tensor) -> tuple[Tensor, Time]:
@@ -61,6 +63,7 @@ class Deferred:
 
     def __init__(self, term: Term, products: ProductTerm) -> None:
         self.term, self.products = term, products
+        self.adds_up = products.adds_up
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
         return t, x

@@ -39,7 +39,7 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if target is None:
         return None if mix == 0.0 else source if mix == 1.0 else source * mix
     if mix == 0.0:
-        return target if keep == 1.0 else target * keep
+        return target if keep == 1.0 else -target if keep == -1.0 else target * keep
     if keep == 1.0:
         return torch.add(target, source, alpha=mix)
     if abs(keep + mix - 1.0) < 1e-14:

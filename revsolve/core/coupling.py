@@ -10,6 +10,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,9 @@ from revsolve.core.tape import Grads, Memo, Tape, Term
 
 Pair = tuple[Tensor, Tensor | None]
 Combination = list[tuple[float, Tensor]]  # sum of weight * tensor
+Move = tuple[
+    "CouplingUpdate", Time, Time, "Time | None"
+]  # an update, its span, and where it evaluates if that is not told
 
 
 class Increment(Protocol):
@@ -74,7 +78,8 @@ class Scheme:
     order is that of the solution, error_order that of the embedded solution (None: no error estimate). A scheme whose
     `restart` is empty is a plain method: its z is not used and its steps cannot be undone. `staggered` says that z is a
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
-    step from a restart that measure grows to the order h ** gap_order.
+    step from a restart that measure grows to the order h ** gap_order. `joins` says that the update which ends a step and the
+    one which begins the next differ in their spans alone, and ask for the same evaluation, at the time between them.
     """
 
     name: str
@@ -84,18 +89,41 @@ class Scheme:
     error_order: int | None = None
     staggered: bool = False
     gap_order: int = 2
+    joins: bool = False
 
     @property
     def reversible(self) -> bool:
         return bool(self.restart)
 
 
-def advance(
-    update: CouplingUpdate, pair: Pair, t0: Time, t1: Time, memo: Memo, error: list[Tensor] | None = None
-) -> Pair:
-    """The pair after the update over the step t0 -> t1; parts of the step's error estimate are appended to `error`."""
-    start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
-    keep, mix, gain = update.coefficients(start, end)
+def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
+    """The updates of the steps from each of the times to the next, in order; two that can be joined are one if the term
+    adds up."""
+    out: list[Move] = []
+    for t0, t1 in zip(times, times[1:], strict=False):
+        step = [over(update, t0, t1) for update in scheme.updates]
+        if adds_up and scheme.joins and out:
+            update, start, _, _ = out.pop()
+            step[0] = (update, start, step[0][2], t0)
+        out += step
+    return out
+
+
+def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
+    """The update in the step t0 -> t1."""
+    return update, moment(t0, t1, update.start), moment(t0, t1, update.end), None
+
+
+def frozen(term: Term, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
+    """The increment of the term over t0 -> t1 with the field frozen at one time."""
+    k, scale = term.product(term.value(at, x), t0, t1)
+    return [(1.0, scaled_add(None, k, scale))] if isinstance(scale, Tensor) else [(scale, k)]
+
+
+def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = None) -> Pair:
+    """The pair after the move; parts of the step's error estimate are appended to `error`."""
+    update, t0, t1, at = move
+    keep, mix, gain = update.coefficients(t0, t1)
     target, source = pair[update.target], pair[update.source]
     assert source is not None
     out = None if equals(keep, 0.0) else target
@@ -103,7 +131,10 @@ def advance(
         out = linear(keep, out, mix, source)
     else:
         with_error = error is not None and update.error != 0.0
-        parts, error_parts = update.increment(memo, source, start, end, with_error)
+        if at is None:
+            parts, error_parts = update.increment(memo, source, t0, t1, with_error)
+        else:
+            parts = frozen(memo, source, at, t0, t1)
         if len(parts) == 1 and equals(mix, 0.0):
             out = linear(keep, out, gain * parts[0][0], parts[0][1])
         else:
@@ -114,42 +145,38 @@ def advance(
             assert error is not None
             error.extend(k.detach() * (update.error * weight) for weight, k in error_parts)
             if update.increment.ends_in_value and update.source == update.target:
-                memo.latest = (out, end, memo.latest[2])
+                memo.latest = (out, t1, memo.latest[2])
     if update.increment is None and error is not None and update.error:
         error.append((source * (mix * update.error)).detach())
     assert out is not None
     return (out, pair[1]) if update.target == 0 else (pair[0], out)
 
 
-def pull_back(
-    update: CouplingUpdate, pair: Pair, grads: Grads, t0: Time, t1: Time, tape: Tape, restored: Tensor | None = None
-) -> Pair:
-    """Undo the update and carry the cotangents in `grads` (changed in place) across it; returns the pair before it.
+def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor | None = None) -> Pair:
+    """Undo the move and carry the cotangents in `grads` (changed in place) across it; returns the pair before it.
 
-    An update with keep = 0 overwrote its target: that is given back as `restored`.
+    An update with keep = 0 overwrote its target: that is given back as `restored`. Gradients must be enabled, for the tape.
     """
+    update, t0, t1, at = move
     if tape.member == update.target:
         tape.flush(grads)
-    start, end = moment(t0, t1, update.start), moment(t0, t1, update.end)
-    keep, mix, gain = update.coefficients(start, end)
+    keep, mix, gain = update.coefficients(t0, t1)
     target, source = pair[update.target], pair[update.source]
     assert target is not None and source is not None
     parts: Combination = []
     if update.increment is not None:
-        parts = update.increment(tape.memo, tape.watch(update.source, source, grads), start, end)[0]
-    if isinstance(mix, Tensor):
-        parts = [*((w * gain, k) if not isinstance(gain, Tensor) else (w, gain * k) for w, k in parts)]
-        parts.append((1.0, like(mix, source) * tape.watch(update.source, source, grads)))
-        mix, gain = 0.0, 1.0
-    elif isinstance(gain, Tensor):
-        parts, gain = [(w, gain * k) for w, k in parts], 1.0
-    weighted = [(gain * w, k) for w, k in parts]
-    before = restored if equals(keep, 0.0) else _undone(keep, target, mix, source, weighted)
+        leaf = tape.watch(update.source, source, grads)
+        if at is None:
+            parts, _ = update.increment(tape.memo, leaf, t0, t1)
+        else:
+            parts = frozen(tape.memo, leaf, at, t0, t1)
+    if isinstance(mix, Tensor) or isinstance(gain, Tensor):
+        parts, mix, gain = _absorbed(parts, mix, gain, tape.watch(update.source, source, grads)), 0.0, 1.0
+    weighted = [(gain * weight, k) for weight, k in parts]
+    before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
     grad = grads[update.target]
     if grad is not None:
-        scaled = {
-            1.0: grad
-        }  # before the vector-Jacobian product, as autograd would: the same rounding in a narrow field
+        scaled = {1.0: grad}  # before the vector-Jacobian product, as autograd would: narrow fields round alike
         for weight, k in weighted:
             if weight not in scaled:
                 scaled[weight] = grad * weight
@@ -163,9 +190,16 @@ def pull_back(
     return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
 
 
+def _absorbed(parts: Combination, mix: Scalar, gain: Scalar, leaf: Tensor) -> Combination:
+    """The parts with the gain, and with the mixed part, as recorded tensors: their coefficients may need gradients."""
+    out: Combination = [(w, like(gain, k) * k) if isinstance(gain, Tensor) else (gain * w, k) for w, k in parts]
+    if not equals(mix, 0.0):
+        out.append((1.0, scaled_add(None, leaf, mix)))
+    return out
+
+
 def _undone(keep: Scalar, target: Tensor, mix: Scalar, source: Tensor, parts: Combination) -> Tensor:
     """(target - mix * source - parts) / keep"""
-    keep = value_of(keep)
     if len(parts) == 1 and equals(mix, 0.0):
         weight, k = parts[0]
         out = linear(1.0 / keep, target, -weight / keep, k.detach())

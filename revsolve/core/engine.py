@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
-from revsolve.core.coupling import Pair, pull_back
+from revsolve.core.coupling import Pair, moves, over, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
 from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
 from revsolve.core.stepper import Grid
@@ -94,28 +94,28 @@ def undo(
     problem: Problem, grid: Grid, marks: dict[int, Pair], pair: Pair, grad_ys: Tensor, tape: Tape, moving: bool
 ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
     """Undo the steps from the last pair, differentiating each as it is undone."""
-    scheme, due = problem.scheme, {n: i for i, n in enumerate(grid.outputs)}
+    scheme = problem.scheme
     grads: list[Tensor | None] = [None, None]
     mismatches: list[Tensor] = []
     clock = _Clock(grid, tape, moving)
     end = pair[0]
-    for n in reversed(range(grid.num_steps)):
-        if n + 1 in due:
-            grads[0] = accumulate(grads[0], grad_ys[due[n + 1]])
-        t0, t1 = clock(n), clock(n + 1)
-        for update in reversed(scheme.updates):
-            pair = pull_back(update, pair, grads, t0, t1, tape)
-        if n in marks:
-            stored = marks[n]
+    for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
+        if (i := grid.output(stop)) is not None:
+            grads[0] = accumulate(grads[0], grad_ys[i])
+        times = clock(start, stop)
+        for move in reversed(moves(scheme, times, tape.memo.adds_up)):
+            pair = pull_back(move, pair, grads, tape)
+        if start in marks:
+            stored = marks[start]
             mismatches.append(_mismatch(pair[0], stored[0], end))
-            if n in grid.restarts:
+            if start in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
-                    pair = pull_back(update, pair, grads, t0, t1, tape, restored=stored[1])
+                    pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
             pair, end, tape.audit_due = stored, stored[0], True
     tape.flush(grads)
-    if 0 in due:
-        grads[0] = accumulate(grads[0], grad_ys[due[0]])
+    if (i := grid.output(0)) is not None:
+        grads[0] = accumulate(grads[0], grad_ys[i])
     _certify(problem, mismatches)
     return grads[0], clock.close()
 
@@ -163,9 +163,11 @@ class _Clock:
         self.leaves: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor | None] = {}
 
-    def __call__(self, n: int) -> Time:
-        if not self.moving:
-            return self.times[n]
+    def __call__(self, start: int, stop: int) -> Sequence[Time]:
+        """The times of the steps start..stop."""
+        return [self._leaf(n) for n in range(start, stop + 1)] if self.moving else self.times[start : stop + 1]
+
+    def _leaf(self, n: int) -> Tensor:
         if n not in self.leaves:
             self.leaves[n] = torch.tensor(self.times[n], dtype=torch.float64, requires_grad=True)
             self.tape.times[self.leaves[n]] = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Pair, Scheme, advance
+from revsolve.core.coupling import Pair, Scheme, advance, moves, over
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Stepper
@@ -58,22 +58,22 @@ class Problem:
 
 
 class Walk:
-    """Takes single steps, and remembers the pair with which the latest one began (after a restart)."""
+    """Takes steps, and remembers the pair with which the latest call began (after a restart)."""
 
     def __init__(self, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.memo = scheme, memo
 
     def __call__(
-        self, pair: Pair, t0: Time, t1: Time, restart: bool, with_error: bool = False
+        self, pair: Pair, times: Sequence[Time], restart: bool, with_error: bool = False
     ) -> tuple[Pair, Tensor | None]:
         error: list[Tensor] | None = [] if with_error else None
         latest = self.memo.latest
         if restart:
             for update in self.scheme.restart:
-                pair = advance(update, pair, t0, t1, self.memo)
+                pair = advance(over(update, times[0], times[1]), pair, self.memo)
         self.begun = pair
-        for update in self.scheme.updates:
-            pair = advance(update, pair, t0, t1, self.memo, error)
+        for move in moves(self.scheme, times, self.memo.adds_up):
+            pair = advance(move, pair, self.memo, error)
         if not error:
             return pair, None
         self.before_attempt = latest
@@ -106,7 +106,10 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         restart = problem.scheme.reversible and (segments.resets or start == 0)
         segments.begin(start)
         while not stepper.done and stepper.num_steps - start < segments.length:
-            pair = stepper.advance(walk, pair, restart and stepper.num_steps == start)
+            n, limit = stepper.num_steps, start + segments.length
+            if segments.judged and n + 1 < limit:  # the first and the last step are looked at
+                limit = n + 1 if n == start else limit - 1
+            pair = stepper.advance(walk, pair, restart and n == start, limit)
             if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
                 ys.append(pair[0])
             if segments.judged and stepper.num_steps == start + 1:
@@ -133,12 +136,11 @@ def replay(
     problem: Problem, grid: Grid, pair: Pair, start: int, stop: int, times: Sequence[Time], walk: Walk
 ) -> tuple[Pair, dict[int, Tensor]]:
     """Repeat the recorded steps start..stop; the last pair, and the outputs due after them by their index."""
-    due = {n: i for i, n in enumerate(grid.outputs)}
     outputs = {}
-    for n in range(start, stop):
-        pair, _ = walk(pair, times[n - start], times[n - start + 1], n in grid.restarts)
-        if n + 1 in due:
-            outputs[due[n + 1]] = pair[0]
+    for a, b in grid.runs(start, stop):
+        pair, _ = walk(pair, times[a - start : b - start + 1], a in grid.restarts)
+        if (i := grid.output(b)) is not None:
+            outputs[i] = pair[0]
     return pair, outputs
 
 
@@ -194,7 +196,7 @@ def _non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
     with torch.no_grad():
         for n in range(grid.num_steps):
             before = pair[0]
-            pair, _ = walk(pair, grid.times[n], grid.times[n + 1], n in grid.restarts)
+            pair, _ = walk(pair, grid.times[n : n + 2], n in grid.restarts)
             if watch.lost is not None:
                 return RuntimeError(problem.explain(*watch.lost))
             if not _finite(pair[0]):

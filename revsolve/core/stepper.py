@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,14 +13,16 @@ from torch import Tensor
 from revsolve.core.coupling import Pair
 from revsolve.core.tape import Memo
 
+LONGEST_RUN = 64  # what is kept for each step of a run is let go after it
+
 
 class Step(Protocol):
-    """Takes one step from t0 to t1, after a restart where asked for."""
+    """Takes the steps from each of the times to the next, after a restart where asked for."""
 
     memo: Memo
 
     def __call__(
-        self, pair: Pair, t0: float, t1: float, restart: bool, with_error: bool = False
+        self, pair: Pair, times: Sequence[float], restart: bool, with_error: bool = False
     ) -> tuple[Pair, Tensor | None]: ...
 
     def forget_attempt(self) -> None: ...
@@ -30,16 +33,37 @@ class Grid:
     """The accepted steps: `times` (one more than steps), the step counts at which outputs are due, and where z was reset.
 
     The times at `pinned` step counts are facts about the field, such as jumps: they stay where they are when outputs move.
+    Up to `longest_run` steps are taken in one go.
     """
 
     times: list[float]
     outputs: list[int]
     restarts: set[int] = field(default_factory=set)
     pinned: list[int] = field(default_factory=list)
+    longest_run: int = 1
 
     @property
     def num_steps(self) -> int:
         return len(self.times) - 1
+
+    def output(self, n: int) -> int | None:
+        """Which output is due after n steps."""
+        i = bisect_left(self.outputs, n)
+        return i if i < len(self.outputs) and self.outputs[i] == n else None
+
+    def runs(self, start: int, stop: int, ends: Container[int] = ()) -> Iterator[tuple[int, int]]:
+        """The steps start..stop in runs of steps between which there is no output, no restart and none of the `ends`."""
+        first = start
+        for n in range(start + 1, stop + 1):
+            if (
+                n - first == self.longest_run
+                or n == stop
+                or n in ends
+                or n in self.restarts
+                or self.output(n) is not None
+            ):
+                yield first, n
+                first = n
 
 
 class Stepper(Protocol):
@@ -60,8 +84,8 @@ class Stepper(Protocol):
 
     @property
     def done(self) -> bool: ...
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
-        """The pair after one more accepted step."""
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+        """The pair after one more accepted step, or, where states need no look in between, after at most `limit` in all."""
         ...
 
     def rewind(self, num_steps: int) -> None:
@@ -77,7 +101,7 @@ class FixedGrid:
     """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` see `Grid`."""
 
     def __init__(self, times: list[float], outputs: list[int], pinned: Sequence[int] = ()) -> None:
-        self.grid = Grid(times, outputs, pinned=list(pinned))
+        self.grid = Grid(times, outputs, pinned=list(pinned), longest_run=LONGEST_RUN)
         self.num_steps = self.num_rejected = 0
         self.num_total = len(times) - 1
 
@@ -85,10 +109,11 @@ class FixedGrid:
     def done(self) -> bool:
         return self.num_steps == self.num_total
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
-        n = self.num_steps
-        pair, _ = step(pair, self.grid.times[n], self.grid.times[n + 1], restart, False)
-        self.num_steps = n + 1
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+        n, outputs = self.num_steps, self.grid.outputs
+        stop = min(limit, n + LONGEST_RUN, outputs[bisect_right(outputs, n)])
+        pair, _ = step(pair, self.grid.times[n : stop + 1], restart)
+        self.num_steps = stop
         return pair
 
     def rewind(self, num_steps: int) -> None:
@@ -117,9 +142,9 @@ class UntilConverged:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         n = self.num_steps + 1
-        pair, _ = step(pair, float(n - 1), float(n), restart)
+        pair, _ = step(pair, (float(n - 1), float(n)), restart)
         self.grid.times.append(float(n))
         self.done = self.observe(n, pair[0], step.memo.value(0.0, pair[0])) or n == self.max_steps
         if self.done:
@@ -182,14 +207,14 @@ class Adaptive:
     def done(self) -> bool:
         return self.next_target == len(self.targets)
 
-    def advance(self, step: Step, pair: Pair, restart: bool) -> Pair:
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         t0, grown = self.grid.times[-1], self.control.grow
         while True:
             self._check_progress(t0, pair)
             target = self.targets[self.next_target]
             lands = abs(target - t0) <= self.h * (1 + 1e-9)
             t1 = target if lands else t0 + self.direction * self.h
-            after, error = step(pair, t0, t1, restart, True)
+            after, error = step(pair, (t0, t1), restart, True)
             assert error is not None
             ratio = self._ratio(error, pair[0], after[0])
             factor = self._factor(ratio, grown)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from revsolve.core.arithmetic import Scalar, Time, accumulate
 
@@ -14,7 +15,11 @@ Grads = list[Tensor | None]
 
 
 class Term(Protocol):
-    """What is integrated: a field, and how its value becomes an increment over a span of time."""
+    """What is integrated: a field, and how its value becomes an increment over a span of time.
+
+    Where it `adds_up`, products of one value over two spans, one after the other, add up to that over both; the default is
+    that they need not.
+    """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
 
@@ -26,11 +31,11 @@ class Term(Protocol):
 class Memo:
     """A term that keeps its latest evaluation, because the next update may ask for the same one."""
 
-    __slots__ = ("latest", "num_evaluations", "product", "term")
+    __slots__ = ("adds_up", "latest", "num_evaluations", "product", "term")
 
     def __init__(self, term: Term) -> None:
         self.term = term
-        self.product = term.product
+        self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
         self.num_evaluations = 0
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
@@ -93,7 +98,7 @@ class Tape:
         if self.outputs:
             assert self.member is not None and self.leaf is not None
             inputs = (self.leaf, *self.times, *self.tensors)
-            got = torch.autograd.grad(self.outputs, inputs, self.cotangents, allow_unused=True)
+            got = vector_jacobian_product(self.outputs, inputs, self.cotangents)
             if self._looks_new(got) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
@@ -118,3 +123,10 @@ class Tape:
         found = [(total, grad) for total, grad in zip(self.sums, grads, strict=True) if grad is not None]
         if found:
             torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
+
+
+def vector_jacobian_product(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
+    return _engine_run_backward(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)

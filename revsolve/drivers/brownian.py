@@ -123,6 +123,9 @@ class BrownianPath:
             block, row = steps.block(step)
             W = block.forward[row] if a <= b else block.backward[row]
             return (W, block.areas[row]) if return_H else W
+        if not return_H and step + 2 < len(steps.knots) and (steps.knots[step], steps.knots[step + 2]) == (low, high):
+            W = steps.two(step)
+            return W if a <= b else -W
         span = self._span(*(clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb)))
         W = span.W[0] if a <= b else -span.W[0]
         return W if span.H is None or not return_H else (W, span.H[0])

@@ -47,6 +47,11 @@ class Steps:
         block, row = self.block(step)
         return block.spans.part(row, row + 1)
 
+    def two(self, step: int) -> Tensor:
+        """Return W over one step and the next."""
+        (first, i), (second, j) = self.block(step), self.block(step + 1)
+        return first.forward[i] + second.forward[j]
+
     def between(self, start: int, stop: int) -> list[Spans]:
         """Return the steps from number `start` up to `stop`, those of a block joined, so that few are held."""
         groups = []

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, moment, scaled_add
-from revsolve.core.coupling import Combination
+from revsolve.core.arithmetic import Time, moment
+from revsolve.core.coupling import Combination, frozen
 from revsolve.core.tape import Term
 from revsolve.schemes.tableau import Tableau
 
@@ -45,7 +45,7 @@ class RungeKutta:
             xi = x
             for j, a in row:
                 xi = torch.add(xi, stages[j], alpha=a * scale)
-            k, scale = _product(term, moment(t0, t1, c), xi, t0, t1)
+            [(scale, k)] = frozen(term, xi, moment(t0, t1, c), t0, t1)
             stages.append(k)
         parts = [(b * scale, stages[i]) for i, b in self._weights]
         errors = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
@@ -65,14 +65,8 @@ class OneEvaluation:
     def __call__(
         self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
-        k, scale = _product(term, moment(t0, t1, self.at), x, t0, t1)
-        parts = [(scale, k)]
+        parts = frozen(term, x, moment(t0, t1, self.at), t0, t1)
         return parts, parts if with_error else []
-
-
-def _product(term: Term, t: Time, x: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
-    k, scale = term.product(term.value(t, x), t0, t1)
-    return (scaled_add(None, k, scale), 1.0) if isinstance(scale, Tensor) else (k, scale)
 
 
 @dataclass(frozen=True)
@@ -86,8 +80,7 @@ class FieldValue:
     def __call__(
         self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
-        k, scale = _product(term, 0.0, x, t0, t1)
-        return [(scale, k)], []
+        return frozen(term, x, 0.0, t0, t1), []
 
 
 def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 
 from revsolve.core.coupling import Scheme
@@ -58,14 +59,20 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         return plain(method)
     if not isinstance(method, str):
         raise TypeError(f"method must be a name, a Tableau or a Scheme, but it is {method!r}.")
-    if method in NATIVE:
-        return NATIVE[method]()
-    if name in TABLEAUS:
-        return reversible(TABLEAUS[name]) if pair else plain(TABLEAUS[name])
+    if method in NATIVE or name in TABLEAUS:
+        return _named(method)
     close = difflib.get_close_matches(method, method_names(), n=1, cutoff=0.0)
     raise ValueError(
         f"unknown method {method!r}: did you mean {close[0]!r}? Known methods: {', '.join(method_names())}."
     )
+
+
+@functools.cache
+def _named(method: str) -> Scheme:
+    if method in NATIVE:
+        return NATIVE[method]()
+    tableau = TABLEAUS[method.removeprefix("rev_")]
+    return plain(tableau) if method in TABLEAUS else reversible(tableau)
 
 
 def _refuse_parameter(name: str, value: float | None, method: object, owner: str) -> None:

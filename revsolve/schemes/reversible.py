@@ -91,7 +91,8 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         kick = updates[2 * i]
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
-    return Scheme(_composed_name("reversible_heun", order), tuple(updates), (COPY,), order, error_order)
+    name = _composed_name("reversible_heun", order)
+    return Scheme(name, tuple(updates), (COPY,), order, error_order, joins=True)
 
 
 def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2) -> Scheme:
@@ -121,7 +122,7 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, min(len(composition), ERROR_NODES) - 1)
     name = _composed_name("alf", order)
-    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, staggered=True)
+    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, True, joins=True)
 
 
 def leapfrog() -> Scheme:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
+from revsolve.drivers.brownian import BrownianPath
 from revsolve.packing import Clock
 from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment
@@ -26,6 +27,7 @@ class SDETerm:
         self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
         self.on_demand = pieces and shift is None and self.apart is not None
+        self.adds_up = isinstance(path, BrownianPath)
 
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
@@ -88,6 +90,7 @@ class LogRatioTerm:
 
     def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
         assert coefficients.prior is not None
+        self.adds_up = term.adds_up
         self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
 
     def value(self, t: Time, x: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve import method_names
 from revsolve.core.arithmetic import linear
-from revsolve.core.coupling import CouplingUpdate, Pair, advance, pull_back
+from revsolve.core.coupling import CouplingUpdate, Pair, advance, over, pull_back
 from revsolve.core.tape import Memo, Tape
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.names import scheme
@@ -43,7 +43,7 @@ def no_audit(outputs: Any, own: Any) -> None:
 def started(name: str, y: Tensor, t0: float, t1: float, memo: Memo) -> Pair:
     pair: Pair = (y, None)
     for update in scheme(name).restart:
-        pair = advance(update, pair, t0, t1, memo)
+        pair = advance(over(update, t0, t1), pair, memo)
     return pair
 
 
@@ -54,11 +54,11 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     term = Field(torch.tensor(0.7, dtype=torch.float64))
     before = pair = started(name, torch.tensor(y, dtype=torch.float64), t0, t0 + h, Memo(term))
     for update in scheme(name).updates:
-        pair = advance(update, pair, t0, t0 + h, Memo(term))
+        pair = advance(over(update, t0, t0 + h), pair, Memo(term))
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(update, pair, [None, None], t0, t0 + h, tape)
+            pair = pull_back(over(update, t0, t0 + h), pair, [None, None], tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)
@@ -77,13 +77,13 @@ def test_one_update(keep: float, mix: float, gain: float, t0: float, h: float, r
     cotangents = [torch.randn(3, dtype=torch.float64) for _ in range(2)]
     update = CouplingUpdate(0, 1, *numbers[:3], increment=LINE, start=0.2, end=0.9, rate=rate)
     term = Field(numbers[3])
-    after = advance(update, pair, t0, t0 + h, Memo(term))
+    after = advance(over(update, t0, t0 + h), pair, Memo(term))
     wanted = torch.autograd.grad(after, [*pair, *numbers], cotangents)
 
     tape = Tape(term, numbers, no_audit)
     grads: list[Tensor | None] = list(cotangents)
     with torch.enable_grad():
-        undone = pull_back(update, tuple(x.detach() for x in after), grads, t0, t0 + h, tape)
+        undone = pull_back(over(update, t0, t0 + h), tuple(x.detach() for x in after), grads, tape)
         tape.flush(grads)
     size = 1 + max(float(x.detach().abs().max()) for x in after) / abs(keep)
     torch.testing.assert_close(undone[0].detach(), pair[0].detach(), rtol=0, atol=1e-14 * size)
@@ -97,7 +97,7 @@ def test_plain_numbers_are_as_good_as_tensors() -> None:
     keep, mix, gain = torch.tensor([0.75, 0.5, -2.0], dtype=torch.float64)
     tensors = replace(numbers, keep=keep, mix=mix, gain=gain)
     term = Field(torch.tensor(0.7, dtype=torch.float64))
-    got, wanted = (advance(update, (y, z), 0.0, 0.1, Memo(term))[0] for update in (tensors, numbers))
+    got, wanted = (advance(over(update, 0.0, 0.1), (y, z), Memo(term))[0] for update in (tensors, numbers))
     torch.testing.assert_close(got, wanted, rtol=1e-15, atol=1e-15)
 
 
@@ -106,7 +106,7 @@ def test_an_overwritten_member_is_restored_not_undone() -> None:
     y, z, grad_y, grad_z = torch.randn(4, 3).unbind()
     grads: list[Tensor | None] = [grad_y, grad_z]
     tape = Tape(Field(torch.ones(())), (), no_audit)
-    pair = pull_back(copy, (y, y), grads, 0.0, 0.1, tape, restored=z)
+    pair = pull_back(over(copy, 0.0, 0.1), (y, y), grads, tape, restored=z)
     assert pair == (y, z)
     assert grads[1] is None
     torch.testing.assert_close(grads[0], grad_y + grad_z, rtol=0, atol=0)
@@ -119,10 +119,10 @@ def test_undoing_evaluates_once_per_evaluation(name: str) -> None:
     forward, backward = Memo(term), Tape(term, (), no_audit)
     grads: list[Tensor | None] = [torch.ones(2, dtype=torch.float64)] * 2
     for update in scheme(name).updates:
-        pair = advance(update, pair, 0.0, 0.1, forward)
+        pair = advance(over(update, 0.0, 0.1), pair, forward)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(update, pair, grads, 0.0, 0.1, backward)
+            pair = pull_back(over(update, 0.0, 0.1), pair, grads, backward)
     assert forward.num_evaluations == backward.memo.num_evaluations > 0
 
 
