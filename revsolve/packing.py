@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+REMEMBERED_TIMES = 512  # the backward pass asks for those of the forward pass again
+
 
 class Packing:
     """A pytree of tensors as one tensor and back: a lone tensor stays as it is, several become one real vector."""
@@ -87,7 +89,7 @@ class Clock:
             return t.to(self.device, self.dtype)
         found = self.recent.get(t)
         if found is None:
-            if len(self.recent) >= 16:
+            if len(self.recent) >= REMEMBERED_TIMES:
                 self.recent.clear()
             found = self.recent[t] = torch.full((), t, dtype=self.dtype, device=self.device)
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time, moment
-from revsolve.core.coupling import Scheme, moves
+from revsolve.core.coupling import Scheme, moves, over
 from revsolve.drivers.control import Control
 
 Key = tuple[Any, ...]  # times
@@ -114,12 +114,13 @@ class Table:
         self.place = {key: divmod(i, length) for i, key in enumerate(keys)}
         self.lone = isinstance(rows, Tensor)
         self.columns = [column.split(length) for column in ([rows] if self.lone else rows)]
+        self.rows = [[block if block.requires_grad else block.unbind() for block in blocks] for blocks in self.columns]
 
     def __call__(self, key: Key) -> Any:
         block, row = self.place[key]
         if self.lone:
-            return self.columns[0][block][row]
-        return tuple(blocks[block][row] for blocks in self.columns)
+            return self.rows[0][block][row]
+        return tuple(blocks[block][row] for blocks in self.rows)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -128,31 +129,13 @@ class Table:
 
 def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:
     """The (t, t0, t1) for which the steps between these times ask the term: its evaluations, and the spans they are used for."""
-    recorder, nothing = _Recorder(), torch.zeros(())
-    with torch.no_grad():
-        for start, end in itertools.pairwise(times):
-            for update in (*scheme.restart, *scheme.updates):
-                if update.increment is not None:
-                    t0, t1 = moment(start, end, update.start), moment(start, end, update.end)
-                    update.increment(recorder, nothing, t0, t1)
-    joined = [
-        (at, t0, t1) for update, t0, t1, at in moves(scheme, times, adds_up) if at is not None and update.increment
-    ]
-    return [*recorder.asked, *joined]
-
-
-class _Recorder:
-    """A term that takes down what it is asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[Key] = []
-
-    def value(self, t: Time, x: Tensor) -> Time:
-        return t
-
-    def product(self, value: Time, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        self.asked.append((value, t0, t1))
-        return torch.zeros(()), 1.0
+    asked = []
+    for start, end in itertools.pairwise(times):
+        for update, t0, t1, _ in (over(update, start, end) for update in (*scheme.restart, *scheme.updates)):
+            if update.increment is not None:
+                asked += [(moment(t0, t1, c), t0, t1) for c in update.increment.nodes]
+    joined = ((at, t0, t1) for update, t0, t1, at in moves(scheme, times, adds_up) if update.increment is not None)
+    return [*asked, *((at, t0, t1) for at, t0, t1 in joined if at is not None)]
 
 
 def _ordered(*times: Time) -> Key:

@@ -21,14 +21,18 @@ def moment(t0: Time, t1: Time, fraction: float) -> Time:
     return t0 + fraction * (t1 - t0)
 
 
-def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar) -> Tensor:
-    """x + weight * k, where x = None stands for zero."""
-    if isinstance(weight, Tensor):
-        scaled = like(weight, k) * k
-        return scaled if x is None else x + scaled
-    if x is None:
-        return k if weight == 1.0 else k * weight
-    return torch.add(x, k, alpha=weight)
+def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar, factor: Scalar = 1.0) -> Tensor:
+    """x + factor * weight * k, where x = None stands for zero."""
+    if isinstance(factor, Tensor) or not isinstance(weight, Tensor):
+        weight, factor = factor * weight, 1.0
+    if not isinstance(weight, Tensor):
+        if x is None:
+            return k if weight == 1.0 else k * weight
+        return torch.add(x, k, alpha=weight)
+    if x is not None and x.dtype == k.dtype == weight.dtype:
+        return torch.addcmul(x, k, weight, value=factor)
+    scaled = like(weight, k) * k
+    return scaled * factor if x is None else torch.add(x, scaled, alpha=factor)
 
 
 def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:

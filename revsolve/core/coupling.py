@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, equals, like, linear, moment, scaled_add, value_of
-from revsolve.core.tape import Grads, Memo, Tape, Term
+from revsolve.core.tape import Grads, Memo, Tape
 
 Pair = tuple[Tensor, Tensor | None]
-Combination = list[tuple[float, Tensor]]  # sum of weight * tensor
+Combination = list[tuple[Scalar, Tensor]]  # sum of weight * tensor
 Move = tuple[
     "CouplingUpdate", Time, Time, "Time | None"
 ]  # an update, its span, and where it evaluates if that is not told
@@ -31,8 +31,13 @@ class Increment(Protocol):
     """What an update adds: a linear combination of stage values, and the same for its error estimate."""
 
     def __call__(
-        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]: ...
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """Where a call without error estimate evaluates the term, as fractions of the span."""
+        ...
 
     @property
     def ends_in_value(self) -> bool:
@@ -100,7 +105,7 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     """The updates of the steps from each of the times to the next, in order; two that can be joined are one if the term
     adds up."""
     out: list[Move] = []
-    for t0, t1 in zip(times, times[1:], strict=False):
+    for t0, t1 in pairwise(times):
         step = [over(update, t0, t1) for update in scheme.updates]
         if adds_up and scheme.joins and out:
             update, start, _, _ = out.pop()
@@ -114,10 +119,9 @@ def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
     return update, moment(t0, t1, update.start), moment(t0, t1, update.end), None
 
 
-def frozen(term: Term, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
+def frozen(term: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
     """The increment of the term over t0 -> t1 with the field frozen at one time."""
-    k, scale = term.product(term.value(at, x), t0, t1)
-    return [(1.0, scaled_add(None, k, scale))] if isinstance(scale, Tensor) else [(scale, k)]
+    return term.summands(term.value(at, x), t0, t1)
 
 
 def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = None) -> Pair:
@@ -140,7 +144,7 @@ def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = Non
         else:
             out = linear(keep, out, mix, source)
             for weight, k in parts:
-                out = scaled_add(out, k, gain * weight)
+                out = scaled_add(out, k, weight, gain)
         if with_error:
             assert error is not None
             error.extend(k.detach() * (update.error * weight) for weight, k in error_parts)
@@ -176,7 +180,8 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
     before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
     grad = grads[update.target]
     if grad is not None:
-        scaled = {1.0: grad}  # before the vector-Jacobian product, as autograd would: narrow fields round alike
+        # weighted before the vector-Jacobian product, as autograd would: narrow fields round alike
+        scaled: dict[Scalar, Tensor] = {1.0: grad}
         for weight, k in weighted:
             if weight not in scaled:
                 scaled[weight] = grad * weight
@@ -205,7 +210,7 @@ def _undone(keep: Scalar, target: Tensor, mix: Scalar, source: Tensor, parts: Co
         out = linear(1.0 / keep, target, -weight / keep, k.detach())
     else:
         for weight, k in parts:
-            target = torch.add(target, k.detach(), alpha=-weight)
+            target = scaled_add(target, k.detach(), weight, -1.0)
         out = linear(1.0 / keep, target, -mix / keep, source)
     assert out is not None
     return out

@@ -107,8 +107,10 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         segments.begin(start)
         while not stepper.done and stepper.num_steps - start < segments.length:
             n, limit = stepper.num_steps, start + segments.length
-            if segments.judged and n + 1 < limit:  # the first and the last step are looked at
-                limit = n + 1 if n == start else limit - 1
+            if segments.judged and n == start:  # the first step is looked at
+                limit = n + 1
+            elif segments.judged and problem.scheme.staggered and n + 1 < limit:  # and what the last one changes
+                limit -= 1
             pair = stepper.advance(walk, pair, restart and n == start, limit)
             if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
                 ys.append(pair[0])

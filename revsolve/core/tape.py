@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from revsolve.core.arithmetic import Scalar, Time, accumulate
+from revsolve.core.arithmetic import Scalar, Time, accumulate, scaled_add
 
 Grads = list[Tensor | None]
 
@@ -17,8 +17,8 @@ Grads = list[Tensor | None]
 class Term(Protocol):
     """What is integrated: a field, and how its value becomes an increment over a span of time.
 
-    Where it `adds_up`, products of one value over two spans, one after the other, add up to that over both; the default is
-    that they need not.
+    A term may also have `adds_up`, true where products of one value over two spans, one after the other, add up to that over
+    both; and `summands(value, t0, t1)`, the product as a list of (weight, k) with numbers or tensors as weights.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
@@ -31,11 +31,12 @@ class Term(Protocol):
 class Memo:
     """A term that keeps its latest evaluation, because the next update may ask for the same one."""
 
-    __slots__ = ("adds_up", "latest", "num_evaluations", "product", "term")
+    __slots__ = ("adds_up", "latest", "num_evaluations", "product", "summands", "term")
 
     def __init__(self, term: Term) -> None:
         self.term = term
         self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
+        self.summands = getattr(term, "summands", None) or self._product
         self.num_evaluations = 0
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
@@ -47,6 +48,10 @@ class Memo:
         kept = self.term.value(t, x)
         self.latest = (x, t, kept)
         return kept
+
+    def _product(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
+        k, scale = self.product(value, t0, t1)
+        return [(1.0, scaled_add(None, k, scale))] if isinstance(scale, Tensor) else [(scale, k)]
 
 
 class Tape:
@@ -112,17 +117,21 @@ class Tape:
         """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
         node = self.outputs[-1].grad_fn
         latest = 0 if node is None else node._sequence_nr()
-        look = (latest - self.num_nodes, *(grad is None for grad in grads))
+        look = (latest - self.num_nodes, *[grad is None for grad in grads])
         self.num_nodes = latest
-        new = look not in self.looks
+        if look in self.looks:
+            return False
         self.looks.add(look)
-        return new
+        return True
 
     def add_up(self, grads: Sequence[Tensor | None]) -> None:
         """Add gradients of `tensors` to their sums."""
-        found = [(total, grad) for total, grad in zip(self.sums, grads, strict=True) if grad is not None]
-        if found:
-            torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
+        sums = self.sums
+        if any(grad is None for grad in grads):
+            sums = [total for total, grad in zip(sums, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if sums:
+            torch._foreach_add_(sums, grads)  # type: ignore[arg-type]
 
 
 def vector_jacobian_product(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, moment
+from revsolve.core.arithmetic import Time, moment, scaled_add
 from revsolve.core.coupling import Combination, frozen
-from revsolve.core.tape import Term
+from revsolve.core.tape import Memo
 from revsolve.schemes.tableau import Tableau
 
 Weight = tuple[int, float]  # a stage and its weight
@@ -22,6 +22,7 @@ class RungeKutta:
     k_i = term(t0 + c_i (t1 - t0), x + sum_j a_ij k_j, t0 -> t1)."""
 
     tableau: Tableau
+    nodes: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _stages: tuple[Stage, ...] = field(init=False, repr=False, compare=False)
     _weights: tuple[Weight, ...] = field(init=False, repr=False, compare=False)
     _error_weights: tuple[Weight, ...] = field(init=False, repr=False, compare=False)
@@ -29,6 +30,7 @@ class RungeKutta:
     def __post_init__(self) -> None:
         tableau, store = self.tableau, object.__setattr__
         store(self, "_stages", tuple((c, _nonzero(row)) for c, row in zip(tableau.c, tableau.a, strict=True)))
+        store(self, "nodes", tableau.c[: tableau.advancing_stages])
         store(self, "_weights", _nonzero(tableau.b))
         store(self, "_error_weights", _nonzero(tableau.b_error or ()))
 
@@ -37,18 +39,18 @@ class RungeKutta:
         return self.tableau.fsal
 
     def __call__(
-        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         stages: list[Tensor] = []
         scale = 1.0
-        for c, row in self._stages if with_error else self._stages[: self.tableau.advancing_stages]:
+        for c, row in self._stages if with_error else self._stages[: len(self.nodes)]:
             xi = x
             for j, a in row:
                 xi = torch.add(xi, stages[j], alpha=a * scale)
-            [(scale, k)] = frozen(term, xi, moment(t0, t1, c), t0, t1)
+            k, scale = _product(term, moment(t0, t1, c), xi, t0, t1)
             stages.append(k)
-        parts = [(b * scale, stages[i]) for i, b in self._weights]
-        errors = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
+        parts: Combination = [(b * scale, stages[i]) for i, b in self._weights]
+        errors: Combination = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
         return parts, errors
 
 
@@ -59,11 +61,15 @@ class OneEvaluation:
     at: float
 
     @property
+    def nodes(self) -> tuple[float, ...]:
+        return (self.at,)
+
+    @property
     def ends_in_value(self) -> bool:
         return False
 
     def __call__(
-        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         parts = frozen(term, x, moment(t0, t1, self.at), t0, t1)
         return parts, parts if with_error else []
@@ -73,14 +79,21 @@ class OneEvaluation:
 class FieldValue:
     """The increment of a term that knows no time: its value, asked for at time 0 in every step."""
 
+    nodes = (0.0,)
+
     @property
     def ends_in_value(self) -> bool:
         return False
 
     def __call__(
-        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         return frozen(term, x, 0.0, t0, t1), []
+
+
+def _product(term: Memo, t: Time, x: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
+    k, scale = term.product(term.value(t, x), t0, t1)
+    return (scaled_add(None, k, scale), 1.0) if isinstance(scale, Tensor) else (k, scale)
 
 
 def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:

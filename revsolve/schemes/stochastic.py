@@ -18,7 +18,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import Combination, Scheme
-from revsolve.core.tape import Term
+from revsolve.core.tape import Memo
 from revsolve.schemes.reversible import plain, reversible
 from revsolve.schemes.tableau import TABLEAUS
 
@@ -65,11 +65,15 @@ class StochasticRungeKutta:
     tableau: StochasticTableau
 
     @property
+    def nodes(self) -> tuple[float, ...]:
+        return self.tableau.c
+
+    @property
     def ends_in_value(self) -> bool:
         return False
 
     def __call__(
-        self, term: Term, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         pieces: dict[tuple[str, int], tuple[float, Tensor]] = {}
         for i, c in enumerate(self.tableau.c):
@@ -82,7 +86,9 @@ class StochasticRungeKutta:
                 k, factor = term.product(Piece(value, driver), t0, t1)
                 assert not isinstance(factor, Tensor), "times of an SDE have no gradient"
                 pieces[driver, i] = factor, k
-        weighted = [[(weight * pieces[key][0], pieces[key][1]) for key, weight in sums] for sums in self._sums]
+        weighted: list[Combination] = [
+            [(weight * pieces[key][0], pieces[key][1]) for key, weight in sums] for sums in self._sums
+        ]
         return weighted[0], weighted[1] if with_error else []
 
     @cached_property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Combination
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.packing import Clock
 from revsolve.schemes.stochastic import Piece
@@ -28,6 +29,7 @@ class SDETerm:
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
         self.on_demand = pieces and shift is None and self.apart is not None
         self.adds_up = isinstance(path, BrownianPath)
+        self.entrywise = coefficients.noise_type in ("diagonal", "scalar") and not coefficients.product_only
 
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
@@ -51,6 +53,13 @@ class SDETerm:
             return self.piece(value, t0, t1)
         f, g = value
         return self.contract(f, t1 - t0, g, self.path(t0, t1)), 1.0
+
+    def summands(self, value: Any, t0: Time, t1: Time) -> Combination:
+        """h and f, and dW and g where they multiply entry by entry: two kernels fewer than the product, and no history."""
+        if not self.entrywise:
+            return [(1.0, self.product(value, t0, t1)[0])]
+        f, g = value
+        return [(t1 - t0, f), (self.path(t0, t1), g if g.shape == f.shape else g.squeeze(-1))]
 
     def piece(self, piece: Piece, t0: Time, t1: Time) -> tuple[Tensor, Time]:
         if piece.driver == "h":
