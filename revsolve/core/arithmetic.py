@@ -36,7 +36,12 @@ def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar, factor: Scalar = 1.0
 
 
 def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:
-    """keep * target + mix * source in as few kernels as the coefficients allow; None stands for zero."""
+    """keep * target + mix * source in as few kernels as the coefficients allow; None stands for zero.
+
+    A source narrower than the target is widened first, so that a sum has the same rounding whichever term is solved for.
+    """
+    if target is not None and source.dtype is not target.dtype:
+        source = source.to(target.dtype)
     if keep.__class__ is not float or mix.__class__ is not float:
         out = None if target is None else target if equals(keep, 1.0) else keep * target
         return out if equals(mix, 0.0) else scaled_add(out, source, mix)

@@ -80,7 +80,7 @@ class Solved(torch.autograd.Function):
         method = undo if problem.gradient == "reversible" else recompute
         within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
         with ctx.ambient, problem.buffers or NOTHING, within as leaves:
-            tape = Tape(problem.term, leaves, problem.audit)
+            tape = Tape(problem.term, leaves, problem.audit, problem.narrow)
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
@@ -134,7 +134,7 @@ def recompute(
         with torch.enable_grad():
             times = [s.requires_grad_() for s in times]
             walk = Walk(problem.scheme, tape.memo)
-            kept: Pair = (leaves[0], leaves[1])  # type: ignore[assignment]
+            kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
         mismatches.append(_mismatch(after[0].detach(), end, marks[start][0]))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]

@@ -58,11 +58,17 @@ class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
     `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
+    Leaves are of the dtype `narrow`, where the pair's is wider.
     """
 
     def __init__(
-        self, term: Term, tensors: Sequence[Tensor], audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+        self,
+        term: Term,
+        tensors: Sequence[Tensor],
+        audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
+        narrow: torch.dtype | None = None,
     ) -> None:
+        self.narrow = narrow
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
         self.audit = audit
@@ -86,7 +92,7 @@ class Tape:
         if self.source is not source:
             self.flush(grads)
             self.member, self.source = member, source
-            self.leaf = source.detach().requires_grad_()
+            self.leaf = (source.detach() if self.narrow is None else source.detach().to(self.narrow)).requires_grad_()
         assert self.leaf is not None
         return self.leaf
 

@@ -56,7 +56,7 @@ def computed_dtype(packing: Packing) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else packing.real_dtype
 
 
-def packed_beta(beta: Any, packing: Packing, x0: Tensor) -> Scalar:
+def packed_beta(beta: Any, packing: Packing, real: torch.dtype) -> Scalar:
     """beta as a number, or as a tensor that broadcasts against the packed state."""
     leaves, spec = tree_flatten(beta)
     smallest, largest = math.inf, -math.inf
@@ -69,14 +69,13 @@ def packed_beta(beta: Any, packing: Packing, x0: Tensor) -> Scalar:
         raise ValueError(f"beta must lie in (0, 2), but it reaches from {smallest} to {largest}: 0.5 to 0.9 is usual.")
     if len(leaves) == 1 and not isinstance(leaves[0], Tensor):
         return float(leaves[0])
-    real = x0.real.dtype
     if packing.lone or (len(leaves) == 1 and leaves[0].ndim == 0):
-        return _fitting(leaves[0], packing.shapes[0] if packing.lone else torch.Size()).to(x0.device, real)
+        return _fitting(leaves[0], packing.shapes[0] if packing.lone else torch.Size()).to(packing.device, real)
     if spec != packing.spec:
         raise ValueError(f"beta must be one number, or have the structure of z0, {packing.spec}, but it has {spec}.")
     rows = []
     for b, shape, size in zip(leaves, packing.shapes, packing.sizes, strict=True):
-        entries = _fitting(torch.as_tensor(b), shape).to(x0.device, real).expand(shape).reshape(-1)
+        entries = _fitting(torch.as_tensor(b), shape).to(packing.device, real).expand(shape).reshape(-1)
         rows.append(entries.repeat_interleave(size // entries.numel()))
     return torch.cat(rows)
 

@@ -47,16 +47,16 @@ class FixedPoint:
 
 
 class ValueTerm:
-    """The term of a fixed-point iteration: the value of f, which may compute in a narrower dtype than the pair."""
+    """The term of a fixed-point iteration: the value of f in `dtype`, whatever those of the pair and of f are."""
 
-    def __init__(self, f: Callable[[Any], Any], packing: Packing) -> None:
-        self.f, self.packing = f, packing
+    def __init__(self, f: Callable[[Any], Any], packing: Packing, dtype: torch.dtype) -> None:
+        self.f, self.packing, self.dtype = f, packing, dtype
 
     def value(self, t: Time, x: Tensor) -> Tensor:
         state = self.packing.unpack(x.to(self.packing.dtypes[0]) if self.packing.lone else x)
         out = self.f(state)
         self.packing.check_like(out, "f")
-        return self.packing.pack(out).to(x.dtype)
+        return self.packing.pack(out).to(self.dtype)
 
     def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
         return value, 1.0
@@ -135,25 +135,27 @@ def fixed_point(
     """
     packing, criterion = checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
     arguments = args if isinstance(args, tuple) else (args,)
-    term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing)
     check_choice("method", method, ("reversible", *METHODS))
     unpack = functools.partial(_unpacked, packing)
     bar = tqdm(total=criterion.max_steps, desc="fixed point", disable=not progress)
     report = functools.partial(_report, bar, None if method == "reversible" else callback, unpack)
     convergence = Convergence(criterion, packing, report)
     x0 = packing.pack(z0)
+    if method == "reversible":
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # what cotangents are added up in
+    term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing, x0.dtype)
     with bar:
         if method == "reversible":
             check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
             refuse(method, METHODS, options=options)
-            x0 = x0.to(pair_dtype_of(packing, pair_dtype))
-            betas = packed_beta(beta, packing, x0)
+            wide = pair_dtype_of(packing, pair_dtype)
+            betas = packed_beta(beta, packing, wide.to_real())
             watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
-            y, stats = _iterate(term, x0, betas, gradient, anchor_every, convergence, (f, arguments), watch)
+            y, stats = _iterate(term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch)
         else:
             refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
-            betas = packed_beta(beta, packing, x0)
+            betas = packed_beta(beta, packing, x0.real.dtype)
             y, stats = equilibrium(
                 term, x0, betas, method, gradient or "implicit", convergence, check_options(options, OPTIONS, method)
             )
@@ -165,6 +167,7 @@ def fixed_point(
 def _iterate(
     term: ValueTerm,
     x0: Tensor,
+    wide: torch.dtype,
     beta: Scalar,
     gradient: str | None,
     anchor_every: int | None,
@@ -174,18 +177,20 @@ def _iterate(
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
     stops = convergence.counts is not None and criterion.tol > 0
-    scheme = relaxation(beta, functools.partial(convergence.moves, dtype=x0.real.dtype) if stops else None)
+    scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
 
     def stepper() -> Stepper:
         if criterion.tol == 0.0:
             return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
         return UntilConverged(criterion.max_steps, convergence.observe)
 
-    problem = prepare(term, x0, None, (0.0, 0.0), (*owners, beta), scheme, watch(stepper), gradient, None)
+    problem = prepare(term, x0.to(wide), None, (0.0, 0.0), (*owners, beta), scheme, watch(stepper), gradient, None)
+    if x0.dtype != wide:
+        problem.narrow, problem.wide = x0.dtype, wide
     if problem.gradient == "reversible":
         computed = computed_dtype(term.packing)
-        problem.anchor_every = anchor_every or anchor_spacing(beta, x0.dtype, computed)
-        problem.rounding = max(torch.finfo(computed).eps, torch.finfo(x0.dtype).eps)
+        problem.anchor_every = anchor_every or anchor_spacing(beta, wide, computed)
+        problem.rounding = max(torch.finfo(computed).eps, torch.finfo(wide).eps)
         problem.remedy = (
             "store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64"
         )

@@ -23,6 +23,18 @@ def test_float64_pair_of_a_float32_field(beta: float, num_steps: int) -> None:
     assert difference(found, unrolled) < 1e-6  # float32 sums, in another order
 
 
+@pytest.mark.parametrize("shape", [(), (6,), (5, 1)], ids=["one", "channel", "sample"])
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+def test_learnable_beta_of_a_float32_field(shape: tuple[int, ...], gradient: str) -> None:
+    beta = torch.full(shape, 0.8, requires_grad=True)
+    cell, x, z0 = Dense(), torch.randn(5, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    inputs = [*cell.parameters(), x, z0, beta]
+    found, unrolled = (
+        gradients(cell, z0, inputs, args=x, beta=beta, tol=0, max_steps=40, gradient=g) for g in (gradient, "direct")
+    )
+    assert difference(found, unrolled) < 1e-6  # float32 sums, in another order
+
+
 @pytest.mark.parametrize("cell", [Dense(8), Convolution()], ids=["dense", "convolution"])
 def test_float32_pair_of_a_bfloat16_field(cell: torch.nn.Module) -> None:
     x = torch.randn(4, 8, 5, 8)[..., : 8 if isinstance(cell, Dense) else 5].requires_grad_()
