@@ -1,0 +1,65 @@
+"""What the benchmarks share: contenders that take turns, the sizes of the problems, their field, and where results go.
+
+Every script runs on one thread and takes `--tiny`, with which it shrinks to a second or so: its numbers mean nothing then.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from sizes import Size
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def tiny() -> bool:
+    """Whether this run only shows that the script works."""
+    return "--tiny" in sys.argv
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of processor time, which other programs on the machine lengthen least."""
+    start = time.process_time()
+    call()
+    return 1e3 * (time.process_time() - start)
+
+
+def medians(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median of what each returns, after a first call that does not count; they take turns, so that a busy moment hits all."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(1 if tiny() else rounds):
+        for name, run in contenders.items():
+            taken[name].append(run())
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def milliseconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median processor time of each."""
+    return medians({name: partial(timed, call) for name, call in contenders.items()}, rounds)
+
+
+class Field(nn.Module):
+    """A network with two hidden layers, which counts its calls."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        d, w = size.dimension, size.width
+        self.net = nn.Sequential(nn.Linear(d, w), nn.Tanh(), nn.Linear(w, w), nn.Tanh(), nn.Linear(w, d))
+        self.num_calls = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.num_calls += 1
+        return self.net(y)
+
+
+def start() -> None:
+    """One thread, and the same numbers every time."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
