@@ -63,7 +63,13 @@ render: $(VENV)/with-notebooks ## execute every notebook in full and keep the pl
 figures: $(VENV)/with-test ## draw the figures of the documentation anew
 	$(BIN)/python docs/figures/draw.py
 
-bench: $(VENV)/with-test ## run the benchmarks of docs/benchmarks
+# diffrax needs JAX, which shares no package with the environment of the tests.
+build/peer-jax/ready:
+	$(PYTHON) -m venv build/peer-jax
+	build/peer-jax/bin/python -m pip install --quiet --disable-pip-version-check 'diffrax>=0.7' 'jax>=0.4'
+	touch $@
+
+bench: $(VENV)/with-test build/peer-jax/ready ## run the benchmarks of docs/benchmarks
 	$(BIN)/python docs/benchmarks/run.py
 
 build: $(VENV)/with-build ## build sdist and wheel, and install the wheel into a fresh environment

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from revsolve.core.capture import Draws, capturing
 from revsolve.core.coupling import Scheme
 from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, taken_as_it_is
@@ -21,6 +22,7 @@ from revsolve.core.tape import Term
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
+NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
 
 
@@ -30,6 +32,10 @@ def check_times(t: Any, name: str = "t") -> list[float]:
         if t.ndim != 1 or not t.is_floating_point():
             raise ValueError(
                 f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}."
+            )
+        if t.is_cuda and capturing():
+            raise ValueError(
+                f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."
             )
         times = t.detach().tolist()
     else:
@@ -69,6 +75,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
     """The value of `call()`, and whether it drew random numbers; the random state is put back."""
+    if capturing():
+        with Draws() as draws:
+            return call(), draws.any
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         before = _random_state(device)
@@ -104,6 +113,8 @@ def prepare(
             f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
         )
     restarts = check_restarts(restarts)
+    if capturing():
+        restarts = _blind(restarts)
     if values_hidden():
         return Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
     values: list[Any] = []
@@ -115,9 +126,13 @@ def prepare(
     held = list(held_tensors(list(owners), depth=4))
     leaf = x0.detach().requires_grad_()
     buffers = Buffers(held_modules(list(owners), depth=4))
+    if capturing() and buffers.kept:
+        raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
     replays = gradient != "direct" and torch.is_grad_enabled()
     with refusing_sharded_calls() if replays else nullcontext():
         (tensors, constants), noisy = random_state_changed_by(lambda: traced(call, held, (leaf,)), x0.device)
+    if capturing() and noisy:
+        raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
     buffers.keep_changed()
     repeatable, lent = _repeatable(term, noisy, buffers, span, x0)
     stand_in = depend_on_each_other(tensors) or any(map(has_hooks, tensors))

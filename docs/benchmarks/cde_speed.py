@@ -6,19 +6,17 @@ knot to knot. "Bare field" is the evaluations alone, and their vector-Jacobian p
 each evaluation of the scheme.
 """
 
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torchcde
+from contest import milliseconds, start, tiny
 from torch import Tensor, nn
 
 from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint
 
-BATCH, LENGTH, CHANNELS, HIDDEN, WIDTH = 64, 100, 4, 32, 64
+BATCH, LENGTH, CHANNELS, HIDDEN, WIDTH = (2, 5, 2, 3, 4) if tiny() else (64, 100, 4, 32, 64)
 ROUNDS = 15
 
 
@@ -53,19 +51,6 @@ def bare_field(evaluations: int, func: Field, z0: Tensor, dX: Tensor) -> None:
         torch.autograd.grad(chain(leaf, length), (leaf, *parameters), z0)
 
 
-def milliseconds(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of each; they take turns, so that a busy moment of the machine hits all of them."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.process_time()
-            run()
-            taken[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def training_gradients() -> dict[str, float]:
     x, z0, func = torch.randn(BATCH, LENGTH, CHANNELS).cumsum(1) / 10, torch.randn(BATCH, HIDDEN), Field()
     linear = torchcde.LinearInterpolation(torchcde.linear_interpolation_coeffs(x))
@@ -90,7 +75,7 @@ def training_gradients() -> dict[str, float]:
 
 def interpolation() -> dict[str, tuple[float, float]]:
     """Milliseconds of torchcde and ours, from data of batch 32, length 100, 5 channels, 30 % of it missing."""
-    x = torch.randn(32, 100, 5)
+    x = torch.randn(32, max(30, LENGTH), 5)
     x = x.masked_fill(torch.rand(x.shape) < 0.3, torch.nan)
     pairs = {
         "linear": (torchcde.linear_interpolation_coeffs, LinearPath),
@@ -103,11 +88,9 @@ def interpolation() -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    start()
     taken = training_gradients()
     cubic, linear = (taken[f"torchcde rk4 adjoint, {path}"] for path in ("Hermite cubic", "linear"))
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, one thread\n")
     print("| training gradient | ms | / torchcde cubic | / torchcde linear |\n|---|---|---|---|")
     for name, ms in taken.items():
         print(f"| {name} | {ms:.1f} | {ms / cubic:.2f} | {ms / linear:.2f} |")

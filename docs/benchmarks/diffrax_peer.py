@@ -1,9 +1,9 @@
 """diffrax, and a reversible pair in JAX: `build/peer-jax/bin/python docs/benchmarks/diffrax_peer.py`, started by `peers.py`.
 
-The gradient of a solve with RK4 steps through a network with two hidden layers, compiled by XLA, float32, one thread. diffrax has
-no RK4, so its tableau is given here, and no reversible solver for ODEs with an exact gradient in a release, so the pair of McCallum
-& Foster (2024), coupling 1, is written as two scans. With `--serve` it takes lines with the numbers of a size and a contender, and
-answers each with the milliseconds of processor time of one gradient; so `peers.py` makes it take turns with PyTorch.
+The gradient of a solve with RK4 steps through a network with two hidden layers, compiled by XLA, float32, one thread. diffrax
+has no RK4, so its tableau is given here, and no reversible solver for ODEs with an exact gradient in a release, so the pair of
+McCallum & Foster (2024), coupling 1, is written as two scans. With `--serve` it takes lines with the numbers of a size and a
+contender, and answers each with the milliseconds of processor time of one gradient: `peers.py` makes it take turns with PyTorch.
 """
 
 import functools

@@ -11,9 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torchdiffeq
+from contest import RESULTS, start, tiny
 from torch import Tensor, nn
 
 from revsolve import HermitePath, cdeint, odeint
+
+COUNTS = [4, 8] if tiny() else [100, 1000, 10_000, 100_000]
+SAMPLES = 4 if tiny() else 1000
 
 
 class ConcatSquash(nn.Module):
@@ -98,10 +103,9 @@ def control_loss(func: Control, path: HermitePath, steps: int, **settings: str) 
     ].mean()
 
 
-def long_loss(net: nn.Module, steps: int, **settings: str) -> Tensor:
-    return odeint(lambda t, y: net(y), torch.ones(16, 8), [0.0, 10.0], options={"step_size": 10 / steps}, **settings)[
-        -1
-    ].mean()
+def long_loss(net: nn.Module, steps: int, solve: Callable[..., Tensor] = odeint, **settings: str) -> Tensor:
+    y0, t, options = torch.ones(16, 8), torch.tensor([0.0, 10.0]), {"step_size": 10 / steps}
+    return solve(lambda t, y: net(y), y0, t, options=options, **settings)[-1].mean()
 
 
 def row(name: str, loss: Callable[..., Tensor], parameters: list[Tensor], base: str, steps: int) -> None:
@@ -109,23 +113,56 @@ def row(name: str, loss: Callable[..., Tensor], parameters: list[Tensor], base: 
     direct = numbers_kept(lambda: loss(few, method=base, gradient="direct"), parameters) * (steps // few)
     checkpoint = numbers_kept(lambda: loss(steps, method=base, gradient="checkpoint"), parameters)
     kept = numbers_kept(lambda: loss(steps, method=f"rev_{base}", gradient="reversible"), parameters)
-    print(f"{name:<34}{direct:>15,}{checkpoint:>13,}{kept:>13,}{direct / kept:>9.1f}x", flush=True)
+    print(f"| {name} | {direct:,} | {checkpoint:,} | {kept:,} | {direct / kept:.1f} |", flush=True)
+
+
+def curves_of(net: nn.Module, counts: list[int]) -> dict[str, list[int]]:
+    """Numbers kept against steps; what grows in proportion to the steps ends where 10,000 of them do."""
+    ways = {
+        "torchdiffeq rk4, backprop": {"solve": torchdiffeq.odeint, "method": "rk4"},
+        "rk4, direct": {"method": "rk4", "gradient": "direct"},
+        "rk4, checkpoint": {"method": "rk4", "gradient": "checkpoint"},
+        "rev_rk4, reversible": {"method": "rev_rk4", "gradient": "reversible"},
+    }
+    found: dict[str, list[int]] = {}
+    for name, way in ways.items():
+        within = [n for n in counts if n <= 10_000 or "reversible" in name or "checkpoint" in name]
+        found[name] = [
+            numbers_kept(partial(long_loss, net, n, **way), list(net.parameters()))  # type: ignore[arg-type]
+            for n in within
+        ]
+    return found
+
+
+def draw(found: dict[str, list[int]], counts: list[int]) -> None:
+    from curves import save, subplots
+
+    figure, (axes,) = subplots(1, width=6.0)
+    for (name, kept), style in zip(found.items(), ("--", ":", "-", "-"), strict=True):
+        axes.loglog(counts[: len(kept)], kept, style, marker="o", markersize=3, label=name)
+    axes.set(xlabel="steps", ylabel="numbers kept for the backward pass", title="two layers of width 32, state 16 x 8")
+    axes.grid(visible=True)
+    axes.legend()
+    save(figure, RESULTS / "memory.svg")
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    print(f"{'':<34}{'direct':>15}{'checkpoint':>13}{'reversible':>13}{'ratio':>10}")
-    flow, points = Flow(), torch.randn(1000, 2)
-    row("CNF, 100 dopri5 steps", partial(flow_loss, flow, points), list(flow.parameters()), "dopri5", 100)
-    func, path = Control(), HermitePath(torch.randn(64, 101, 4).cumsum(1) / 10)
-    row("neural CDE, 100 dopri5 steps", partial(control_loss, func, path), list(func.parameters()), "dopri5", 100)
+    start()
+    print("| | direct | checkpoint | reversible | direct / reversible |\n|---|---|---|---|---|")
+    flow, points, steps = Flow(), torch.randn(SAMPLES, 2), COUNTS[0]
+    row(f"CNF, {steps} dopri5 steps", partial(flow_loss, flow, points), list(flow.parameters()), "dopri5", steps)
+    func, path = Control(), HermitePath(torch.randn(64, steps + 1, 4).cumsum(1) / 10)
+    name = f"neural CDE, {steps} dopri5 steps"
+    row(name, partial(control_loss, func, path), list(func.parameters()), "dopri5", steps)
     net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
-    for steps in (100, 1000, 10_000):
-        row(f"MLP, {steps:,} rk4 steps", partial(long_loss, net), list(net.parameters()), "rk4", steps)
-    longest = partial(long_loss, net, 100_000, method="rev_rk4", gradient="reversible")
-    print(f"{'MLP, 100,000 rk4 steps':<62}{numbers_kept(longest, list(net.parameters())):>13,}")
+    found = curves_of(net, COUNTS)
+    print("\n| an MLP, rk4 steps | " + " | ".join(f"{n:,}" for n in COUNTS) + " |\n|---|" + "---|" * len(COUNTS))
+    for name, kept in found.items():
+        cells = [f"{number:,}" for number in kept] + [""] * (len(COUNTS) - len(kept))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if not tiny():
+        draw(found, COUNTS)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

@@ -1,7 +1,7 @@
 """Gradients of an ODE beside torchdiffeq and diffrax: `python docs/benchmarks/peers.py`.
 
-The gradient of a solve through a network with two hidden layers, float32, one thread, in milliseconds of processor time: medians of
-rounds in which all contenders take turns. Every method evaluates the field as often on its way forward as RK4 does in the
+The gradient of a solve through a network with two hidden layers, float32, one thread, in milliseconds of processor time: medians
+of rounds in which all contenders take turns. Every method evaluates the field as often on its way forward as RK4 does in the
 steps that are stated (four times a step; the coupled pair needs twice that), so this table compares speed only: what accuracy
 a method has for its evaluations is said by `work_precision.py`. "adjoint" is torchdiffeq's continuous adjoint, whose gradient
 is not that of the discrete solve; all others are exact. JAX runs in a process of its own, compiled.
@@ -48,7 +48,9 @@ class Worker:
         print(*size, contender, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"diffrax_peer.py ended without timing {contender!r} on {size}; its message stands above.")
+            raise RuntimeError(
+                f"diffrax_peer.py ended without timing {contender!r} on {size}; its message stands above."
+            )
         return float(answer)
 
 
@@ -109,7 +111,9 @@ def main() -> None:
     widths = {"width 4": Size(1, 2, 4, 5)} if tiny() else WIDTHS
     jax = Worker(JAX) if JAX.exists() and not tiny() else None
     for label, size in sizes.items():
-        print(f"{label}: batch {size.batch}, dimension {size.dimension}, width {size.width}, {size.num_steps} RK4 steps")
+        print(
+            f"{label}: batch {size.batch}, dimension {size.dimension}, width {size.width}, {size.num_steps} RK4 steps"
+        )
     if jax is None:
         print("JAX has no environment here (`make bench` makes one): left out")
     print()

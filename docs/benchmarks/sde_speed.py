@@ -5,18 +5,17 @@ reversible Heun, in milliseconds of processor time: the median over rounds in wh
 is the evaluations alone: 101 of f and g without a graph, and 101 with their vector-Jacobian products.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torchsde
+from contest import milliseconds, start, tiny
 from torch import Tensor, nn
 
 from revsolve import BrownianPath, sdeint
 
-BATCH, STATE, WIDTH, STEPS = 64, 4, 32, 100
+BATCH, STATE, WIDTH, STEPS = (2, 2, 4, 4) if tiny() else (64, 4, 32, 100)
 ROUNDS = 40
 
 
@@ -72,22 +71,8 @@ def new_path() -> BrownianPath:
     return BrownianPath(0.0, 1.0, (BATCH, STATE), grid=[n / STEPS for n in range(STEPS + 1)])
 
 
-def milliseconds(contenders: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median time of each; they take turns, so that a busy moment of the machine hits all of them."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.process_time()
-            run()
-            taken[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    start()
     sde, ts = NeuralSDE(), torch.tensor([0.0, 1.0])
     y0 = torch.randn(BATCH, STATE, requires_grad=True)
     knots = [n / STEPS for n in range(STEPS + 1)]
@@ -99,7 +84,8 @@ def main() -> None:
             "revsolve reversible_heun, direct": lambda: ours(sde, y0, ts, gradient="direct"),
             "torchsde sdeint_adjoint": lambda: torchsde_adjoint(sde, y0, ts),
             "bare field": lambda: bare_field(sde, y0, ts),
-        }
+        },
+        ROUNDS,
     )
     noise = milliseconds(
         {"BrownianPath": lambda: brownian_sweep(new_path(), knots), "torch.randn": randn_sweep}, 5 * ROUNDS

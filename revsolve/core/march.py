@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
+from revsolve.core.capture import capturing
 from revsolve.core.coupling import Pair, Scheme, advance, moves, over
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
@@ -133,7 +134,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
             grid.restarts.add(start)
         if store is not None:
             store(start, begin if start else (y0, None))
-    if not problem.values_hidden and not bool(torch.isfinite(pair[0]).all()):
+    if not (problem.values_hidden or capturing()) and not bool(torch.isfinite(pair[0]).all()):
         raise _non_finite(problem, grid, y0)
     problem.grid = grid
     stats = problem.stats
