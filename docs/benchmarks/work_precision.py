@@ -2,7 +2,7 @@
 
 A smooth neural field (two hidden layers of width 64, weights twice those of torch, batch 128, dimension 2, five units of time,
 float64, one thread; torchdiffeq's rk4 is the 3/8 rule, here `rk4_38`); errors are relative, in the 2-norm, of the last state and
-of the gradient with respect to the parameters, against 400 steps of order 8. Every method is run with a ladder of steps; times are
+of the gradient with respect to the parameters, against 400 steps of order 8. Every method has a ladder of steps; times are
 medians of processor time of rounds in which all take turns, and between two rungs error and time are interpolated as powers.
 "held" is the most numbers that autograd keeps at any time, forward or backward, on the first rung that reaches the accuracy.
 """
