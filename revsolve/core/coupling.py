@@ -10,7 +10,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -84,7 +84,8 @@ class Scheme:
     `restart` is empty is a plain method: its z is not used and its steps cannot be undone. `staggered` says that z is a
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
     step from a restart that measure grows to the order h ** gap_order. `joins` says that the update which ends a step and the
-    one which begins the next differ in their spans alone, and ask for the same evaluation, at the time between them.
+    one which begins the next differ in their spans alone, and ask for the same evaluation, at the time between them. `run` may
+    do better still: the moves of consecutive steps between the given times, fewer than the updates of each of them.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Scheme:
     staggered: bool = False
     gap_order: int = 2
     joins: bool = False
+    run: Callable[[Sequence[Time]], list[Move]] | None = None
 
     @property
     def reversible(self) -> bool:
@@ -102,8 +104,9 @@ class Scheme:
 
 
 def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
-    """The updates of the steps from each of the times to the next, in order; two that can be joined are one if the term
-    adds up."""
+    """The updates of the steps from each of the times to the next, in order; in fewer moves if the term adds up."""
+    if adds_up and scheme.run is not None and len(times) > 2:
+        return scheme.run(times)
     out: list[Move] = []
     for t0, t1 in pairwise(times):
         step = [over(update, t0, t1) for update in scheme.updates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -9,13 +10,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from revsolve.core.arithmetic import Scalar, Time
-from revsolve.core.coupling import CouplingUpdate, Scheme
+from revsolve.core.arithmetic import Scalar, Time, moment
+from revsolve.core.coupling import CouplingUpdate, Move, Scheme
 from revsolve.schemes.increment import FieldValue, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau
 
 Y, Z = 0, 1
 COPY = CouplingUpdate(target=Z, source=Y, keep=0.0, mix=1.0)
+HALF_KICK = CouplingUpdate(target=Y, source=Z, gain=0.5, increment=OneEvaluation(0.0))
+REFLECT = CouplingUpdate(target=Z, source=Y, keep=-1.0, mix=2.0)
+UNREFLECT = CouplingUpdate(target=Y, source=Z, keep=2.0, mix=-1.0)
+MEAN = CouplingUpdate(target=Y, source=Z, keep=0.5, mix=0.5)
+LEAPS = tuple(CouplingUpdate(target=i, source=1 - i, gain=1.0, increment=OneEvaluation(0.5)) for i in (Y, Z))
 CUBE_ROOT = 2 ** (1 / 3)
 FOURTH_ROOT = 4 ** (1 / 3)
 
@@ -83,16 +89,32 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
     Raises:
         ValueError: the fractions of the composition do not add up to 1.
     """
-    half = CouplingUpdate(Y, Z, gain=0.5, increment=OneEvaluation(0.0))
-    reflect = CouplingUpdate(Z, Y, keep=-1.0, mix=2.0)
-    updates = _compose((half, reflect, replace(half, increment=OneEvaluation(1.0))), composition)
+    updates = _compose((HALF_KICK, REFLECT, replace(HALF_KICK, increment=OneEvaluation(1.0))), composition)
     weights = [(a + b) / 2 for a, b in itertools.pairwise([0.0, *composition, 0.0])]
     for i, error in enumerate(_embedded(weights, _partial_sums(composition))):
         kick = updates[2 * i]
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
-    name = _composed_name("reversible_heun", order)
-    return Scheme(name, tuple(updates), (COPY,), order, error_order, joins=True)
+    name, nodes = _composed_name("reversible_heun", order), _partial_sums(composition)
+    return Scheme(name, tuple(updates), (COPY,), order, error_order, run=functools.partial(_two_step, nodes))
+
+
+def _two_step(nodes: Sequence[float], times: Sequence[Time]) -> list[Move]:
+    """Reversible Heun over several steps as the leapfrog that z follows: z_{n+1} = z_{n-1} + increment(t_{n-1} -> t_{n+1}) at z_n.
+
+    Between the half kicks at both ends, y is replaced by the z before: one update for each evaluation instead of two.
+    """
+    t = [moment(t0, t1, c) for t0, t1 in itertools.pairwise(times) for c in nodes[:-1]] + [times[-1]]
+    out: list[Move] = [(HALF_KICK, t[0], t[1], t[0]), (REFLECT, t[0], t[1], None)]
+    first, last = 1, len(t) - 1
+    if (last - first) % 2:  # z must end where it began
+        out += [(HALF_KICK, t[0], t[2], t[1]), (REFLECT, t[1], t[2], None)]
+        first = 2
+    out.append((UNREFLECT, t[first - 1], t[first], None))
+    out += [(LEAPS[(n - first) % 2], t[n - 1], t[n + 1], t[n]) for n in range(first, last)]
+    out.append((MEAN, t[last - 1], t[last], None))
+    out.append((HALF_KICK, t[last - 1], t[last], t[last]))
+    return out
 
 
 def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2) -> Scheme:
