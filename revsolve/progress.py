@@ -80,7 +80,7 @@ class Watched:
 
     def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         try:
-            pair = self.stepper.advance(step, pair, restart, self.num_steps + 1)
+            pair = self.stepper.advance(step, pair, restart, limit if self.tell is None else self.num_steps + 1)
             self._report(pair[0])
         except BaseException:
             self._close()

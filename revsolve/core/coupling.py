@@ -11,7 +11,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -96,7 +96,7 @@ class Scheme:
     staggered: bool = False
     gap_order: int = 2
     joins: bool = False
-    run: Callable[[Sequence[Time]], list[Move]] | None = None
+    run: Callable[[Sequence[Time]], list[Move]] | None = field(default=None, compare=False)
 
     @property
     def reversible(self) -> bool:

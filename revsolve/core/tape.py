@@ -32,12 +32,12 @@ class Term(Protocol):
 class Memo:
     """A term that keeps its latest evaluation, because the next update may ask for the same one."""
 
-    __slots__ = ("adds_up", "latest", "num_evaluations", "product", "summands", "term")
+    __slots__ = ("adds_up", "apart", "latest", "num_evaluations", "product", "term")
 
     def __init__(self, term: Term) -> None:
         self.term = term
         self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.summands = getattr(term, "summands", None) or self._product
+        self.apart = getattr(term, "summands", None)
         self.num_evaluations = 0
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
@@ -50,7 +50,9 @@ class Memo:
         self.latest = (x, t, kept)
         return kept
 
-    def _product(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
+    def summands(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
+        if self.apart is not None:
+            return self.apart(value, t0, t1)
         k, scale = self.product(value, t0, t1)
         return [(1.0, scaled_add(None, k, scale))] if isinstance(scale, Tensor) else [(scale, k)]
 

@@ -100,7 +100,7 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
 
 
 def _two_step(nodes: Sequence[float], times: Sequence[Time]) -> list[Move]:
-    """Reversible Heun over several steps as the leapfrog that z follows: z_{n+1} = z_{n-1} + increment(t_{n-1} -> t_{n+1}) at z_n.
+    """Reversible Heun over several steps as the leapfrog that z follows: increments t_{n-1} -> t_{n+1} at z_n added to z_{n-1}.
 
     Between the half kicks at both ends, y is replaced by the z before: one update for each evaluation instead of two.
     """
