@@ -48,7 +48,9 @@ class Dense:
         assert problem.grid is not None
         self.term, self.buffers, self.packing = problem.term, problem.buffers or nullcontext(), packing
         self.states, self.shift = states, shift
-        self.keeps_rates = problem.values_hidden  # torch.func transforms know no saved-tensor hooks
+        self.keeps_rates = (
+            problem.values_hidden or problem.rule is not None
+        )  # torch.func transforms know no saved-tensor hooks
         self.steps = problem.grid.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
         self.num_knots = min(max(2, (problem.scheme.order + 3) // 2), len(self.steps))

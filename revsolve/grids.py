@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
+from revsolve.core.levels import batched, transformed
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
 from revsolve.core.tape import Term
 
@@ -104,8 +106,14 @@ def adaptive_grid(
     if first is not None and not (isinstance(first, (int, float)) and math.isfinite(first) and first > 0):
         raise ValueError(f"first_step must be a positive number, but it is {first!r}; its sign follows from t.")
 
+    if transformed():
+        norm = functools.partial(_readable, norm)
+
     def make() -> Stepper:
-        h = first or first_step(term, x0, times, rtol, atol, norm, scheme.error_order or 1)
+        order = scheme.error_order or 1
+        # inside a transform it also finds out whether numbers can be read
+        guess = first_step(term, x0, times, rtol, atol, norm, order) if first is None or transformed() else first
+        h = first or guess
         control = Control(rtol, atol, norm, (_largest(atol), _largest(rtol)), scheme.error_order or 1, h, **limits)
         return Adaptive(targets, [s in outputs for s in targets], control, explain_step(term))
 
@@ -194,6 +202,17 @@ def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
     k, scale = term.product(term.value(t, x), t, t + direction)
     return k * scale
+
+
+def _readable(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The norm of x. Raises ValueError where it is another one for every sample of a torch.vmap."""
+    size = norm(x)
+    if batched(size):
+        raise ValueError(
+            "adaptive steps are chosen by looking at numbers, which torch.vmap hides: fix the steps there, say with "
+            "options={'step_size': 0.1} (adaptive=False in sdeint), or solve all samples as one state, outside of torch.vmap."
+        )
+    return size
 
 
 def _largest(tolerance: float | Tensor) -> float:

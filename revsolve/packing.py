@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from revsolve.core.levels import wrapped
+
 REMEMBERED_TIMES = 512  # the backward pass asks for those of the forward pass again
 
 
@@ -91,7 +93,9 @@ class Clock:
         if found is None:
             if len(self.recent) >= REMEMBERED_TIMES:
                 self.recent.clear()
-            found = self.recent[t] = torch.full((), t, dtype=self.dtype, device=self.device)
+            found = torch.full((), t, dtype=self.dtype, device=self.device)
+            if not wrapped(found):  # not that of a transform, which ends before the solve does
+                self.recent[t] = found
         return found
 
 

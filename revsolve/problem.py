@@ -14,11 +14,14 @@ from torch.utils._pytree import tree_map_only
 
 from revsolve.core.capture import Draws, capturing
 from revsolve.core.coupling import Scheme
+from revsolve.core.levels import batched, have_rules, outside, transformed
 from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, taken_as_it_is
 from revsolve.core.restarts import Restarts
+from revsolve.core.rules import solve as solve_by_rule
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
+from revsolve.free_tensors import free_tensors
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
@@ -36,6 +39,11 @@ def check_times(t: Any, name: str = "t") -> list[float]:
         if t.is_cuda and capturing():
             raise ValueError(
                 f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."
+            )
+        if batched(t):
+            raise ValueError(
+                f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
+                "odeint with t of shape (T, batch)."
             )
         times = t.detach().tolist()
     else:
@@ -107,7 +115,7 @@ def prepare(
     `owners` are the callables and objects whose tensors the term may use; tensors that they hold without being found by the
     traced call get zero gradients if they stay unused.
     """
-    gradient = _gradient(gradient, scheme)
+    chosen, gradient = gradient, _gradient(gradient, scheme)
     if not scheme.reversible and restarts not in ("auto", None):
         raise ValueError(
             f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
@@ -116,7 +124,7 @@ def prepare(
     if capturing():
         restarts = _blind(restarts)
     if values_hidden():
-        return Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
+        return _transformed(term, x0, span, owners, scheme, make_stepper, gradient, restarts, chosen)
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -153,6 +161,51 @@ def prepare(
     )
 
 
+def _transformed(
+    term: Term,
+    x0: Tensor,
+    span: tuple[float, float],
+    owners: Sequence[Any],
+    scheme: Scheme,
+    make_stepper: Callable[[], Stepper],
+    gradient: str,
+    restarts: Restarts | None,
+    chosen: str | None,
+) -> Problem:
+    """The problem inside torch.func or torch.compile: solved by a rule of our own where there is one for all that is active,
+    else differentiated by the transform itself."""
+
+    def call(x: Tensor) -> Any:
+        value = term.value(span[0], x)
+        return value, term.product(value, *span)
+
+    free = None
+    if gradient != "direct" and not torch.compiler.is_compiling() and have_rules() and not _has_tensors(scheme):
+        held = list(held_tensors(list(owners), depth=4))
+        free, noisy = random_state_changed_by(lambda: free_tensors(call, x0, held), x0.device)
+    if free is None:
+        if chosen not in (None, "direct"):
+            raise ValueError(
+                f"gradient={chosen!r} is not possible here, because torch.compile, or a transform of torch.func, differentiates "
+                "the solve itself (docs: Works with): leave it out, or say gradient='direct'."
+            )
+        return Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
+    tensors, constants = free
+    if noisy:
+        with outside():
+            seed = int(torch.randint(2**62, ()))
+        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
+    problem = Problem(
+        scheme, term, make_stepper, gradient, restarts, Stats(), tuple(tensors), Audit([]), tuple(constants)
+    )
+    problem.rule = solve_by_rule
+    return problem
+
+
+def _has_tensors(scheme: Scheme) -> bool:
+    return any(isinstance(c, Tensor) for update in scheme.updates for c in (update.keep, update.mix, update.gain))
+
+
 def _repeatable(
     term: Term, noisy: bool, buffers: Buffers, span: tuple[float, float], x0: Tensor
 ) -> tuple[Term, Buffers | None]:
@@ -180,7 +233,7 @@ def _depends_on(buffers: Buffers, term: Term, span: tuple[float, float], x: Tens
 
 def values_hidden() -> bool:
     """Whether numbers cannot be read from tensors now: inside torch.func transforms, and while torch.compile traces."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or transformed()
 
 
 def _gradient(gradient: str | None, scheme: Scheme) -> str:
@@ -191,11 +244,6 @@ def _gradient(gradient: str | None, scheme: Scheme) -> str:
         raise ValueError(
             f"{scheme.name!r} cannot be undone, so gradient='reversible' is not possible: use method='rev_{scheme.name}', or "
             "gradient='checkpoint'."
-        )
-    if gradient != "direct" and values_hidden():
-        raise ValueError(
-            f"gradient={gradient!r} is not possible inside torch.func transforms or torch.compile, which differentiate the solve "
-            "themselves: leave it out there, or say gradient='direct'."
         )
     return gradient
 

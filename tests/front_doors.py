@@ -31,9 +31,9 @@ def through_cdeint(field: Field, y0: Tensor, **settings: Any) -> Tensor:
     t = torch.linspace(0.0, 1.0, 11)
     data = torch.stack([t, torch.sin(3 * t)], -1).to(y0)
     path = LinearPath(data.expand(len(y0), *data.shape), t.to(y0))
-    slopes = torch.tensor([1.0, -0.5], dtype=y0.dtype)
+    slopes = torch.tensor([1.0, -0.5], dtype=y0.dtype, device=y0.device)
     settings = {"method": "rev_heun_euler", "options": {"step_size": 0.1}, **settings}
-    out = cdeint(path, lambda t, z: field(z).unsqueeze(-1) * slopes, y0, t[[0, 5, 10]], **settings)
+    out = cdeint(path, lambda t, z: field(z).unsqueeze(-1) * slopes, y0, [0.0, 0.5, 1.0], **settings)
     return out.movedim(-2, 0) if isinstance(out, Tensor) else out  # times first, as the others have them
 
 
@@ -86,13 +86,14 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.middle(self.first(y))))
 
 
-def make_net(*middle: Callable[[], nn.Module]) -> Net:
+def make_net(*middle: Callable[[], nn.Module], device: torch.device | str = "cpu") -> Net:
     torch.manual_seed(0)
-    return Net(*(make() for make in middle)).double()
+    return Net(*(make() for make in middle)).double().to(device)
 
 
-def make_y0(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.linspace(-1.0, 1.0, SIZE * BATCH, dtype=dtype).view(BATCH, SIZE).requires_grad_()
+def make_y0(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    numbers = torch.linspace(-1.0, 1.0, SIZE * BATCH, dtype=dtype).view(BATCH, SIZE)
+    return numbers.to(device).requires_grad_()
 
 
 def gradients(door: Callable[..., Any], field: nn.Module, y0: Tensor, **settings: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
     {"schemes", "drivers"},
-    {"packing", "tracing"},
+    {"free_tensors", "packing", "tracing"},
     {"dense", "field_term", "grids", "problem", "progress"},
     {"solution", "steps"},
     {"event_steps", "per_sample"},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import hessian
 
 from revsolve import odeint
 
@@ -83,68 +83,6 @@ class TestHigherDerivatives:
             return flat(torch.autograd.grad((slope.norm(dim=-1) - 1).pow(2).sum(), list(net.parameters())[:-1]))
 
         assert close(penalty("reversible"), penalty("direct"))
-
-
-class TestTransforms:
-    @pytest.fixture
-    def loss(self, net):
-        def loss(params, y0, t=TIMES):
-            return solve(lambda t, y: functional_call(net, params, (y,)) * torch.cos(t), y0, t).pow(2).sum()
-
-        return loss
-
-    @pytest.fixture
-    def params(self, net):
-        return {name: p.detach() for name, p in net.named_parameters()}
-
-    def plain_gradients(self, loss, params, y0):
-        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-        y = y0.clone().requires_grad_()
-        return torch.autograd.grad(loss(leaves, y), [y, *leaves.values()])
-
-    def test_grad_of_state_and_parameters(self, loss, params):
-        y0 = torch.randn(3, dtype=torch.float64)
-        by_params, by_y0 = grad(loss, argnums=(0, 1))(params, y0)
-        assert close(flat([by_y0, *by_params.values()]), flat(self.plain_gradients(loss, params, y0)))
-
-    def test_vmap_agrees_with_a_loop(self, loss, params):
-        ys = torch.randn(5, 3, dtype=torch.float64)
-        assert close(vmap(lambda y: loss(params, y))(ys), torch.stack([loss(params, y) for y in ys]))
-
-    def test_per_sample_gradients(self, loss, params):
-        ys = torch.randn(5, 3, dtype=torch.float64)
-        found = vmap(grad(loss), in_dims=(None, 0))(params, ys)["0.weight"]
-        expected = torch.stack([self.plain_gradients(loss, params, y)[1] for y in ys])
-        assert close(found, expected)
-
-    def test_vmap_over_parameters_is_an_ensemble(self, loss, params):
-        stacked = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
-        y0 = torch.randn(3, dtype=torch.float64)
-        found = vmap(loss, in_dims=(0, None))(stacked, y0)
-        expected = torch.stack([loss({name: p[i] for name, p in stacked.items()}, y0) for i in range(2)])
-        assert close(found, expected)
-
-    @pytest.mark.filterwarnings(
-        "ignore::DeprecationWarning"
-    )  # torch's forward mode scripts a decomposition on first use
-    def test_forward_and_reverse_jacobians_agree(self, net):
-        final = lambda y: solve(lambda t, x: net(x), y)[-1]  # noqa: E731
-        y0, direction = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-        reverse = jacrev(final)(y0)
-        assert close(jacfwd(final)(y0), reverse)
-        assert close(jvp(final, (y0,), (direction,))[1], reverse @ direction)
-        assert close(vjp(final, y0)[1](direction)[0], direction @ reverse)
-
-    def test_grad_of_the_times(self, loss, params):
-        y0 = torch.randn(3, dtype=torch.float64)
-        t = TIMES.clone().requires_grad_()
-        expected = torch.autograd.grad(loss(params, y0, t), t)[0]
-        assert close(grad(lambda s: loss(params, y0, s))(TIMES), expected)
-
-    def test_bounded_memory_gradients_are_refused_where_the_transform_differentiates(self, net):
-        field = lambda t, y: net(y)  # noqa: E731
-        with pytest.raises(ValueError, match=r"gradient='reversible' is not possible inside torch\.func"):
-            vmap(lambda y: solve(field, y, gradient="reversible"))(torch.randn(2, 3, dtype=torch.float64))
 
 
 @pytest.mark.slow

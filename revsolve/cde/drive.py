@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import Scheme, moves, over
+from revsolve.core.levels import wrapped
 from revsolve.drivers.control import Control
 
 Key = tuple[Any, ...]  # times
@@ -114,7 +115,7 @@ class Table:
         self.place = {key: divmod(i, length) for i, key in enumerate(keys)}
         self.lone = isinstance(rows, Tensor)
         self.columns = [column.split(length) for column in ([rows] if self.lone else rows)]
-        self.rows = [[block if block.requires_grad else block.unbind() for block in blocks] for blocks in self.columns]
+        self.rows = [[block if _followed(block) else block.unbind() for block in blocks] for blocks in self.columns]
 
     def __call__(self, key: Key) -> Any:
         block, row = self.place[key]
@@ -125,6 +126,10 @@ class Table:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(block for blocks in self.columns for block in blocks)
+
+
+def _followed(x: Tensor) -> bool:
+    return x.requires_grad or wrapped(x)
 
 
 def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:

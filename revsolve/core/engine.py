@@ -35,6 +35,8 @@ class ReconstructionWarning(UserWarning):
 
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     """The states at the output times, stacked: (len(t), *y0.shape)."""
+    if problem.rule is not None:
+        return problem.rule(problem, y0, t)
     inputs = [x for x in (y0, t, *problem.tensors) if x is not None]
     if problem.values_hidden and t is None:
         return torch.stack(march(problem, y0)[0])
@@ -58,7 +60,7 @@ class Solved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
         marks: list[tuple[int, Pair]] = []
-        ys, pair = march(problem, y0.detach(), _store(problem, marks))
+        ys, pair = march(problem, y0.detach(), keep_in(problem, marks))
         ctx.problem, ctx.grid = problem, problem.grid
         ctx.steps = [n for n, _ in marks]
         ctx.ambient, ctx.unchanged = Ambient.now(), Unchanged(problem.constants)
@@ -85,7 +87,7 @@ class Solved(torch.autograd.Function):
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
-        grad_t = _grad_t(grid, t, grad_times) if moving else None
+        grad_t = time_gradient(grid, t, grad_times) if moving else None
         grads = (total.to(p.dtype) for total, p in zip(tape.sums, tensors, strict=True))
         return None, grad_y0, grad_t, *grads
 
@@ -185,7 +187,7 @@ class _Clock:
         return self.grads
 
 
-def _store(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
+def keep_in(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
     """Keep the pair at every restart and anchor; a checkpointed gradient keeps every sqrt(n)-th only."""
 
     def store(n: int, pair: Pair) -> None:
@@ -219,7 +221,8 @@ def _stand_ins(problem: Problem, make: Callable[[Tensor], Tensor]) -> Iterator[S
         yield mode.tensors
 
 
-def _grad_t(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
+def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
+    """The gradient of the output times, from those of all recorded times."""
     zero = torch.zeros((), dtype=torch.float64, device=t.device)
     rows = [g if (g := grads.get(n)) is not None else zero for n in range(len(grid.times))]
     with torch.enable_grad():

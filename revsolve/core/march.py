@@ -57,6 +57,7 @@ class Problem:
     remedy: str = "restart more often (restarts=8, say), use a wider dtype"
     stand_in: bool = False  # for tensors, while gradients are taken
     values_hidden: bool = False
+    rule: Callable[[Problem, Tensor, Tensor | None], Tensor] | None = None  # what solves instead, inside torch.func
     grid: Grid | None = None
 
     def widened(self, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import outside, transformed
 from revsolve.drivers.brownian_steps import Steps
 from revsolve.drivers.brownian_tree import Tree
 from revsolve.drivers.noise import Noise
@@ -113,6 +114,9 @@ class BrownianPath:
     def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return W(tb) - W(ta), or (W, H): see the class."""
+        if transformed():  # what is kept must belong to no torch.func transform
+            with outside():
+                return self(ta, tb, return_H)  # type: ignore[call-overload]
         if return_H and self.levy_area == "none":
             raise ValueError('H was asked of a path with levy_area="none": make it with levy_area="space-time".')
         a, b = float(ta), float(tb)

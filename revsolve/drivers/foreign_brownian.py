@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import outside, transformed
 from revsolve.drivers.brownian import BrownianPath, clamped
 
 
@@ -30,6 +31,9 @@ class ForeignBrownian:
     def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return W(tb) - W(ta), or (W, H), of shape `shape`; ValueError outside [t0, t1] or without H."""
+        if transformed():  # what the path keeps must belong to no torch.func transform
+            with outside():
+                return self(ta, tb, return_H)  # type: ignore[call-overload]
         if return_H:
             _require_area(self)
         a, b = (clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb))

@@ -10,11 +10,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import batched, outside
 from revsolve.packing import Packing
 
 RESIDUALS = ("absolute", "relative")
 SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)
 DIVERGING = 1e3  # a residual that has grown so far above its least is no slow convergence
+
+
+def refuse_batched(x: Tensor) -> None:
+    """Raise where x is another one for every sample of a torch.vmap."""
+    if batched(x):
+        raise ValueError(
+            "residuals cannot be read inside torch.vmap: use tol=0 and max_steps there, or stop='sample' without vmap."
+        )
 
 
 class ConvergenceWarning(UserWarning):
@@ -49,15 +58,13 @@ class Convergence:
         self.counts: Tensor | None = None
         if self.criterion.per_sample:
             samples = self.packing.shapes[0][0]
-            self.counts = torch.full((samples,), self.criterion.max_steps, device=self.packing.device)
+            with outside():
+                self.counts = torch.full((samples,), self.criterion.max_steps, device=self.packing.device)
 
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
-        if torch._C._functorch.is_batchedtensor(both):
-            raise ValueError(
-                "residuals cannot be read inside torch.vmap: use tol=0 and max_steps there, or stop='sample' without vmap."
-            )
+        refuse_batched(both)
         absolute, relative = both.reshape(2, -1).amax(1).tolist()
         residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar
+from revsolve.core.levels import transformed
 from revsolve.core.march import Stats
 from revsolve.core.tape import Memo, Term
 from revsolve.equilibrium.convergence import Convergence, Criterion
@@ -42,6 +43,11 @@ def equilibrium(
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Stats]:
     """The fixed point of the term from z0, with a gradient of the kind asked for, and what it took."""
+    if gradient == "implicit" and transformed():
+        raise ValueError(
+            "gradient='implicit' is not possible inside torch.func transforms: use gradient='direct' or 'phantom', or "
+            "method='reversible', whose gradient follows them."
+        )
     memo = Memo(term)
     rule = _rule(method, beta, options)
     tracked = torch.is_grad_enabled()

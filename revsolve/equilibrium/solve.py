@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.engine import solve
+from revsolve.core.levels import transformed
 from revsolve.core.march import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
 from revsolve.equilibrium.arguments import check_whole, checked, refuse
-from revsolve.equilibrium.convergence import Convergence
+from revsolve.equilibrium.convergence import Convergence, refuse_batched
 from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.packing import Packing
@@ -176,6 +177,8 @@ def _iterate(
     watch: Callable[[Callable[[], Stepper]], Callable[[], Stepper]],
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
+    if transformed() and criterion.tol > 0:
+        refuse_batched(term.value(0.0, x0))
     stops = convergence.counts is not None and criterion.tol > 0
     scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import outside, sample_numbers
 from revsolve.drivers.brownian import BrownianPath, clamped
 from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
 from revsolve.problem import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
 
 Brownian = BrownianPath | ForeignBrownian
+Path = Callable[..., Any]
 
 
 def increasing(ts: Tensor | Sequence[float]) -> list[float]:
@@ -82,11 +85,26 @@ def noise_shape(parts: Coefficients, f: Any, g: Any, y0: Tensor, path: tuple[int
     return *y0.shape[:-1], channels
 
 
-def new_path(times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, **steps: Any) -> BrownianPath:
-    """A Brownian motion over the times, with noise counted on the steps; its seed comes from torch's generator."""
+def new_path(times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, **steps: Any) -> Path:
+    """A Brownian motion over the times, with noise counted on the steps; its seed comes from torch's generator.
+
+    Inside torch.vmap one for all samples, or one for each, as its `randomness` says.
+    """
     end = times[-1] if len(times) > 1 else times[0] + 1.0
     levy_area: Any = "space-time" if area else "none"
-    return BrownianPath(times[0], end, size, dtype=y0.dtype, device=y0.device, levy_area=levy_area, **steps)
+    num_samples, number = sample_numbers(y0.device)
+    with outside():
+        shape = size if number is None else (num_samples, *size)
+        path = BrownianPath(times[0], end, shape, dtype=y0.dtype, device=y0.device, levy_area=levy_area, **steps)
+    return path if number is None else functools.partial(_of_one, path, number)
+
+
+def _of_one(path: Path, number: Tensor, ta: float, tb: float, return_H: bool = False) -> Any:
+    """What one sample sees of the Brownian motions of all."""
+    if return_H:
+        W, H = path(ta, tb, return_H=True)
+        return W[number], H[number]
+    return path(ta, tb)[number]
 
 
 def given_path(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, area: bool) -> Brownian:

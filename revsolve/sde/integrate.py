@@ -14,7 +14,7 @@ from revsolve.core.tape import Term
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid
 from revsolve.packing import Clock
-from revsolve.problem import check_options, prepare
+from revsolve.problem import check_options, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import as_sde, check_state, check_steps, given_path, increasing, new_path, noise_shape
@@ -124,7 +124,7 @@ def sdeint(
     path = new_path(times, size, y0, area, **knots) if bm is None else given_path(bm, times, size, y0, area)
     if len(times) == 1:
         return _results(x0[None], logqp)
-    term = terms.over(path, on_demand=area)
+    term = terms.over(path, on_demand=area and not values_hidden())
     make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], terms.state_of)
     if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
         restarts = default_restarts(scheme)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import transformed
+
 Shift = Callable[[Tensor, Tensor, bool], Tensor | None]  # of g, the y from which it was computed, and whether to record
 
 
@@ -23,6 +25,11 @@ def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor)
     """The shift for a noise type; None where there is none. Probes the diffusion of diagonal noise near y0."""
     if noise_type == "additive":
         return None
+    if transformed():
+        raise ValueError(
+            "the diffusion of an Ito equation cannot be differentiated inside torch.func transforms: give the SDE in "
+            "Stratonovich form, or use method='euler', which needs no derivative."
+        )
     if noise_type != "diagonal":
         return _of_columns
     return _of_own_entries if _entries_stay_apart(diffusion, y0) else _of_diagonal_jacobian
