@@ -180,7 +180,7 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
     if isinstance(mix, Tensor) or isinstance(gain, Tensor):
         parts = [(weight, k.to(target.dtype)) for weight, k in parts]  # as wide as they were when they were added
         parts, mix, gain = _absorbed(parts, mix, gain, tape.watch(update.source, source, grads)), 0.0, 1.0
-    weighted = [(gain * weight, k) for weight, k in parts]
+    weighted = parts if equals(gain, 1.0) else [(gain * weight, k) for weight, k in parts]
     before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
     grad = grads[update.target]
     if grad is not None:

@@ -24,6 +24,7 @@ class Block(NamedTuple):
     forward: tuple[Tensor, ...]
     backward: tuple[Tensor, ...]
     areas: tuple[Tensor, ...]
+    pairs: list[Tensor]  # each step and the next one together, once they are asked for
 
 
 class Steps:
@@ -49,8 +50,11 @@ class Steps:
 
     def two(self, step: int) -> Tensor:
         """Return W over one step and the next."""
-        (first, i), (second, j) = self.block(step), self.block(step + 1)
-        return first.forward[i] + second.forward[j]
+        block, row = self.block(step)
+        if row + 1 == len(block.forward):
+            following, first = self.block(step + 1)
+            return block.forward[row] + following.forward[first]
+        return (block.pairs or self._paired(block))[row]
 
     def between(self, start: int, stop: int) -> list[Spans]:
         """Return the steps from number `start` up to `stop`, those of a block joined, so that few are held."""
@@ -70,6 +74,11 @@ class Steps:
             return knot, 0.0
         return step, (t - self.knots[step]) / (self.knots[step + 1] - self.knots[step])
 
+    @torch.inference_mode(False)
+    def _paired(self, block: Block) -> list[Tensor]:
+        block.pairs.extend((block.spans.W[:-1] + block.spans.W[1:]).unbind())
+        return block.pairs
+
     @torch.inference_mode(False)  # what is kept may meet autograd later
     def _draw(self, number: int) -> Block:
         start = number * self._block_steps
@@ -79,5 +88,5 @@ class Steps:
         areas = () if spans.H is None else spans.H.unbind()
         if len(self._blocks) == 2:
             del self._blocks[max(self._blocks, key=lambda kept: abs(kept - number))]
-        self._blocks[number] = Block(spans, spans.W.unbind(), (-spans.W).unbind(), areas)
+        self._blocks[number] = Block(spans, spans.W.unbind(), (-spans.W).unbind(), areas, [])
         return self._blocks[number]
