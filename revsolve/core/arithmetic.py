@@ -40,8 +40,9 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
 
     A source narrower than the target is widened first, so that a sum has the same rounding whichever term is solved for.
     """
+    own = False  # whether the result may take the place of the source
     if target is not None and source.dtype is not target.dtype:
-        source = source.to(target.dtype)
+        source, own = source.to(target.dtype), not torch._C._are_functorch_transforms_active()
     if keep.__class__ is not float or mix.__class__ is not float:
         out = None if target is None else target if equals(keep, 1.0) else keep * target
         return out if equals(mix, 0.0) else scaled_add(out, source, mix)
@@ -52,7 +53,7 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if keep == 1.0:
         return torch.add(target, source, alpha=mix)
     if abs(keep + mix - 1.0) < 1e-14:
-        return torch.lerp(source, target, keep)
+        return source.lerp_(target, keep) if own else torch.lerp(source, target, keep)
     return torch.add(target * keep, source, alpha=mix)
 
 

@@ -61,10 +61,12 @@ class Solved(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
         marks: list[tuple[int, Pair]] = []
         ys, pair = march(problem, y0.detach(), keep_in(problem, marks))
+        assert problem.grid is not None
+        marks.append((problem.grid.num_steps, pair))
         ctx.problem, ctx.grid = problem, problem.grid
         ctx.steps = [n for n, _ in marks]
         ctx.ambient, ctx.unchanged = Ambient.now(), Unchanged(problem.constants)
-        pairs = [x for _, kept in [*marks, (0, pair)] for x in kept]
+        pairs = [x for _, kept in marks for x in kept]
         ctx.save_for_backward(y0, t, *tensors, *pairs)
         problem.stats.num_stored_states = sum(x is not None for x in pairs)
         return torch.stack(ys)
@@ -78,14 +80,15 @@ class Solved(torch.autograd.Function):
         if torch.is_grad_enabled():
             with ctx.ambient, problem.buffers or NOTHING:
                 return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
-        pairs = list(zip(saved[split::2], saved[split + 1 :: 2], strict=True))
-        marks = dict(zip(ctx.steps, pairs[:-1], strict=True))
+        marks = dict(zip(ctx.steps, zip(saved[split::2], saved[split + 1 :: 2], strict=True), strict=True))
+        del saved
+        ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
         method = undo if problem.gradient == "reversible" else recompute
         within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
         with ctx.ambient, problem.buffers or NOTHING, within as leaves:
             tape = Tape(problem.term, leaves, problem.audit, problem.narrow)
             moving = t is not None and ctx.needs_input_grad[2]
-            grad_y0, grad_times = method(problem, grid, marks, pairs[-1], grad_ys, tape, moving)
+            grad_y0, grad_times = method(problem, grid, marks, grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
         grad_t = time_gradient(grid, t, grad_times) if moving else None
         grads = (total.to(p.dtype) for total, p in zip(tape.sums, tensors, strict=True))
@@ -94,14 +97,15 @@ class Solved(torch.autograd.Function):
 
 @torch.enable_grad()  # for what the tape records; the pair and the cotangents themselves never require a gradient
 def undo(
-    problem: Problem, grid: Grid, marks: dict[int, Pair], pair: Pair, grad_ys: Tensor, tape: Tape, moving: bool
+    problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
 ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
-    """Undo the steps from the last pair, differentiating each as it is undone."""
+    """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
     scheme = problem.scheme
     grads: list[Tensor | None] = [None, None]
     mismatches: list[Tensor] = []
     clock = _Clock(grid, tape, moving)
-    end = pair[0]
+    pair = marks.pop(grid.num_steps)
+    end = size_of(pair[0])
     for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
         if (i := grid.output(stop)) is not None:
             grads[0] = accumulate(grads[0], grad_ys[i])
@@ -109,13 +113,15 @@ def undo(
         for move in reversed(moves(scheme, times, tape.memo.adds_up)):
             pair = pull_back(move, pair, grads, tape)
         if start in marks:
-            stored = marks[start]
-            mismatches.append(_mismatch(pair[0], stored[0], end))
+            tape.flush(grads)  # its graph need not be there with all that follows
+            stored = marks.pop(start)
+            size = size_of(stored[0])
+            mismatches.append(_mismatch(pair[0], stored[0], size, end))
             if start in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
                     pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
-            pair, end, tape.audit_due = stored, stored[0], True
+            pair, end, tape.audit_due = stored, size, True
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads[0] = accumulate(grads[0], grad_ys[i])
@@ -124,13 +130,13 @@ def undo(
 
 
 def recompute(
-    problem: Problem, grid: Grid, marks: dict[int, Pair], pair: Pair, grad_ys: Tensor, tape: Tape, moving: bool
+    problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
 ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: tuple[Tensor | None, ...] = (None, None)
     grad_times: dict[int, Tensor | None] = {}
     mismatches: list[Tensor] = []
-    stop, end = grid.num_steps, pair[0]
+    stop, end = grid.num_steps, marks.pop(grid.num_steps)[0]
     for start in sorted(marks, reverse=True):
         leaves = [None if x is None else x.detach().requires_grad_() for x in marks[start]]
         times = [torch.tensor(s, dtype=torch.float64) for s in grid.times[start : stop + 1]] if moving else []
@@ -139,7 +145,7 @@ def recompute(
             walk = Walk(problem.scheme, tape.memo)
             kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
-        mismatches.append(_mismatch(after[0].detach(), end, marks[start][0]))
+        mismatches.append(_mismatch(after[0].detach(), end, size_of(end), size_of(marks[start][0])))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
@@ -230,10 +236,9 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
         return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows))[0]
 
 
-def _mismatch(found: Tensor, stored: Tensor, other_end: Tensor) -> Tensor:
+def _mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:
     """The difference from what was stored, relative to the larger of the states at both ends of the segment."""
-    scale = torch.maximum(size_of(stored), size_of(other_end)).clamp(min=torch.finfo(stored.dtype).tiny)
-    return size_of(found - stored) / scale
+    return size_of(found - stored) / torch.maximum(*sizes).clamp(min=torch.finfo(stored.dtype).tiny)
 
 
 def _certify(problem: Problem, mismatches: list[Tensor]) -> None:

@@ -236,4 +236,7 @@ def _finite(x: Tensor) -> bool:
 
 def size_of(x: Tensor) -> Tensor:
     """The largest entry in absolute value."""
-    return x.abs().amax()  # ten times as fast as the norm of infinite order
+    if x.is_complex():
+        return x.abs().amax()
+    low, high = torch.aminmax(x)  # ten times as fast as the norm of infinite order, and no copy
+    return torch.maximum(-low, high)

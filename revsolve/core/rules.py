@@ -68,7 +68,7 @@ class _Run:
         members = iter(kept)
         pairs: list[Pair] = [(y0.detach(), None)]
         pairs += [(y, None if self.lone else next(members)) for y in members]
-        marks = dict(zip(self.marked, pairs[:-1], strict=True))
+        marks = dict(zip((*self.marked, self.grid.num_steps), pairs, strict=True))
         leaves = [
             x.detach().requires_grad_() if needs else x.detach() for x, needs in zip(tensors, needed[2:], strict=True)
         ]
@@ -76,7 +76,7 @@ class _Run:
         with self.ambient, self.opening(leaves) as term:
             problem = replace(self.problem, term=term)
             tape = Tape(term, [x for x in leaves if x.requires_grad], self.problem.audit, self.problem.narrow)
-            grad_y0, grad_times = sweep(problem, self.grid, marks, pairs[-1], grad_ys, tape, needed[1])
+            grad_y0, grad_times = sweep(problem, self.grid, marks, grad_ys, tape, needed[1])
         self.problem.stats.num_backward_evaluations = tape.memo.num_evaluations
         found = [torch.zeros_like(y0) if grad_y0 is None else grad_y0] if needed[0] else []
         if needed[1]:

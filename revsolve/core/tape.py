@@ -87,6 +87,7 @@ class Tape:
 
     def _forget(self) -> None:
         self.member, self.source, self.leaf = None, None, None
+        self.memo.latest = (None, None, None)
         self.outputs: list[Tensor] = []
         self.cotangents: list[Tensor] = []
 

@@ -1,6 +1,7 @@
 """Pairs wider than the field, long iterations, and what is kept for the backward pass."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -110,3 +111,34 @@ def test_every_device(device: torch.device) -> None:
             for g in ("reversible", "direct")
         )
     assert difference([g.cpu() for g in found], [g.cpu() for g in unrolled]) < 1e-6
+
+
+def wide_tensors(size: int) -> int:
+    """How many float64 tensors of so many numbers are alive."""
+    found = [o for o in gc.get_objects() if type(o) is Tensor and o.dtype == torch.float64 and o.numel() == size]
+    return len({o.untyped_storage().data_ptr() for o in found})
+
+
+@pytest.mark.parametrize(("retain_graph", "most"), [(False, 2), (True, 4)])
+def test_the_last_pair_is_given_back_once_undone(retain_graph: bool, most: int) -> None:
+    cell, x = Convolution(), torch.randn(3, 8, 7, 5, requires_grad=True)  # of a size that no other test has
+    alive: list[int] = []
+
+    def f(z: Tensor) -> Tensor:
+        alive.append(wide_tensors(x.numel()))
+        return cell(z, x)
+
+    z = fixed_point(f, torch.zeros_like(x), beta=0.5, tol=0, max_steps=4)
+    alive.clear()
+    first = torch.autograd.grad(z.sum(), x, retain_graph=retain_graph)[0]
+    assert max(alive[2:]) == most  # in between both members of the pair have become others
+    assert first.isfinite().all()
+
+
+def test_a_graph_that_is_kept_can_be_used_again() -> None:
+    cell, x = Convolution(), torch.randn(2, 8, 5, 5, requires_grad=True)
+    z = fixed_point(cell, torch.zeros_like(x), args=x, beta=0.5, tol=0, max_steps=12)
+    first = torch.autograd.grad(z.sum(), x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(z.sum(), x)
