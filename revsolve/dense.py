@@ -6,11 +6,12 @@ Between two steps, Hermite interpolation through k of the nearest steps t_j,
 
 with the Lagrange polynomials l_j, has an error of order 2 k, and its derivative 2 k - 1. With 2 k at least two above the order of
 the method, it is as accurate between adaptive steps as at them (dopri5 with rtol 1e-7; with k one less, 30 times less accurate).
+At breaks, where the derivative jumps, the polynomials end: those of a piece use the steps within it alone, and as few as it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
-from revsolve.packing import Packing
 
 
 def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
@@ -41,45 +41,67 @@ def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
 class Dense:
     """The solution at any time, from the states after every step. Differentiable, in the time too.
 
-    states: (steps + 1, *packed state). shift: what the field sees times later by, see `FieldTerm`.
+    states: (steps + 1, *packed state). shift: what the field sees times later by, see `Clock`. breaks: the numbers of the
+    steps after which the derivative may jump. results: states with `num_dims` dimensions in front, as users see them.
     """
 
-    def __init__(self, problem: Problem, packing: Packing, states: Tensor, shift: Tensor | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        states: Tensor,
+        results: Callable[[Tensor, int], Any],
+        shift: Tensor | None = None,
+        breaks: Sequence[int] = (),
+    ) -> None:
         assert problem.grid is not None
-        self.term, self.buffers, self.packing = problem.term, problem.buffers or nullcontext(), packing
+        self.term, self.buffers, self.results = problem.term, problem.buffers or nullcontext(), results
         self.states, self.shift = states, shift
         self.keeps_rates = (
             problem.values_hidden or problem.rule is not None
         )  # torch.func transforms know no saved-tensor hooks
         self.steps = problem.grid.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
-        self.num_knots = min(max(2, (problem.scheme.order + 3) // 2), len(self.steps))
+        self.breaks = torch.tensor(sorted({0, len(self.steps) - 1, *breaks}), device=states.device)
+        self.num_knots = max(2, (problem.scheme.order + 3) // 2)
 
     def evaluate(self, t: Any) -> Any:
-        """The state at the times t, of any shape: like y0, with the dimensions of t in front."""
-        return self._combine(t, _weights)
+        """The state at the times t, of any shape: like y0, with the dimensions of t where those of output times are."""
+        return self._interpolated(t, _weights)
 
     def derivative(self, t: Any) -> Any:
         """The derivative of what `evaluate` gives, with respect to t."""
-        return self._combine(t, _weight_derivatives)
+        return self._interpolated(t, _weight_derivatives)
 
-    def _combine(self, t: Any, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    def _interpolated(self, t: Any, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
         t = torch.as_tensor(t, device=self.states.device)
         s = t.double().reshape(-1)
-        knots = self._knots(s.detach())  # (len(s), num_knots)
-        used, place = torch.unique(knots, return_inverse=True)
-        rates = torch.stack([self._rate(i) for i in used.tolist()])
+        first, counts = self._knots(s.detach())
+        groups = [(counts == n).nonzero().squeeze(1) for n in counts.unique().tolist()]
+        parts = [self._combined(s[i], first[i], int(counts[i[0]]), weights) for i in groups]
+        total = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(groups).argsort()]
+        return self.results(total.reshape((*t.shape, *self.states.shape[1:])), t.ndim)
+
+    def _combined(
+        self, s: Tensor, first: Tensor, num_knots: int, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Weighted states and rates at the knots from `first` on."""
+        knots = first[:, None] + torch.arange(num_knots, device=s.device)  # (len(s), num_knots)
+        before = torch.zeros_like(knots)  # 1 where the rate is that of the piece that ends at the knot
+        before[:, -1] = torch.isin(knots[:, -1], self.breaks)
+        used, place = torch.unique(2 * knots + before, return_inverse=True)
+        rates = torch.stack([self._rate(key // 2, key // 2 + (-1 if key % 2 else 1)) for key in used.tolist()])
         nodes = self.times[knots]
         for_states, for_rates = weights(s[:, None], nodes if self.shift is None else nodes + self.shift.to(nodes))
         total = sum(
             _column(for_states, j, rates) * self.states[knots[:, j]] + _column(for_rates, j, rates) * rates[place[:, j]]
-            for j in range(self.num_knots)
+            for j in range(num_knots)
         )
         assert isinstance(total, Tensor)
-        return self.packing.unpack(total.reshape((*t.shape, *self.states.shape[1:])))
+        return total
 
-    def _knots(self, s: Tensor) -> Tensor:
-        """Which steps each time is interpolated from: those nearest to the step that it lies in."""
+    def _knots(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Which steps each time is interpolated from, as the first and their number: those nearest to the step that it lies
+        in, without passing a break."""
         forward = 1.0 if self.steps[-1] > self.steps[0] else -1.0
         outside = (forward * s < forward * self.times[0]) | (forward * s > forward * self.times[-1])
         if bool(outside.any()):
@@ -89,20 +111,23 @@ class Dense:
                 "polynomial says nothing about what lies outside."
             )
         left = torch.searchsorted(forward * self.times, forward * s, right=True) - 1
-        first = (left.clamp(max=len(self.steps) - 2) - (self.num_knots - 2) // 2).clamp(
-            0, len(self.steps) - self.num_knots
-        )
-        return first[:, None] + torch.arange(self.num_knots, device=s.device)
+        left = left.clamp(max=len(self.steps) - 2)
+        piece = torch.searchsorted(self.breaks, left, right=True)
+        low, high = self.breaks[piece - 1], self.breaks[piece]
+        counts = (high - low + 1).clamp(max=self.num_knots)
+        return (left - (counts - 2) // 2).maximum(low).minimum(high - counts + 1), counts
 
-    def _rate(self, i: int) -> Tensor:
-        """The field at a step, evaluated again for its gradient instead of kept."""
+    def _rate(self, i: int, other: int) -> Tensor:
+        """The rate of change after step i, on the side of another; evaluated again for its gradient instead of kept."""
         if torch.is_grad_enabled() and not self.keeps_rates:
-            return checkpoint(self._value, self.steps[i], self.states[i], use_reentrant=False)
-        return self._value(self.steps[i], self.states[i])
+            return checkpoint(self._value, self.steps[i], self.steps[other], self.states[i], use_reentrant=False)
+        return self._value(self.steps[i], self.steps[other], self.states[i])
 
-    def _value(self, t: float, x: Tensor) -> Tensor:
+    def _value(self, t: float, other: float, x: Tensor) -> Tensor:
         with self.buffers:
-            return self.term.value(t, x)
+            k, scale = self.term.product(self.term.value(t, x), t, other)
+        weight = scale / (other - t)
+        return k if weight == 1.0 else k * weight
 
 
 def _weights(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,12 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Pair, Scheme
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
-from revsolve.grids import adaptive_grid
+from revsolve.grids import adaptive_grid, knot_grid
 from revsolve.steps import Tolerances, adapts
 
 EVENT_OPTIONS = ("event_direction", "max_num_steps")
 MAX_NUM_STEPS = 10_000
-FAR = 1e300
+FAR = 1e300  # where time ends for an equation that knows no end
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Event:
     """An event function `func(t, y)` on packed states, the directions in which it counts, and the crossing that was found.
 
     `direction`: 0 for any, 1 for crossings from negative to positive, -1 for the others, in the order in which the steps go; a
-    number, or one for each component.
+    number, or one for each component. `end`: where time ends, or the path of a controlled equation.
     """
 
-    def __init__(self, func: Callable[[Time, Tensor], Any], direction: Any) -> None:
-        self.func, self.direction = func, direction
+    def __init__(self, func: Callable[[Time, Tensor], Any], direction: Any, end: float) -> None:
+        self.func, self.direction, self.end = func, direction, end
         self.crossing: Crossing | None = None
 
     def value(self, t: Time, x: Tensor) -> Tensor:
@@ -76,22 +76,27 @@ class Event:
         return signs
 
 
-class EqualSteps:
-    """Steps of one length without end."""
+class NumberedSteps:
+    """Steps that end at the times `when(1)`, `when(2)`, ..., until that is None."""
 
     num_total = None
 
-    def __init__(self, t0: float, h: float) -> None:
-        self.grid, self.h = Grid([t0], [0]), h
-        self.done, self.num_rejected = False, 0
+    def __init__(self, t0: float, when: Callable[[int], float | None]) -> None:
+        self.grid, self.when = Grid([t0], [0]), when
+        self.num_rejected = 0
 
     @property
     def num_steps(self) -> int:
         return self.grid.num_steps
 
+    @property
+    def done(self) -> bool:
+        return self.when(self.num_steps + 1) is None
+
     def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
-        t0, t1 = self.grid.times[-1], self.grid.times[0] + (self.num_steps + 1) * self.h
-        pair, _ = step(pair, (t0, t1), restart)
+        t1 = self.when(self.num_steps + 1)
+        assert t1 is not None
+        pair, _ = step(pair, (self.grid.times[-1], t1), restart)
         self.grid.times.append(t1)
         return pair
 
@@ -121,10 +126,11 @@ class UntilEvent:
     def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         n, t0 = self.num_steps, self.grid.times[-1]
         before = self._values(t0, pair[0])
-        if n + self.num_rejected >= self.max_num_steps or not math.isfinite(t0):
+        if n + self.num_rejected >= self.max_num_steps or self.stepper.done or not math.isfinite(t0):
+            remedy = "give the path over a longer time" if self.stepper.done else "raise the option max_num_steps"
             raise RuntimeError(
                 f"no event by t = {t0}, where event_fn is {before}, after {n} steps and {self.num_rejected} rejected ones: make "
-                "sure that it changes sign, check the direction of time and event_direction, or raise the option max_num_steps."
+                f"sure that it changes sign, check the direction of time and event_direction, or {remedy}."
             )
         after = self.stepper.advance(step, pair, restart, n + 1)
         self.num_rejected, t1 = self.stepper.num_rejected, self.grid.times[-1]
@@ -156,33 +162,43 @@ class UntilEvent:
 
 def steps_until(
     event: Event,
-    times: list[float],
+    t0: float,
     scheme: Scheme,
     options: dict[str, Any],
     tolerances: Tolerances,
     term: Term,
     x0: Tensor,
+    knots: Sequence[float] = (),
 ) -> Callable[[], Stepper]:
-    """Steps from times[0] in the direction of times[1], until the event."""
-    if len(times) != 2:
-        raise ValueError(
-            f"with event_fn, t must hold the initial time and one that gives the direction, but it holds {len(times)} times."
-        )
-    event.directions(len(event.values(times[0], x0)))
+    """Steps from t0 until the event or the end of time; without a word from the options, from knot to knot."""
+    event.directions(len(event.values(t0, x0)))
     most = options.setdefault("max_num_steps", MAX_NUM_STEPS)
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"max_num_steps must be a whole number of at least 1, but it is {most!r}.")
-    direction = math.copysign(1.0, times[1] - times[0])
     if adapts(scheme, options, tolerances):
-        make = adaptive_grid([times[0], direction * FAR], options, *tolerances, scheme, term, x0)
+        make = adaptive_grid([t0, event.end], options, *tolerances, scheme, term, x0)
         return lambda: UntilEvent(make(), event, most)
     step_size = options.get("step_size")
+    if knots and step_size is None:
+        points = knot_grid([t0, event.end], knots, 8 * torch.finfo(x0.real.dtype).eps * abs(event.end))().grid.times
+        return lambda: UntilEvent(NumberedSteps(t0, dict(enumerate(points)).get), event, most)
     if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(
             f"{scheme.name!r} takes fixed steps towards the event, so step_size must be a positive number, but it is "
             f"{step_size!r}: pass options={{'step_size': ...}}, or rtol and atol where the method can adapt."
         )
-    return lambda: UntilEvent(EqualSteps(times[0], direction * step_size), event, most)
+    return lambda: UntilEvent(NumberedSteps(t0, equal_steps(t0, step_size, event.end)), event, most)
+
+
+def equal_steps(t0: float, step_size: float, end: float) -> Callable[[int], float | None]:
+    """When the n-th of equal steps from t0 ends; the last one, which may be shorter, at the end."""
+    h = math.copysign(step_size, end - t0)
+
+    def when(n: int) -> float | None:
+        left = (end - t0) / h - (n - 1)  # in steps, before the n-th
+        return None if left <= 1e-9 else end if left <= 1 + 1e-9 else t0 + n * h
+
+    return when
 
 
 def _without_initial_zeros(before: list[float], after: list[float], t0: float, t1: float, eps: float) -> list[float]:

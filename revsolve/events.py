@@ -24,16 +24,16 @@ from revsolve.core.engine import solve
 from revsolve.core.march import Problem, Walk
 from revsolve.core.tape import Memo
 from revsolve.event_steps import Crossing, Event
+from revsolve.tracing import boundary
 
-NEWTON_STEPS = 2  # differentiable ones make 1, 3, 7, ... derivatives of a root right
+NEWTON_STEPS = 3  # each makes one more derivative of a root right
 MOST_EXTENSIONS = 8
 
 
 def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Tensor]:
     """The time of the event, a float64 number on the CPU, and the states at the start and then, (2, *x0.shape).
 
-    The problem's steppers are `UntilEvent` ones of this event. The event's time has first derivatives, and with
-    gradient="direct" the first three.
+    The problem's steppers are `UntilEvent` ones of this event. The event's time has its first three derivatives.
     """
     middle = solve(problem, x0, None)[1]
     assert problem.grid is not None and event.crossing is not None
@@ -76,6 +76,7 @@ class _LastStep:
             if ((there := lowest(b)) > 0) != (here > 0):
                 break
             b += 0.5 * (b - a)
+            b = b if abs(b - a) < abs(self.event.end - a) else self.event.end
         else:
             raise RuntimeError(
                 f"event_fn changed sign between t = {crossing.between[0]} and {crossing.between[1]}, but not in steps of other "
@@ -89,48 +90,45 @@ class _LastStep:
 
     def differentiable(self, s: float, component: int) -> Tensor:
         """s as a function of all that it depends on."""
-        found = torch.tensor(s, dtype=torch.float64)
-        value = self.value(s, self.y, component)
-        if not value.requires_grad:
-            return found
-        if self.problem.gradient == "direct":
-            found.requires_grad_()
-            for _ in range(NEWTON_STEPS):
-                found = self._newton(found, component)
-            return found
-        end = found.clone().requires_grad_()
-        (rate,) = torch.autograd.grad(self.value(end, self.y.detach(), component), end)
-        change = (value.detach() - value).to("cpu", torch.float64) / _checked(rate, s)
-        return _FirstOrder.apply(found + change)
-
-    def _newton(self, end: Tensor, component: int) -> Tensor:
-        value = self.value(end, self.y, component)
-        (rate,) = torch.autograd.grad(value, end, create_graph=True)
-        return end - value.to("cpu", torch.float64) / _checked(rate, float(end.detach()))
+        found = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+        for _ in range(NEWTON_STEPS):
+            value = self.value(found, self.y, component)
+            if not self.y.requires_grad and all(leaf is found for leaf in boundary([value])[0]):
+                return found.detach()
+            (rate,) = torch.autograd.grad(value, found, retain_graph=True)
+            found = _Newton.apply(found, value, _checked(rate, s))
+        return found
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The same number, whose gradient refuses to be differentiated again: the rate it divides by was taken as constant."""
+class _Newton(torch.autograd.Function):
+    """A root of `value`, a function of `end` that is zero there and changes at a `rate`: one step of Newton's method.
+
+    The rate is differentiated in its turn only where the gradient is: only then must the field be differentiable twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
+    def forward(ctx: Any, end: Tensor, value: Tensor, rate: float) -> Tensor:
+        ctx.save_for_backward(end, value)
+        ctx.rate = rate
+        return end.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        end, value = ctx.saved_tensors
+        rate = ctx.rate
         if torch.is_grad_enabled():
-            raise RuntimeError("higher derivatives of the time of an event need gradient='direct'.")
-        return grad
+            (rate,) = torch.autograd.grad(value, end, create_graph=True)
+        return grad, (-grad / rate).to(value), None
 
 
-def _checked(rate: Tensor, s: float) -> Tensor:
-    number = float(rate.detach())
+def _checked(rate: Tensor, s: float) -> float:
+    number = float(rate)
     if not math.isfinite(number) or number == 0.0:
         raise RuntimeError(
             f"event_fn changes at the rate {number} at its zero t = {s}, so the time of the event has no derivative: the "
             "solution only touches the event, or event_fn is not differentiable there."
         )
-    return rate
+    return number
 
 
 def find_root(

@@ -8,26 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.packing import Clock, Packing
+from revsolve.packing import Packing
 
 
 class FieldTerm:
-    """The term of an ODE: field value times h. The field sees times `shift` later, a tensor that is zero: its gradient is that
-    with respect to the initial time, where the whole grid moves with it."""
+    """The term of an ODE: field value times h. `clock` says which time the field sees, and how much of it passes."""
 
-    adds_up = True
-
-    def __init__(self, func: Callable[..., Any], packing: Packing, shift: Tensor | None = None) -> None:
-        self.func, self.packing, self.shift = func, packing, shift
-        self.clock = Clock(packing.real_dtype, packing.device)
+    def __init__(self, func: Callable[..., Any], packing: Packing, clock: Any) -> None:
+        self.func, self.packing, self.clock = func, packing, clock
+        self.adds_up = clock.adds_up
         self.checked = False
 
-    def time(self, t: Time) -> Tensor:
-        """The time as the field receives it."""
-        return self.clock(t) if self.shift is None else self.clock(t) + self.clock(self.shift)
-
     def value(self, t: Time, x: Tensor) -> Tensor:
-        out = self.func(self.time(t), self.packing.unpack(x))
+        out = self.func(self.clock(t), self.packing.unpack(x))
         if not self.checked or (self.packing.lone and (out.shape != x.shape or out.dtype != x.dtype)):
             self.packing.check_like(out, "the field")
             self.checked = True
@@ -35,9 +28,4 @@ class FieldTerm:
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        return value, t1 - t0
-
-
-def time_shift(t: Any) -> Tensor | None:
-    """Zero, with the gradient of the initial time; None where that needs none."""
-    return t[0] - t[0].detach() if isinstance(t, Tensor) and t.requires_grad else None
+        return value, self.clock.lapse(t0, t1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +16,11 @@ from revsolve.core.engine import solve
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.dense import Dense, every_step
-from revsolve.event_steps import EVENT_OPTIONS, Event, steps_until
-from revsolve.events import solve_until
-from revsolve.field_term import FieldTerm, time_shift
-from revsolve.packing import Packing
-from revsolve.per_sample import TimesOfEach, check_times_of_each, steps_for_each
-from revsolve.problem import check_times, prepare, values_hidden
+from revsolve.equation import at_times_of_each, densely, until_event
+from revsolve.event_steps import EVENT_OPTIONS, FAR
+from revsolve.field_term import FieldTerm
+from revsolve.packing import Clock, Packing
+from revsolve.problem import check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
@@ -91,35 +90,15 @@ def odeint(
     solve_options = scheme_and_options(method, options, known)
     equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback)
     if event_fn is not None:
-        return equation.until_event(t, event_fn, full_output)
+        event_t, solution = until_event(equation, t, event_fn)
+        return event_t, solution if full_output else solution.ys
     if isinstance(t, Tensor) and t.ndim == 2:
-        return equation.at_times_of_each(t, full_output)
-    packing, x0, times = equation.packing, equation.x0, check_times(t)
-    dense = bool(equation.options.pop("dense", False)) and len(times) > 1
-    if dense and equation.options.get("jump_t"):
-        raise ValueError(
-            "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
-        )
-    targets, shift = ([times[0], times[-1]], time_shift(t)) if dense else (times, None)
-    term = FieldTerm(equation.field, packing, shift)
-    with torch.no_grad():
-        construct = lambda constructor: constructor(equation.field, y0, t)  # noqa: E731
-        make_stepper = choose_steps(targets, equation.scheme, equation.options, (rtol, atol), term, x0, construct)
-    moving = t if isinstance(t, Tensor) and t.requires_grad and not dense else None
-    problem = equation.problem(term, times, every_step(make_stepper) if dense else make_stepper, moving)
-    states = solve(problem, x0, moving) if len(times) > 1 else x0[None]
-    interpolant = Dense(problem, packing, states, shift) if dense else None
-    ys = packing.unpack(states) if interpolant is None else interpolant.evaluate(t)
-    if not full_output:
-        return ys
-    steps = times if problem.grid is None else problem.grid.times
-    again = None
-    if len(steps) > 1 and not equation.options.get("jump_t"):
-        over = {"grid_constructor": lambda *_: steps, "dense": True}
-        ends = t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]]
-        way = {"method": equation.scheme, "gradient": gradient, "restarts": restarts}
-        again = functools.partial(odeint, func, y0, ends, args=args, options=over, full_output=True, **way)
-    return Solution(torch.as_tensor(t), ys, problem.stats, steps, interpolant, again)
+        solution = at_times_of_each(equation, y0, t)
+    elif equation.options.pop("dense", False) and len(t) > 1:
+        solution = equation.densely(t)
+    else:
+        solution = equation.at_times(t)
+    return solution if full_output else solution.ys
 
 
 def odeint_event(
@@ -182,6 +161,8 @@ class _Equation:
     restarts: Any
     progress: bool
     callback: Callable[[AcceptedStep], Any] | None
+    kinks: Sequence[float] = ()
+    knots: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.func):
@@ -191,63 +172,58 @@ class _Equation:
         self.packing = Packing(self.y0)
         self.x0 = self.packing.pack(self.y0)
 
+    def term(self, clock: Any) -> Term:
+        return FieldTerm(self.field, self.packing, clock)
+
+    def steps(self, times: list[float], term: Term, t: Any) -> Callable[[], Stepper]:
+        construct = lambda constructor: constructor(self.field, self.y0, t)  # noqa: E731
+        return choose_steps(times, self.scheme, self.options, self.tolerances, term, self.x0, construct)
+
     def problem(
-        self,
-        term: Term,
-        times: list[float],
-        make: Callable[[], Stepper],
-        moving: Tensor | None = None,
-        open_ended: bool = False,
+        self, term: Term, times: list[float], make: Callable[[], Stepper], length: float | None, t: Tensor | None = None
     ) -> Problem:
         span = (times[0], times[1] if len(times) > 1 else times[0] + 1.0)
-        length = None if open_ended else abs(times[-1] - times[0])
-        name = f"odeint {self.scheme.name}"
-        make = watched(make, self.progress, self.callback, name, length, self.packing.unpack)
+        make = watched(make, self.progress, self.callback, f"odeint {self.scheme.name}", length, self.packing.unpack)
         owners = (self.func, self.arguments)
-        problem = prepare(term, self.x0, moving, span, owners, self.scheme, make, self.gradient, self.restarts)
+        problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
         problem.explain = explain(term.value)
         return problem
 
-    def until_event(self, t: Tensor, event_fn: Callable[..., Any], full_output: bool) -> tuple[Tensor, Any]:
-        """The time of the event, and what `odeint` returns for the times t[0] and then."""
-        if values_hidden():
-            raise RuntimeError(
-                "an event is found by looking at numbers, which torch.func transforms and torch.compile hide: differentiate with "
-                "torch.autograd (gradient='direct' for higher derivatives), and solve outside of what is compiled."
-            )
-        times, shift = check_times(t), time_shift(t)
-        if shift is not None and self.options.get("jump_t"):
-            raise ValueError(
-                "with event_fn, the gradient of t[0] moves all steps, which jump_t forbids: detach t, or leave out jump_t."
-            )
-        term = FieldTerm(self.field, self.packing, shift)
-        event = Event(
-            lambda s, x: event_fn(term.time(s), self.packing.unpack(x)), self.options.pop("event_direction", 0)
-        )
-        with torch.no_grad():
-            make = steps_until(event, times, self.scheme, self.options, self.tolerances, term, self.x0)
-        problem = self.problem(term, times, make, open_ended=True)
-        found, states = solve_until(event, problem, self.x0)
-        t = torch.as_tensor(t)
-        event_t = found.to(t) if shift is None else found.to(t) + shift
-        ys = self.packing.unpack(states)
-        if not full_output:
-            return event_t, ys
-        assert problem.grid is not None
-        steps = [*problem.grid.times, float(found.detach())]
-        return event_t, Solution(torch.stack([t[0], event_t]), ys, problem.stats, steps)
+    def results(self, xs: Tensor, num_dims: int) -> Any:
+        return self.packing.unpack(xs)
 
-    def at_times_of_each(self, t: Tensor, full_output: bool) -> Any:
-        """The states where each sample has observation times of its own."""
-        times = check_times_of_each(t, self.y0)
-        term = TimesOfEach(FieldTerm(self.field, self.packing), t)
+    def kinks_of_each(self, clock: Any) -> Sequence[float]:
+        return ()
+
+    def breaks(self, steps: list[float]) -> Sequence[int]:
+        return ()
+
+    def end(self, times: list[float]) -> float:
+        return math.copysign(FAR, times[1] - times[0])
+
+    def densely(self, t: Any) -> Solution:
+        if self.options.get("jump_t"):
+            raise ValueError(
+                "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
+            )
+        return densely(self, t)
+
+    def at_times(self, t: Any) -> Solution:
+        times = check_times(t)
+        term = self.term(Clock(self.packing.real_dtype, self.packing.device))
         with torch.no_grad():
-            make = steps_for_each(t, self.scheme, self.options, self.tolerances, term, self.x0)
-        problem = self.problem(term, times, make)
-        ys = solve(problem, self.x0, None) if len(times) > 1 else self.x0[None]
-        if not full_output:
-            return ys
-        return Solution(t, ys, problem.stats, times if problem.grid is None else problem.grid.times)
+            make = self.steps(times, term, t)
+        moving = t if isinstance(t, Tensor) and t.requires_grad else None
+        problem = self.problem(term, times, make, abs(times[-1] - times[0]), moving)
+        xs = solve(problem, self.x0, moving) if len(times) > 1 else self.x0[None]
+        steps = times if problem.grid is None else problem.grid.times
+        again = None
+        if len(steps) > 1 and not self.options.get("jump_t"):
+            ends = t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]]
+            options = {"grid_constructor": lambda *_: steps}
+            over = replace(self, options=options, tolerances=(None, None), progress=False, callback=None)
+            again = functools.partial(densely, over, ends)
+        return Solution(torch.as_tensor(t), self.packing.unpack(xs), problem.stats, steps, again=again)
 
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:

@@ -80,15 +80,27 @@ class Packing:
 
 
 class Clock:
-    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state."""
+    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    They are later by `shift`, a tensor that is zero: its gradient is that of moving all times at once.
+    """
+
+    adds_up = True  # what passes in two spans, one after the other, passes at one speed
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None) -> None:
         self.dtype, self.device = dtype, device
+        self.shift = None if shift is None else shift.to(device, dtype)
         self.recent: dict[float, Tensor] = {}
 
     def __call__(self, t: float | Tensor) -> Tensor:
-        if isinstance(t, Tensor):
-            return t.to(self.device, self.dtype)
+        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self._constant(t)
+        return now if self.shift is None else now + self.shift
+
+    def lapse(self, t0: Any, t1: Any) -> Any:
+        """How much time passes."""
+        return t1 - t0
+
+    def _constant(self, t: float) -> Tensor:
         found = self.recent.get(t)
         if found is None:
             if len(self.recent) >= REMEMBERED_TIMES:

@@ -11,7 +11,7 @@ so that the times enter the field like any other argument, and their gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,28 +49,47 @@ def check_times_of_each(t: Tensor, y0: Any) -> list[float]:
     return [float(i) for i in range(len(t))]
 
 
-class TimesOfEach:
-    """The term of an ODE whose samples have their own times; the field receives them as a vector, one for each sample."""
+class ClockOfEach:
+    """The time of each sample, a vector for the field, and how much of it passes, shaped to multiply values like `x0`.
 
-    def __init__(self, term: Any, t: Tensor) -> None:
-        self.term, self.t = term, t.to(term.packing.device)
+    t: (T, batch), any device; x0: (batch, ...).
+    """
 
-    def value(self, s: Time, x: Tensor) -> Tensor:
+    shift, adds_up = None, False
+
+    def __init__(self, t: Tensor, x0: Tensor) -> None:
+        self.t, self.dtype = t.to(x0.device), x0.real.dtype
+        self.shape = (-1, *(1,) * (x0.ndim - 1))
+
+    def __call__(self, s: Time) -> Tensor:
+        return self.exact(s).to(self.dtype)
+
+    def exact(self, s: Time) -> Tensor:
+        """The times in float64, (batch,)."""
         s = float(s)
         i = min(max(math.floor(s), 0), len(self.t) - 2)
-        t0, t1 = self.t[i].double(), self.t[i + 1].double()
-        return self.term.value(torch.lerp(t0, t1, s - i), x)
+        return torch.lerp(self.t[i].double(), self.t[i + 1].double(), s - i)
 
-    def product(self, value: Tensor, s0: Time, s1: Time) -> tuple[Tensor, Time]:
-        i = min(max(math.floor(0.5 * (s0 + s1)), 0), len(self.t) - 2)  # a span lies between two outputs
-        rate = (self.t[i + 1].double() - self.t[i].double()).to(value.device, value.real.dtype)
-        return value * rate.view(-1, *[1] * (value.ndim - 1)), s1 - s0
+    def lapse(self, s0: Time, s1: Time) -> Tensor:
+        return self.rate(s0, s1) * (s1 - s0)
+
+    def rate(self, s0: Time, s1: Time) -> Tensor:
+        """The speed of time between s0 and s1, which lie between two outputs."""
+        i = min(max(math.floor(0.5 * (s0 + s1)), 0), len(self.t) - 2)
+        return (self.t[i + 1].double() - self.t[i].double()).to(self.dtype).view(self.shape)
 
 
 def steps_for_each(
-    t: Tensor, scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances, term: Term, x0: Tensor
+    t: Tensor,
+    scheme: Scheme,
+    options: Mapping[str, Any],
+    tolerances: Tolerances,
+    term: Term,
+    x0: Tensor,
+    kinks: Sequence[float] = (),
 ) -> Callable[[], Stepper]:
-    """Steps shared by all samples: adaptive, or so many that no sample takes one longer than `step_size`."""
+    """Steps shared by all samples: adaptive ones, which land on the `kinks`, or so many that no sample takes one longer than
+    `step_size`."""
     for name in REFUSED:
         if options.get(name) is not None:
             raise ValueError(
@@ -87,15 +106,20 @@ def steps_for_each(
     times = [float(i) for i in range(len(t))]
     step_size = options.get("step_size")
     if step_size is None or adapts(scheme, options, tolerances):
-        return choose_steps(times, scheme, options, tolerances, term, x0, lambda constructor: constructor)
+        chosen = {**options, "jump_t": kinks} if kinks else options
+        return choose_steps(times, scheme, chosen, tolerances, term, x0, lambda constructor: constructor)
     if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
-    longest = t.detach().double().diff(dim=0).abs().amax(1).tolist()
+    return given_grid(times, points_for_each(t, step_size))
+
+
+def points_for_each(t: Tensor, step_size: float) -> list[float]:
+    """Where steps begin and end, so many that no sample takes one longer than `step_size`."""
     points = [0.0]
-    for i, span in enumerate(longest):
+    for i, span in enumerate(t.detach().double().diff(dim=0).abs().amax(1).tolist()):
         n = max(1, math.ceil(span / step_size * (1 - 1e-9)))
         points += [i + j / n for j in range(1, n)] + [i + 1.0]
-    return given_grid(times, points)
+    return points
 
 
 def _places(update: Any) -> list[float]:

@@ -139,7 +139,8 @@ def test_bouncing_ball(count: int, way: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_higher_derivatives_of_the_direct_gradient(order: int) -> None:
+@pytest.mark.parametrize("gradient", ["checkpoint", "direct"])
+def test_higher_derivatives(gradient: str, order: int) -> None:
     inputs = numbers(**CLOSED["decay"][2])
 
     def derivative(t: Tensor) -> Tensor:
@@ -147,15 +148,35 @@ def test_higher_derivatives_of_the_direct_gradient(order: int) -> None:
             t = torch.autograd.grad(t, inputs["rate"], create_graph=True)[0] + 0 * inputs["rate"]
         return t
 
-    got = decay(inputs, method="rk4", options={"step_size": 0.005}, gradient="direct")[0]
+    got = decay(inputs, method="rk4", options={"step_size": 0.005}, gradient=gradient)[0]
     # Each derivative in time costs RK4's last step one order: 1e-6 is left of the third with these steps.
     assert torch.allclose(derivative(got), derivative(decayed(inputs)[0]), rtol=1e-6)
 
 
-def test_higher_derivatives_of_other_gradients_raise() -> None:
-    inputs = numbers(**CLOSED["fall"][2])
-    with pytest.raises(RuntimeError, match="gradient='direct'"):
-        torch.autograd.grad(fall(inputs, **FIXED)[0], inputs["height"], create_graph=True)
+@pytest.mark.parametrize("way", ["rev_dopri5", "dopri8 checkpoint"])
+@pytest.mark.parametrize("case", CLOSED)
+def test_second_derivatives_are_the_closed_ones(case: str, way: str) -> None:
+    solved, closed, values = CLOSED[case]
+    inputs = numbers(**values)
+    got, wanted = (hessian(f, inputs) for f in (lambda inputs: solved(inputs, **WAYS[way]), closed))
+    assert worst_difference(got, wanted) < (CLOSE, "")
+
+
+def hessian(outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of a weighted sum of all first derivatives."""
+    first = torch.autograd.grad(sum(outputs(inputs)), list(inputs.values()), create_graph=True)
+    total = sum(weight * slope for weight, slope in zip((1.0, -0.7, 0.4, 1.3, 0.9), first, strict=False))
+    found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    return dict(zip(inputs, found, strict=True))
+
+
+@pytest.mark.parametrize("way", COARSE.values(), ids=COARSE)
+@pytest.mark.parametrize("case", CLOSED)
+def test_second_derivatives_are_those_of_the_discrete_event(case: str, way: dict[str, Any]) -> None:
+    solved, _, values = CLOSED[case]
+    inputs = numbers(**values)
+    got, direct = (hessian(lambda x, m=mode: solved(x, **way, gradient=m), inputs) for mode in (None, "direct"))
+    assert worst_difference(got, direct) < (EXACT, "")
 
 
 def test_parameters_of_the_event_function() -> None:

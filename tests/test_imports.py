@@ -23,6 +23,7 @@ LAYERS = (
     {"solution", "steps"},
     {"event_steps", "per_sample"},
     {"events"},
+    {"equation"},
     {"ode", "cde", "sde", "equilibrium"},
     {"torchdeq"},
     {"__init__"},

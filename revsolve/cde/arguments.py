@@ -17,6 +17,8 @@ from revsolve.schemes.increment import OneEvaluation
 from revsolve.steps import Tolerances, adapts, given
 
 FORMS = ("derivative", "increment")
+RTOL, ATOL = 1e-4, 1e-6  # as torchcde has them
+Tolerance = float | Tensor | None
 
 
 def check_path(control: Control, packing: Packing, times: list[float], t: Tensor) -> None:
@@ -70,6 +72,13 @@ def choose_form(
             "form='derivative'."
         )
     return replace(scheme, error_order=None), form
+
+
+def choose_tolerances(adaptive: bool, rtol: Tolerance, atol: Tolerance) -> Tolerances:
+    """The tolerances, which adaptive steps cannot do without."""
+    if not adaptive:
+        return rtol, atol
+    return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
 def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:

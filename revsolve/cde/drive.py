@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from revsolve.cde.each import PathOfEach
 from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import Scheme, moves, over
 from revsolve.core.levels import wrapped
@@ -25,12 +26,16 @@ Key = tuple[Any, ...]  # times
 
 
 class Drive(ABC):
-    """What the path does over the span t0 -> t1 in which the field was evaluated at t: (dX, scale) means scale * dX."""
+    """What the path does over the span t0 -> t1 in which the field was evaluated at t: (dX, scale) means scale * dX.
+
+    The path is asked for times that are later by `shift`, a tensor that is zero.
+    """
 
     adds_up = False
 
-    def __init__(self, control: Control, table: Table | None = None) -> None:
+    def __init__(self, control: Control | PathOfEach, table: Table | None = None, shift: Tensor | None = None) -> None:
         self.control, self.table = control, table
+        self.shift = None if shift is None else shift.to("cpu", torch.float64)
 
     @abstractmethod
     def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]: ...
@@ -62,12 +67,16 @@ class Slopes(Drive):
     def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
         if self.table is not None:
             return self.table((t, *_ordered(t, t0, t1))), t1 - t0
-        return self.control.derivative(t, span=_ordered(t, t0, t1)), t1 - t0
+        low, high = _ordered(t, t0, t1)
+        if self.shift is None:
+            return self.control.derivative(t, span=(low, high)), t1 - t0
+        return self.control.derivative(t + self.shift, span=(low + self.shift, high + self.shift)), t1 - t0
 
     def keys(self, asked: list[Key]) -> list[Key]:
         return list(dict.fromkeys((t, *_ordered(t, t0, t1)) for t, t0, t1 in asked))
 
     def rows(self, keys: list[Key]) -> Any:
+        assert isinstance(self.control, Control)
         times, starts, ends = torch.tensor(keys, dtype=torch.float64).T.contiguous()
         return self.control.derivatives(times, spans=(starts, ends))
 
@@ -80,12 +89,15 @@ class Increments(Drive):
     def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
         if self.table is not None:
             return self.table(_ordered(t0, t1)), 1.0 if t1 > t0 else -1.0
+        if self.shift is not None:
+            t0, t1 = t0 + self.shift, t1 + self.shift
         return self.control.increment(t0, t1), 1.0
 
     def keys(self, asked: list[Key]) -> list[Key]:
         return sorted({_ordered(t0, t1) for _, t0, t1 in asked})
 
     def rows(self, keys: list[Key]) -> Any:
+        assert isinstance(self.control, Control)
         points = sorted({t for key in keys for t in key})
         place = {t: i for i, t in enumerate(points)}
         first, last = ([place[key[i]] - i for key in keys] for i in (0, 1))

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, choose_gradient, refuse_kinks
+from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, refuse_kinks
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
-from revsolve.cde.term import Deferred, cde_term, whole
+from revsolve.cde.each import PathOfEach, kinks_of_each
+from revsolve.cde.term import Deferred, MatrixTerm, ProductTerm, cde_term, whole
 from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
-from revsolve.drivers.control import as_control
+from revsolve.core.march import Problem, Stats
+from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
+from revsolve.drivers.control import Control, as_control
+from revsolve.equation import at_times_of_each, densely, until_event, with_kinks
+from revsolve.event_steps import EVENT_OPTIONS
 from revsolve.packing import Packing
+from revsolve.per_sample import ClockOfEach
 from revsolve.problem import check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
+from revsolve.steps import Tolerances, adapts, choose_steps, explain, scheme_and_options
 
-TOLERANCES = (1e-4, 1e-6)  # rtol and atol, as torchcde has them
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
 
@@ -40,6 +49,7 @@ def cdeint(
     gradient: str | None = None,
     restarts: Any = "auto",
     full_output: bool = False,
+    event_fn: Callable[..., Any] | None = None,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
@@ -54,7 +64,8 @@ def cdeint(
         func: any callable; func(t, z) is a matrix (..., hidden, channels) for a 0-d tensor t and z of shape (..., hidden). If it
             has a method `prod(t, z, dX)`, which returns func(t, z) dX of shape (..., hidden), that is called instead.
         z0: the initial state, (..., hidden), or a tuple of such where X is a tuple.
-        t: times at which the state is wanted, (T,), strictly monotone either way, within the interval of X.
+        t: times at which the state is wanted, (T,), strictly monotone either way, within the interval of X. Or (T, batch): each
+            sample's own times, for a tensor z0 of shape (batch, ..., hidden); func then receives t of shape (batch,).
         adjoint: False means gradient="direct".
         method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`. Methods with an embedded error
             estimate adapt their steps unless the options fix them; "reversible_heun" on the knots costs one evaluation each.
@@ -62,19 +73,23 @@ def cdeint(
         options: those of `odeint`, and `form`: "derivative" steps through dX/dt at the times of the stages, "increment" through
             X(t1) - X(t0), on fixed steps; by default the latter for reversible_heun, alf and leapfrog, the former for all
             others. Fixed steps without `step_size` go from knot to knot of the path; adaptive ones land on its jumps.
+            `dense` interpolates between the steps, with breaks where dX/dt jumps; increments know a straight line there.
         gradient: "reversible", "checkpoint" or "direct", see `odeint`.
         restarts: "auto", a fixed number of steps, a `Restarts`, or None (reversible methods only).
         full_output: return a `Solution` with statistics instead of the states alone. A `prod` is called anew wherever its
             values are used, which the statistics do not know.
+        event_fn: solve from t[0] in the direction of t[1], which need not be reached, until a component of the tensor
+            `event_fn(t, z)` crosses zero; see `odeint`.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
 
     Returns:
-        The states at the times t, (..., T, hidden), or a tuple of such.
+        The states at the times t, (..., T, hidden), or a tuple of such. With event_fn, the time of the event, and the two states
+        at t[0] and then.
 
     Raises:
         ValueError, TypeError: for bad arguments, before any work.
-        RuntimeError: as for `odeint`.
+        RuntimeError: as for `odeint`; also if no event was found before the path ends.
 
     Papers: Kidger, Morrill, Foster & Lyons (2020, arXiv 2005.08926); increments and windows as in Morrill, Salvi, Kidger &
     Foster (2021, arXiv 2009.08295).
@@ -90,46 +105,125 @@ def cdeint(
     """
     if not callable(func) and not hasattr(func, "prod"):
         raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
-    gradient = choose_gradient(adjoint, gradient)
-    control, packing, times = as_control(X), Packing(z0, "z0"), check_times(t)
-    check_path(control, packing, times, t)
-    scheme, settings = scheme_and_options(method, options, ("form",))
+    known = ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense")
+    scheme, settings = scheme_and_options(method, options, known)
     scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
-    adaptive = adapts(scheme, settings, (rtol, atol))
-    if adaptive:
-        rtol, atol = (TOLERANCES[0] if rtol is None else rtol), (TOLERANCES[1] if atol is None else atol)
-        settings["jump_t"] = [*settings.get("jump_t", ()), *control.jump_times.tolist()]
-    moving = t if isinstance(t, Tensor) and t.requires_grad else None
-    if moving is not None and form == "derivative":
-        refuse_kinks(control, times)
-
-    drive: Drive = (Increments if form == "increment" else Slopes)(control)
-    x0, knots = packing.pack(z0), control.grid_points.tolist()
-    with torch.no_grad():
-        construct = lambda constructor: constructor(func, z0, t)  # noqa: E731
-        rates = whole(cde_term(func, packing, Slopes(control)))
-        make = choose_steps(times, scheme, settings, (rtol, atol), rates, x0, construct, knots[2:] and knots)
-    if len(times) == 1:
-        return _results(x0[None], packing)
-    span = (times[0], times[1])
-    if not adaptive:
-        grid = make().grid.times
-        span = asked_for(scheme, grid[:2])[0][1:]
-        if moving is None:
-            drive = drive.tabulated(scheme, grid, ROWS_PER_KNOT * len(knots))
-    term = cde_term(func, packing, drive, span)
-    length = abs(times[-1] - times[0])
-    make = watched(make, progress, callback, f"cdeint {scheme.name}", length, packing.unpack)
-    problem = prepare(term, x0, moving, span, (func, *drive.tensors), scheme, make, gradient, restarts)
-    problem.term = whole(term, problem.term)  # which may fix its random numbers
-    problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
-    problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
-    ys = _results(solve(problem, x0, moving), packing)
-    if not full_output:
-        return ys
-    assert problem.grid is not None
-    return Solution(torch.as_tensor(t), ys, problem.stats, problem.grid.times)
+    tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
+    gradient = choose_gradient(adjoint, gradient)
+    equation = _Equation(
+        func, as_control(X), z0, scheme, form, settings, tolerances, gradient, restarts, progress, callback
+    )
+    if event_fn is not None:
+        check_path(equation.control, equation.packing, check_times(t)[:1], t)
+        event_t, solution = until_event(equation, t, event_fn)
+        return event_t, solution if full_output else solution.ys
+    each = isinstance(t, Tensor) and t.ndim == 2
+    times = [*t.detach().aminmax()] if each and t.numel() else check_times(t)
+    check_path(equation.control, equation.packing, [float(s) for s in times], t)
+    if each:
+        solution = at_times_of_each(equation, z0, t)
+    elif settings.pop("dense", False) and len(times) > 1:
+        solution = densely(equation, t)
+    else:
+        solution = equation.at_times(t)
+    return solution if full_output else solution.ys
 
 
-def _results(xs: Tensor, packing: Packing) -> Any:
-    return tree_map(lambda zs: zs.movedim(0, -2), packing.unpack(xs))
+@dataclass
+class _Equation:
+    """All of a solve but its times."""
+
+    func: Any
+    control: Control
+    z0: Any
+    scheme: Scheme
+    form: str
+    options: dict[str, Any]
+    tolerances: Tolerances
+    gradient: str | None
+    restarts: Any
+    progress: bool
+    callback: Callable[[AcceptedStep], Any] | None
+
+    def __post_init__(self) -> None:
+        self.packing = Packing(self.z0, "z0")
+        self.x0 = self.packing.pack(self.z0)
+        self.kinks: Sequence[float] = self.control.jump_times.tolist() if self.form == "derivative" else []
+        knots = self.control.grid_points.tolist()
+        self.knots: Sequence[float] = knots if len(knots) > 2 else []
+        self.drive: type[Drive] = Increments if self.form == "increment" else Slopes
+        self.rates = whole(cde_term(self.func, self.packing, Slopes(self.control)))
+
+    def term(self, clock: Any) -> Term:
+        source = PathOfEach(self.control, clock) if isinstance(clock, ClockOfEach) else self.control
+        return whole(cde_term(self.func, self.packing, self.drive(source, shift=clock.shift), clock))
+
+    def steps(self, times: list[float], term: Term, t: Any) -> Callable[[], Stepper]:
+        construct = lambda constructor: constructor(self.func, self.z0, t)  # noqa: E731
+        options = with_kinks(self)
+        return choose_steps(times, self.scheme, options, self.tolerances, self.rates, self.x0, construct, self.knots)
+
+    def problem(
+        self, term: Term, times: list[float], make: Callable[[], Stepper], length: float | None, t: Tensor | None = None
+    ) -> Problem:
+        span = (times[0], times[1])
+        inner = term.over(span) if isinstance(term, Deferred) else term
+        assert isinstance(inner, (MatrixTerm, ProductTerm))
+        make = watched(make, self.progress, self.callback, f"cdeint {self.scheme.name}", length, self.packing.unpack)
+        owners = (self.func, *inner.drive.tensors)
+        problem = prepare(inner, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
+        problem.term = whole(inner, problem.term)  # which may fix its random numbers
+        problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
+        rates = term if isinstance(inner.drive.control, PathOfEach) else self.rates
+        problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
+        return problem
+
+    def results(self, xs: Tensor, num_dims: int) -> Any:
+        front, back = tuple(range(num_dims)), tuple(range(-1 - num_dims, -1))
+        return tree_map(lambda zs: zs.movedim(front, back), self.packing.unpack(xs))
+
+    def kinks_of_each(self, clock: ClockOfEach) -> Sequence[float]:
+        return kinks_of_each(self.control.jump_times, clock.t) if self.kinks else []
+
+    def breaks(self, steps: list[float]) -> Sequence[int]:
+        """Increments follow straight lines within steps; else the ends of the steps that meet a kink."""
+        if self.form == "increment":
+            return range(len(steps))
+        forward = steps if steps[-1] > steps[0] else [-s for s in steps]
+        ends = set()
+        for kink in self.kinks:
+            place = kink if forward is steps else -kink
+            ends |= {bisect_right(forward, place) - 1, bisect_left(forward, place)}
+        return sorted(ends & {*range(len(steps))})
+
+    def end(self, times: list[float]) -> float:
+        first, last = self.control.interval.tolist()
+        end = last if times[1] > times[0] else first
+        if not abs(end - times[0]) > 0 or (end > times[0]) != (times[1] > times[0]):
+            raise ValueError(f"the path ends at t = {end}, where the solve would begin: give one over a longer time.")
+        return end
+
+    def at_times(self, t: Any) -> Solution:
+        times = check_times(t)
+        moving = t if isinstance(t, Tensor) and t.requires_grad else None
+        if moving is not None and self.form == "derivative":
+            refuse_kinks(self.control, times)
+        with torch.no_grad():
+            make = self.steps(times, self.rates, t)
+        if len(times) == 1:
+            return Solution(torch.as_tensor(t), self.results(self.x0[None], 1), Stats(), times)
+        drive, span = self.drive(self.control), times[:2]
+        if not adapts(self.scheme, self.options, self.tolerances):
+            grid = make().grid.times
+            span = list(asked_for(self.scheme, grid[:2])[0][1:])
+            if moving is None:
+                drive = drive.tabulated(self.scheme, grid, ROWS_PER_KNOT * len(self.control.grid_points))
+        term = whole(cde_term(self.func, self.packing, drive))
+        problem = self.problem(term, span, make, abs(times[-1] - times[0]), moving)
+        xs = solve(problem, self.x0, moving)
+        assert problem.grid is not None
+        steps = problem.grid.times
+        over = replace(self, options={"grid_constructor": lambda *_: steps}, tolerances=(None, None))
+        over.progress, over.callback = False, None
+        again = functools.partial(densely, over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
+        return Solution(torch.as_tensor(t), self.results(xs, 1), problem.stats, steps, again=again)

@@ -17,10 +17,9 @@ from revsolve.packing import Clock, Packing
 class MatrixTerm:
     """f(t, z) dX for a field whose value is the matrix f(t, z), or one for every state of a tuple."""
 
-    def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive) -> None:
-        self.func, self.packing, self.drive = func, packing, drive
+    def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
+        self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
         self.adds_up = drive.adds_up
-        self.clock = Clock(packing.real_dtype, packing.device)
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Any]:
@@ -40,10 +39,10 @@ class MatrixTerm:
 class ProductTerm:
     """f(t, z) dX for a field with a method `prod(t, z, dX)`; the value is the product over the `span` that was set before."""
 
-    def __init__(self, func: Any, packing: Packing, drive: Drive, span: tuple[Time, Time]) -> None:
-        self.func, self.packing, self.drive, self.span = func, packing, drive, span
+    def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
+        self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
+        self.span: tuple[Time, Time] = (0.0, 0.0)
         self.adds_up = drive.adds_up
-        self.clock = Clock(packing.real_dtype, packing.device)
 
     def value(self, t: Time, x: Tensor) -> tuple[Tensor, Time]:
         dx, scale = self.drive(t, *self.span)
@@ -65,19 +64,23 @@ class Deferred:
         self.term, self.products = term, products
         self.adds_up = products.adds_up
 
+    def over(self, span: tuple[Time, Time]) -> ProductTerm:
+        """The products, of which the next is taken over this span."""
+        self.products.span = span
+        return self.products
+
     def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
         return t, x
 
     def product(self, value: tuple[Time, Tensor], t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
-        self.products.span = (t0, t1)
+        self.over((t0, t1))
         return self.term.product(self.term.value(*value), t0, t1)
 
 
-def cde_term(
-    func: Any, packing: Packing, drive: Drive, span: tuple[Time, Time] = (0.0, 0.0)
-) -> MatrixTerm | ProductTerm:
-    """The term of the field: its own products where it has them, first over `span`."""
-    return ProductTerm(func, packing, drive, span) if hasattr(func, "prod") else MatrixTerm(func, packing, drive)
+def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> MatrixTerm | ProductTerm:
+    """The term of the field: its own products where it has them."""
+    clock = clock or Clock(packing.real_dtype, packing.device)
+    return (ProductTerm if hasattr(func, "prod") else MatrixTerm)(func, packing, drive, clock)
 
 
 def whole(term: MatrixTerm | ProductTerm, prepared: Term | None = None) -> Term:

@@ -129,6 +129,19 @@ class PiecewisePath(Control):
                 return self._differences[first : first + len(times) - 1]
         return self._values(grid).diff(dim=0)
 
+    def values_of_each(self, times: Tensor) -> Tensor:
+        """X(t) where every sample has a time of its own: (batch, ..., channels) for times (batch,)."""
+        return _polynomial(*self._own_pieces(times, None))
+
+    def derivatives_of_each(self, times: Tensor, *, spans: tuple[Tensor, Tensor]) -> Tensor:
+        """dX/dt where every sample has a time and a span of its own."""
+        return _slope(*self._own_pieces(times, spans))
+
+    def _own_pieces(self, times: Tensor, spans: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        pieces, s = self._locate_all(times, spans)
+        own = self._coefficients[pieces, :, torch.arange(len(pieces), device=pieces.device)]
+        return own.unbind(1), s.squeeze(1)
+
     def _values(self, times: Times) -> Tensor:
         pieces, s = self._locate_all(times, None)
         return _polynomial(self._coefficients[pieces].unbind(1), s)

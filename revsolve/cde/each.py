@@ -1,0 +1,63 @@
+"""The path as samples pass it that have times of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from revsolve.core.arithmetic import Time
+from revsolve.drivers.control import Control
+from revsolve.drivers.piecewise import PiecewisePath
+from revsolve.per_sample import ClockOfEach
+
+CLOSE = 1e-9  # kinks nearer to each other than so many steps between outputs count as one
+
+
+class PathOfEach:
+    """X_b(t_b(s)) for every sample b: a path in the step variable s, which all samples share."""
+
+    def __init__(self, control: Control, clock: ClockOfEach) -> None:
+        self.control, self.clock = control, clock
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.control.tensors
+
+    def derivative(self, s: Time, *, span: tuple[Time, Time]) -> Any:
+        """dX/dt dt/ds, (batch, ..., channels)."""
+        times, spans = self.clock.exact(s), (self.clock.exact(span[0]), self.clock.exact(span[1]))
+        if isinstance(self.control, PiecewisePath):
+            slopes = self.control.derivatives_of_each(times, spans=spans)
+        else:
+            slopes = tree_map(_own, self.control.derivatives(times, spans=spans))
+        rate = self.clock.rate(*span).reshape(-1)
+        return tree_map(lambda x: x * rate.to(x.dtype).view(-1, *(1,) * (x.ndim - 1)), slopes)
+
+    def increment(self, s0: Time, s1: Time) -> Any:
+        return tree_map(torch.sub, self._values(s1), self._values(s0))
+
+    def _values(self, s: Time) -> Any:
+        times = self.clock.exact(s)
+        if isinstance(self.control, PiecewisePath):
+            return self.control.values_of_each(times)
+        return tree_map(lambda x: _own(x.movedim(-2, 0)), self.control.evaluate(times))
+
+
+def kinks_of_each(kinks: Tensor, t: Tensor) -> list[float]:
+    """Where the time of some sample passes one of the kinks, in the step variable: increasing numbers.
+
+    kinks: (k,); t: the times of each sample at the outputs, (T, batch).
+    """
+    t = t.detach().to("cpu", torch.float64)
+    place = (kinks.detach().to(t)[:, None, None] - t[:-1]) / t.diff(dim=0)  # (k, T - 1, batch)
+    inside = (place > CLOSE) & (place < 1 - CLOSE)
+    passed = (place + torch.arange(len(t) - 1, dtype=t.dtype)[:, None])[inside].unique()
+    return passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE].tolist()
+
+
+def _own(x: Tensor) -> Tensor:
+    """(batch, ...) from (batch, batch, ...): what each sample has at its own time."""
+    return x[torch.arange(len(x)), torch.arange(len(x))]
