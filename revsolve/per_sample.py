@@ -28,22 +28,25 @@ from revsolve.steps import Tolerances, adapts, choose_steps
 REFUSED = ("grid_constructor", "first_step", "min_step", "max_step", "step_t", "jump_t", "dense")
 
 
-def check_times_of_each(t: Tensor, y0: Any) -> list[float]:
+def check_times_of_each(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0")) -> list[float]:
     """The values 0, 1, 2, ... of the step variable at the outputs. Raises unless y0 is a batch and the times go one way."""
+    name, state = names
     if not isinstance(y0, Tensor) or y0.ndim == 0 or y0.shape[0] != t.shape[1]:
         shape = tuple(y0.shape) if isinstance(y0, Tensor) else type(y0).__name__
         raise ValueError(
-            f"t of shape {tuple(t.shape)} gives times of each sample, so y0 must be a tensor with {t.shape[1]} samples as its "
-            f"first dimension, but it is {shape}."
+            f"{name} of shape {tuple(t.shape)} gives times of each sample, so {state} must be a tensor with {t.shape[1]} samples "
+            f"as its first dimension, but it is {shape}."
         )
     if not t.is_floating_point() or not t.numel():
-        raise ValueError(f"t must hold floating point numbers, but it has shape {tuple(t.shape)} and dtype {t.dtype}.")
+        raise ValueError(
+            f"{name} must hold floating point numbers, but it has shape {tuple(t.shape)} and dtype {t.dtype}."
+        )
     steps = t.detach().diff(dim=0)
     bad = ~t.detach().isfinite().all(0) | ((steps > 0).any(0) & (steps < 0).any(0))
     if bool(bad.any()):
         b = int(bad.nonzero()[0])
         raise ValueError(
-            f"the times of each sample must be finite and go one way (repeated ones hold its state), but t[:, {b}] = "
+            f"the times of each sample must be finite and go one way (repeated ones hold its state), but {name}[:, {b}] = "
             f"{t[:, b].tolist()}."
         )
     return [float(i) for i in range(len(t))]
@@ -70,6 +73,11 @@ class ClockOfEach:
         i = min(max(math.floor(s), 0), len(self.t) - 2)
         return torch.lerp(self.t[i].double(), self.t[i + 1].double(), s - i)
 
+    @property
+    def fastest(self) -> float:
+        """The largest rate of any sample's time."""
+        return float(self.t.detach().diff(dim=0).abs().max()) or 1.0 if len(self.t) > 1 else 1.0
+
     def lapse(self, s0: Time, s1: Time) -> Tensor:
         return self.rate(s0, s1) * (s1 - s0)
 
@@ -90,11 +98,7 @@ def steps_for_each(
 ) -> Callable[[], Stepper]:
     """Steps shared by all samples: adaptive ones, which land on the `kinks`, or so many that no sample takes one longer than
     `step_size`."""
-    for name in REFUSED:
-        if options.get(name) is not None:
-            raise ValueError(
-                f"option {name!r} has no meaning where each sample has times of its own: use step_size or rtol."
-            )
+    refuse_options(options)
     if scheme.staggered or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
         fault = (
             "carries a velocity from step to step" if scheme.staggered else "evaluates the field outside of its steps"
@@ -111,6 +115,15 @@ def steps_for_each(
     if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
     return given_grid(times, points_for_each(t, step_size))
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Raise where an option speaks of one time for all samples."""
+    for name in REFUSED:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"option {name!r} has no meaning where each sample has times of its own: use step_size or rtol."
+            )
 
 
 def points_for_each(t: Tensor, step_size: float) -> list[float]:

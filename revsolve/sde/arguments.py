@@ -13,6 +13,7 @@ from torch import Tensor
 from revsolve.core.levels import outside, sample_numbers
 from revsolve.drivers.brownian import BrownianPath, clamped
 from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
+from revsolve.per_sample import check_times_of_each
 from revsolve.problem import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
 
@@ -22,14 +23,36 @@ Path = Callable[..., Any]
 
 def increasing(ts: Tensor | Sequence[float]) -> list[float]:
     """The times as floats."""
-    if isinstance(ts, Tensor) and ts.requires_grad:
-        raise ValueError("ts requires a gradient, but a Brownian path has no derivative in time: pass ts.detach().")
+    _check_constant(ts)
     times = check_times(ts, "ts")
     if times[-1] < times[0]:
         raise ValueError(
             f"ts must increase, but it runs from {times[0]} to {times[-1]}: noise is independent of the past only forward."
         )
     return times
+
+
+def increasing_for_each(ts: Tensor, y0: Tensor, bm: Any) -> list[float]:
+    """The values 0, 1, 2, ... of the step variable at the times of each sample, (T, batch)."""
+    _check_constant(ts)
+    times = check_times_of_each(ts, y0, ("ts", "y0"))
+    falls = (ts.diff(dim=0) < 0).any(0)
+    if bool(falls.any()):
+        b = int(falls.nonzero()[0])
+        raise ValueError(
+            f"ts must increase, but ts[:, {b}] = {ts[:, b].tolist()}: noise is independent of the past only forward."
+        )
+    if bm is not None:
+        raise ValueError(
+            "bm is one path in one time, but ts gives every sample times of its own: leave it out, torch.manual_seed repeats "
+            "what is drawn instead."
+        )
+    return times
+
+
+def _check_constant(ts: Any) -> None:
+    if isinstance(ts, Tensor) and ts.requires_grad:
+        raise ValueError("ts requires a gradient, but a Brownian path has no derivative in time: pass ts.detach().")
 
 
 def check_state(y0: Any) -> None:
@@ -51,6 +74,16 @@ def check_steps(dt: float, dt_min: float, adaptive: bool) -> None:
             raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")
     if adaptive and dt_min > dt:
         raise ValueError(f"dt_min = {dt_min} is larger than the first step, dt = {dt}: lower dt_min or raise dt.")
+
+
+def refuse_events(event_fn: Any) -> None:
+    """Raise if there is an event function."""
+    if event_fn is not None:
+        raise ValueError(
+            "sdeint has no events: a Brownian path that meets a level crosses it infinitely often at once, so that steps see "
+            "the first crossing late, by about the square root of their length, and in which step they see it jumps with every "
+            "parameter, which a gradient would not know. Look for the crossing in the states at many times ts."
+        )
 
 
 def as_sde(sde: Any, evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) -> Any:

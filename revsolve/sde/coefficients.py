@@ -119,13 +119,18 @@ def contraction(noise_type: str, product_only: bool) -> Callable[[Any, Tensor], 
 
 
 def increment(noise_type: str, product_only: bool) -> Callable[[Tensor, Any, Any, Tensor], Tensor]:
-    """f h + g . dW as a function of f, h, g and dW, in as few kernels as there are."""
+    """f h + g . dW as a function of f, h, g and dW, in as few kernels as there are. h is a number, or one for each sample."""
     if noise_type == "diagonal" and not product_only:
         return lambda f, h, g, dW: torch.addcmul(f * h, g, dW)
     if noise_type == "scalar" and not product_only:
         return lambda f, h, g, dW: torch.addcmul(f * h, g.squeeze(-1), dW)
     multiply = contraction(noise_type, product_only)
-    return lambda f, h, g, dW: torch.add(multiply(g, dW), f, alpha=h)
+
+    def general(f: Tensor, h: Any, g: Any, dW: Tensor) -> Tensor:
+        noise = multiply(g, dW)
+        return torch.addcmul(noise, f, h) if isinstance(h, Tensor) else torch.add(noise, f, alpha=h)
+
+    return general
 
 
 def _spelling(sde: Any, names: Mapping[str, str] | None) -> dict[str, str]:

@@ -10,18 +10,30 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
+from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.drivers.foreign_brownian import as_brownian
-from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid
+from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock
+from revsolve.per_sample import ClockOfEach, points_for_each, refuse_options
 from revsolve.problem import check_options, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
-from revsolve.sde.arguments import as_sde, check_state, check_steps, given_path, increasing, new_path, noise_shape
+from revsolve.sde.arguments import (
+    as_sde,
+    check_state,
+    check_steps,
+    given_path,
+    increasing,
+    increasing_for_each,
+    new_path,
+    noise_shape,
+    refuse_events,
+)
 from revsolve.sde.coefficients import Coefficients, coefficients
 from revsolve.sde.ito import shift_of
 from revsolve.sde.methods import default_restarts, needs_area, sde_scheme, solves_ito
-from revsolve.sde.term import LogRatioTerm, Path, SDETerm
+from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
 
 STEPS = ("first_step", "min_step")  # are called dt and dt_min here
@@ -45,6 +57,7 @@ def sdeint(
     gradient: str | None = None,
     restarts: Any = "auto",
     full_output: bool = False,
+    event_fn: None = None,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
 ) -> Any:
@@ -60,7 +73,8 @@ def sdeint(
             where g is shaped like y, else general.
         y0: initial state, shape (..., d) with leading batch dimensions; any shape for diagonal noise. g has shape
             (..., d, m) for m noise channels, or that of y0 for diagonal noise.
-        ts: increasing times at which the state is wanted, shape (T,), in the unit of the drift.
+        ts: increasing times at which the state is wanted, shape (T,), in the unit of the drift. Or (T, batch): each sample's own
+            times, for y0 of shape (batch, ..., d); f and g then receive t of shape (batch,), and noise has the law of its own.
         bm: the Brownian motion, of shape (..., m), or that of y0 for diagonal noise: a `BrownianPath` or one of torchsde.
             By default a new one, which `torch.manual_seed` repeats.
         method: a name (`revsolve.sde_method_names()`), a `Tableau` or a `Scheme`; reversible Heun by default.
@@ -78,6 +92,7 @@ def sdeint(
             by default the first that the method allows.
         restarts: "auto", a fixed number of steps, a `Restarts`, or None to switch them off (reversible methods only).
         full_output: return a `Solution` with statistics.
+        event_fn: raises: steps do not resolve the first crossing of a rough path (docs/events.md).
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
 
@@ -98,27 +113,37 @@ def sdeint(
         >>> sdeint((f, g), torch.ones(64, 2), torch.linspace(0.0, 1.0, 5), dt=0.05).shape
         torch.Size([5, 64, 2])
     """
-    times = increasing(ts)
+    refuse_events(event_fn)
     check_state(y0)
     check_steps(dt, dt_min, adaptive)
-    sde = as_sde(sde, lambda f: _at_start(f, times[0], y0), y0)
+    clock: Any = Clock(y0.dtype, y0.device)
+    if isinstance(ts, Tensor) and ts.ndim == 2:
+        times, clock = increasing_for_each(ts, y0, bm), ClockOfEach(ts, y0)
+    else:
+        times = increasing(ts)
+    start = clock(times[0])
+    sde = as_sde(sde, lambda f: _at_start(f, start, y0), y0)
     path_shape = None if bm is None else tuple(as_brownian(bm).shape)
     parts = coefficients(sde, names, path_shape[-1] if path_shape else None)
     scheme, settings = _scheme_and_options(method, parts, options, adaptive)
+    if isinstance(clock, ClockOfEach):
+        refuse_options(settings)
     if logqp and parts.prior is None:
         raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
-    f0, g0 = _at_start(parts.f_and_g, times[0], y0)
+    f0, g0 = _at_start(parts.f_and_g, start, y0)
     size = noise_shape(parts, f0, g0, y0, path_shape)
 
-    terms = _Terms(parts, scheme, times[0], y0, logqp)
+    terms = _Terms(parts, scheme, clock, start, y0, logqp)
     unit = torch.ones(size, dtype=y0.dtype, device=y0.device)
     rates = terms.over(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)
     x0 = terms.start
     if adaptive:
-        make = adaptive_grid(times, {**settings, "first_step": dt, "min_step": dt_min}, rtol, atol, scheme, rates, x0)
-        knots: dict[str, Any] = {"dt": dt, "tol": max(dt_min / 16, 2**-40 * max(map(abs, times)))}
+        speed = clock.fastest if isinstance(clock, ClockOfEach) else 1.0
+        first, least = dt / speed, dt_min / speed
+        make = adaptive_grid(times, {**settings, "first_step": first, "min_step": least}, rtol, atol, scheme, rates, x0)
+        knots: dict[str, Any] = {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, times)))}
     else:
-        make = fixed_grid(times, dt, scheme.name)
+        make = _fixed_steps(times, clock, dt, scheme)
         knots = {"grid": make().grid.times} if len(times) > 1 else {}
     area = needs_area(scheme)
     path = new_path(times, size, y0, area, **knots) if bm is None else given_path(bm, times, size, y0, area)
@@ -142,15 +167,16 @@ def sdeint(
 class _Terms:
     """The terms of one equation, over whatever path; with a prior, their state has the log-ratio as one more entry."""
 
-    def __init__(self, parts: Coefficients, scheme: Scheme, t0: float, y0: Tensor, logqp: bool) -> None:
-        self.parts, self.like, self.logqp = parts, y0, logqp
+    def __init__(self, parts: Coefficients, scheme: Scheme, clock: Any, start: Tensor, y0: Tensor, logqp: bool) -> None:
+        self.parts, self.clock, self.logqp = parts, clock, logqp
         self.start = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
         self.shift = None
         if parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
-            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(Clock(y.dtype, y.device)(t0), y)[1], y0)
+            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(start, y)[1], y0)
 
     def over(self, path: Path, on_demand: bool = False) -> SDETerm | LogRatioTerm:
-        term = SDETerm(self.parts, path, self.like, self.shift, on_demand and not self.logqp)
+        noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, ClockOfEach) else path
+        term = SDETerm(self.parts, noise, self.clock, self.shift, on_demand and not self.logqp)
         return LogRatioTerm(term, self.parts) if self.logqp else term
 
     def state_of(self, x: Tensor) -> Tensor:
@@ -161,10 +187,16 @@ class _Terms:
         return sde, *(field for field in fields if field is not None)
 
 
-def _at_start(field: Callable[[Tensor, Tensor], Any], t0: float, y0: Tensor) -> Any:
+def _fixed_steps(times: list[float], clock: Any, dt: float, scheme: Scheme) -> Callable[[], Stepper]:
+    if isinstance(clock, ClockOfEach):
+        return given_grid(times, points_for_each(clock.t, dt))
+    return fixed_grid(times, dt, scheme.name)
+
+
+def _at_start(field: Callable[[Tensor, Tensor], Any], start: Tensor, y0: Tensor) -> Any:
     """A first value, to look at its shape; random numbers that it draws are given back."""
     with torch.no_grad(), torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []):
-        return field(Clock(y0.dtype, y0.device)(t0), y0.detach())
+        return field(start, y0.detach())
 
 
 def _scheme_and_options(
@@ -173,8 +205,13 @@ def _scheme_and_options(
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
     known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    check_options(given, (*known, *STEPS, "coupling"), scheme.name)
+    check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
     for name in given:
+        if name == "dense":
+            raise ValueError(
+                "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "
+                "ask for more times ts, or solve again over the same BrownianPath."
+            )
         if name in STEPS:
             raise ValueError(f"option {name!r} is the argument {('dt', 'dt_min')[STEPS.index(name)]} of sdeint.")
         if not adaptive:

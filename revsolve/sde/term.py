@@ -11,7 +11,7 @@ from torch import Tensor
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
 from revsolve.drivers.brownian import BrownianPath
-from revsolve.packing import Clock
+from revsolve.per_sample import ClockOfEach
 from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment
 from revsolve.sde.ito import Shift
@@ -22,9 +22,9 @@ Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, 
 class SDETerm:
     """Field values are pairs (f, g), contracted with (h, dW). With `pieces`, f and g are evaluated only where asked for."""
 
-    def __init__(self, coefficients: Coefficients, path: Path, like: Tensor, shift: Shift | None, pieces: bool) -> None:
+    def __init__(self, coefficients: Coefficients, path: Path, clock: Any, shift: Shift | None, pieces: bool) -> None:
         self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
-        self.path, self.shift, self.clock = path, shift, Clock(like.dtype, like.device)
+        self.path, self.shift, self.clock = path, shift, clock
         self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
         self.on_demand = pieces and shift is None and self.apart is not None
@@ -52,20 +52,36 @@ class SDETerm:
         if isinstance(value, Piece):
             return self.piece(value, t0, t1)
         f, g = value
-        return self.contract(f, t1 - t0, g, self.path(t0, t1)), 1.0
+        return self.contract(f, self.clock.lapse(t0, t1), g, self.path(t0, t1)), 1.0
 
     def summands(self, value: Any, t0: Time, t1: Time) -> Combination:
         """h and f, and dW and g where they multiply entry by entry: two kernels fewer than the product, and no history."""
         if not self.entrywise:
             return [(1.0, self.product(value, t0, t1)[0])]
         f, g = value
-        return [(t1 - t0, f), (self.path(t0, t1), g if g.shape == f.shape else g.squeeze(-1))]
+        return [(self.clock.lapse(t0, t1), f), (self.path(t0, t1), g if g.shape == f.shape else g.squeeze(-1))]
 
     def piece(self, piece: Piece, t0: Time, t1: Time) -> tuple[Tensor, Time]:
         if piece.driver == "h":
-            return piece.value[0], t1 - t0
+            h = self.clock.lapse(t0, t1)
+            return (piece.value[0] * h, 1.0) if isinstance(h, Tensor) else (piece.value[0], h)
         W, H = self.path(t0, t1, return_H=True)
         return self.multiply(piece.value[1], W if piece.driver == "W" else H), 1.0
+
+
+class NoiseOfEach:
+    """The Brownian motion of samples with times of their own, given one in the step variable that all share.
+
+    Where time runs at the rate r, W of a span has r times the variance, and so has its space-time area.
+    """
+
+    def __init__(self, path: Path, clock: ClockOfEach) -> None:
+        self.path, self.clock = path, clock
+
+    def __call__(self, s0: Time, s1: Time, return_H: bool = False) -> Any:
+        speed = self.clock.rate(s0, s1).sqrt()
+        found = self.path(s0, s1, return_H=return_H)
+        return (found[0] * speed, found[1] * speed) if return_H else found * speed
 
 
 class OnDemand:
@@ -116,7 +132,8 @@ class LogRatioTerm:
         if isinstance(value, Piece):
             inner, rate = value.value
             k, scale = self.term.product(Piece(inner, value.driver), t0, t1)
-            return torch.cat((k, rate if value.driver == "h" else torch.zeros_like(rate)), -1), scale
+            h = self.term.clock.lapse(t0, t1) if value.driver == "h" else 0.0
+            return torch.cat((k, rate * (h / scale)), -1), scale
         inner, rate = value
         k, _ = self.term.product(inner, t0, t1)
-        return torch.cat((k, rate * (t1 - t0)), -1), 1.0
+        return torch.cat((k, rate * self.term.clock.lapse(t0, t1)), -1), 1.0
