@@ -4,6 +4,7 @@ from revsolve.cde import cdeint
 from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
+from revsolve.core.transcript import CompilationError
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.drivers.log_ode import LogODEField
@@ -21,6 +22,7 @@ __all__ = [
     "SDE",
     "AcceptedStep",
     "BrownianPath",
+    "CompilationError",
     "ConvergenceWarning",
     "FixedPoint",
     "HermitePath",

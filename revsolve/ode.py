@@ -43,6 +43,7 @@ def odeint(
     event_fn: Callable[..., Any] | None = None,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
 ) -> Any:
     """Solve `dy/dt = func(t, y, *args)` from `y(t[0]) = y0`, with exact gradients of the discrete solve.
 
@@ -69,6 +70,8 @@ def odeint(
             `event_fn(t, y)` crosses zero. A zero at t[0] does not count, nor does one that is left again within a step.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
+        compile: make machine code of the steps and of their undoing, once for each field, method and shape, for fixed steps on
+            the CPU: True, or a dict with "options" or "mode" of `torch.compile`, or "backend": "eager" to look for errors.
 
     Returns:
         The states at the times t: like y0, with a leading dimension T. With event_fn, the time of the event, and the two states
@@ -77,7 +80,7 @@ def odeint(
     Raises:
         ValueError, TypeError: for bad arguments, before any work.
         RuntimeError: if the field returns NaN, the step size underflows, there are too many steps, or no event was found after
-            10,000 steps (or `max_num_steps`), with the time reached.
+            10,000 steps (or `max_num_steps`), with the time reached; if compile= cannot compile the field.
 
     Example:
         >>> import torch
@@ -88,7 +91,11 @@ def odeint(
     """
     known = EVENT_OPTIONS if event_fn is not None else ("dense",)
     solve_options = scheme_and_options(method, options, known)
-    equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback)
+    equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback, compile)
+    if compile and (event_fn is not None or (isinstance(t, Tensor) and t.ndim == 2)):
+        raise ValueError(
+            "compile= is for the same fixed steps of all samples: leave it out with event_fn or 2-D times."
+        )
     if event_fn is not None:
         event_t, solution = until_event(equation, t, event_fn)
         return event_t, solution if full_output else solution.ys
@@ -161,6 +168,7 @@ class _Equation:
     restarts: Any
     progress: bool
     callback: Callable[[AcceptedStep], Any] | None
+    compile: Any = False
     kinks: Sequence[float] = ()
     knots: Sequence[float] = ()
 
@@ -187,6 +195,10 @@ class _Equation:
         owners = (self.func, self.arguments)
         problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
         problem.explain = explain(term.value)
+        if self.compile:
+            from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+
+            compiled(problem, self.compile, self.x0, t)
         return problem
 
     def results(self, xs: Tensor, num_dims: int) -> Any:

@@ -42,7 +42,7 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
         return torch.stack(march(problem, y0)[0])
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         with torch.no_grad():
-            return torch.stack(march(problem, y0)[0])
+            return _states(problem, y0)[0]
     if problem.gradient != "direct":
         return Solved.apply(problem, y0, t, *problem.tensors)
     if t is None or not t.requires_grad:
@@ -54,13 +54,20 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
         return torch.stack(replay_all(problem, problem.grid, y0, t))
 
 
+def _states(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[Tensor, Pair]:
+    if problem.compiled:
+        return problem.compiled.march(problem, y0, store)
+    ys, pair = march(problem, y0, store)
+    return torch.stack(ys), pair
+
+
 class Solved(torch.autograd.Function):
     """The discrete solve as one differentiable operation: the single place where gradients are computed."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
         marks: list[tuple[int, Pair]] = []
-        ys, pair = march(problem, y0.detach(), keep_in(problem, marks))
+        ys, pair = _states(problem, y0.detach(), keep_in(problem, marks))
         assert problem.grid is not None
         marks.append((problem.grid.num_steps, pair))
         ctx.problem, ctx.grid = problem, problem.grid
@@ -69,7 +76,7 @@ class Solved(torch.autograd.Function):
         pairs = [x for _, kept in marks for x in kept]
         ctx.save_for_backward(y0, t, *tensors, *pairs)
         problem.stats.num_stored_states = sum(x is not None for x in pairs)
-        return torch.stack(ys)
+        return ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +90,7 @@ class Solved(torch.autograd.Function):
         marks = dict(zip(ctx.steps, zip(saved[split::2], saved[split + 1 :: 2], strict=True), strict=True))
         del saved
         ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
-        method = undo if problem.gradient == "reversible" else recompute
+        method = recompute if problem.gradient != "reversible" else problem.compiled.undo if problem.compiled else undo
         within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
         with ctx.ambient, problem.buffers or NOTHING, within as leaves:
             tape = Tape(problem.term, leaves, problem.audit, problem.narrow)

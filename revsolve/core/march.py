@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,12 +59,19 @@ class Problem:
     values_hidden: bool = False
     rule: Callable[[Problem, Tensor, Tensor | None], Tensor] | None = None  # what solves instead, inside torch.func
     grid: Grid | None = None
+    compiled: Any = None  # what marches and undoes in the place of the functions of these names
 
     def widened(self, y: Tensor) -> Tensor:
         return y if self.wide is None else y.to(self.wide)
 
     def narrowed(self, y: Tensor) -> Tensor:
         return y if self.narrow is None else y.to(self.narrow)
+
+
+class Judged(Protocol):
+    """Took steps, the latest of which left a parasitic part."""
+
+    def parasitic(self, pair: Pair, h: float) -> Tensor: ...
 
 
 class Walk:
@@ -189,7 +196,7 @@ def _segments(problem: Problem, stepper: Stepper) -> Segments:
     return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
 
 
-def _accept(segments: Segments, walk: Walk, stepper: Stepper, start: int, pair: Pair) -> bool:
+def _accept(segments: Segments, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
     n, y = stepper.num_steps, pair[0].detach()
     gap, size = torch.stack([walk.parasitic(pair, _last_step(stepper.grid, n)), size_of(y)]).detach().tolist()
     times = stepper.grid.times[start : n + 1]

@@ -1,0 +1,144 @@
+"""The march and its undoing as compiled programs: a call or two a segment, with the numbers of the eager solve.
+
+The same grid, restarts and updates: only what lies between two restarts is a program, recorded from the same `advance` and
+`pull_back`. What happens once a segment (restarts, stored pairs, the certificate) is done as without compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import accumulate
+from revsolve.core.coupling import Pair, advance, over, pull_back
+from revsolve.core.engine import _certify, _mismatch
+from revsolve.core.march import Problem, _accept, _last_step, _non_finite, _segments, size_of
+from revsolve.core.programs import Compiler, compiler
+from revsolve.core.recorded import Ahead, Back, Setting, Updates
+from revsolve.core.replay import Frozen, Noisy
+from revsolve.core.stepper import FixedGrid, Grid
+from revsolve.core.tape import Memo, Tape
+
+
+class Compiled:
+    """How a problem is solved by programs; `march` and `undo` do what the functions of these names do."""
+
+    def __init__(self, way: Compiler) -> None:
+        self.way = way
+
+    def march(
+        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
+    ) -> tuple[Tensor, Pair]:
+        """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
+        stepper, memo = problem.make_stepper(), Memo(problem.term)
+        assert isinstance(stepper, FixedGrid)
+        if problem.first_value is not None:
+            memo.num_evaluations, memo.latest = 1, (y0, *problem.first_value)
+            problem.first_value = None
+        grid, segments = stepper.grid, _segments(problem, stepper)
+        self.setting = Setting(problem, grid, y0, self.way)
+        ahead = Ahead(self.setting, grid, y0)
+        pair: Pair = (y0, None)
+        while not stepper.done:
+            start, begin = stepper.num_steps, pair
+            restart = problem.scheme.reversible and (segments.resets or start == 0)
+            segments.begin(start)
+            if restart:
+                pair = _advanced(problem.scheme.restart, pair, grid, start, memo)
+            first = start + 1 if segments.judged else start
+            if segments.judged:
+                pair = ahead(_advanced(self.setting.lead, pair, grid, start, memo), start, first)
+                segments.start(float(ahead.gap), abs(_last_step(grid, first)))
+            stepper.num_steps = min(start + segments.length, grid.num_steps)
+            if first < stepper.num_steps:
+                pair = ahead(_advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
+            if segments.judged and not _accept(segments, ahead, stepper, start, pair):
+                pair = begin
+                stepper.rewind(start)
+                continue
+            if restart:
+                grid.restarts.add(start)
+            if store is not None:
+                store(start, begin if start else (y0, None))
+        if not bool(torch.isfinite(pair[0]).all()):
+            raise _non_finite(problem, grid, y0)
+        problem.grid, stats = grid, problem.stats
+        stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
+        stats.num_restarts = max(0, len(grid.restarts) - 1)
+        stats.num_evaluations = memo.num_evaluations + ahead.num_evaluations
+        return ahead.ys, pair
+
+    def undo(
+        self,
+        problem: Problem,
+        grid: Grid,
+        marks: dict[int, Pair],
+        grad_ys: Tensor,
+        tape: Tape,
+        moving: bool,
+    ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+        """Undo the segments from the last pair, differentiating each step as it is undone."""
+        mismatches: list[Tensor] = []
+        setting, back = self.setting, Back(self.setting, grad_ys)
+        grads: list[Tensor | None] = [None, None]
+        stop, pair = grid.num_steps, marks.pop(grid.num_steps)
+        end = size_of(pair[0])
+        for start in sorted(marks, reverse=True):
+            pair = back(pair, grads, start, stop)
+            stored, (t0, t1) = marks.pop(start), grid.times[start : start + 2]
+            size = size_of(stored[0])
+            with torch.enable_grad():
+                for update in reversed(setting.lead):
+                    pair = pull_back(over(update, t0, t1), pair, grads, tape)
+                mismatches.append(_mismatch(pair[0], stored[0], size, end))
+                if start in grid.restarts:
+                    pair = (stored[0], pair[1])
+                    for update in reversed(problem.scheme.restart):
+                        pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=stored[1])
+                tape.flush(grads)
+            pair, end, stop, tape.audit_due = stored, size, start, True
+        tape.memo.num_evaluations += back.num_evaluations
+        for total, (_, i) in zip(back.sums, setting.wanted, strict=True):
+            tape.sums[i] += total
+        _certify(problem, mismatches)
+        return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0], {}
+
+
+def _advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:
+    for update in updates:
+        pair = advance(over(update, grid.times[n], grid.times[n + 1]), pair, memo)
+    return pair
+
+
+def compiled(problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None) -> None:
+    """Let the problem be solved by programs, as `compile=` says."""
+    way = compiler(given)
+    if moving is not None:
+        raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
+    _check(problem, x0)
+    problem.compiled = Compiled(way)
+
+
+def _check(problem: Problem, x0: Tensor) -> None:
+    """Raise ValueError unless this can be compiled."""
+    instead = "leave out compile="
+    if problem.values_hidden or problem.rule is not None:
+        raise ValueError(f"inside torch.func transforms and torch.compile, the solve is traced as it is: {instead}.")
+    if x0.device.type != "cpu":
+        raise ValueError(f"compile= works on the CPU so far, but the state is on {x0.device}: {instead}.")
+    if isinstance(problem.term, (Noisy, Frozen)) or problem.buffers is not None:
+        raise ValueError(
+            f"compile= needs a field that draws no random numbers and changes no buffers: call .eval() on it, or {instead}."
+        )
+    if problem.gradient == "direct":
+        raise ValueError(
+            f"gradient='direct' keeps every operation, which a program does not: use another, or {instead}."
+        )
+    if not isinstance(problem.make_stepper(), FixedGrid):
+        raise ValueError(
+            "compile= needs fixed steps that nobody watches: give options={'step_size': ...}, no tolerances, no progress and no "
+            f"callback, or {instead}."
+        )

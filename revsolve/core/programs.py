@@ -1,0 +1,190 @@
+"""Programs: the steps of a segment, forward or undone, as one loop that `torch.compile`'s inductor turns into machine code.
+
+A program is a recording of the very code that solves without compilation (`advance`, `pull_back` and what they call), made with
+the step's number, the times and every outside tensor as inputs; the loop around it is torch's `while_loop`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from revsolve.core.transcript import CompilationError
+
+Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
+OPTIONS = ("backend", "mode", "options")
+BACKENDS = ("inductor", "eager")
+MOST_PROGRAMS = 256
+SMALL = 1024  # multiplications
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How programs are compiled: what `compile=` says.
+
+    Args:
+        backend: "inductor", or "eager" to run the recorded operations one by one, which shows whether it is recording or
+            compiling that fails.
+        options: of inductor, as in `torch.compile(options=...)`.
+    """
+
+    backend: str = "inductor"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, loop: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
+        if self.backend == "eager":
+            return loop
+        options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
+        return torch._inductor.compile(loop, list(example), options=options)
+
+
+def compiler(given: Any) -> Compiler:
+    """What `compile=` means. Raises ValueError or TypeError for anything but True or a mapping of known options."""
+    if given is True:
+        return Compiler()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"compile must be True, False or a dict of options of torch.compile, but it is {given!r}.")
+    for name in given:
+        if name not in OPTIONS:
+            raise ValueError(f"unknown option {name!r} in compile=: options are {', '.join(OPTIONS)}.")
+    backend = given.get("backend", "inductor")
+    if backend not in BACKENDS:
+        raise ValueError(f"compile={{'backend': {backend!r}}} must be one of {', '.join(map(repr, BACKENDS))}.")
+    options = dict(torch._inductor.list_mode_options(given["mode"])) if given.get("mode") else {}
+    options.update(given.get("options") or {})
+    return Compiler(backend, tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled loop, called with (number, *carried, stop, *constant) for (number, *carried); see `loop`."""
+
+    run: Callable[..., Any]
+    num_evaluations: int  # of the field, in every step
+
+
+class Programs:
+    """Programs by what they do; the one used longest ago is dropped where there are too many."""
+
+    def __init__(self) -> None:
+        self.made: dict[Hashable, Program] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
+        program = self.made.pop(key, None) or make()
+        self.made[key] = program
+        if len(self.made) > MOST_PROGRAMS:
+            del self.made[next(iter(self.made))]
+        return program
+
+
+PROGRAMS = Programs()
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """Small products as sums, which become part of the code around them; a call of the library costs more than they do."""
+    if a.shape[0] * a.shape[1] * b.shape[1] > SMALL:
+        return NotImplemented
+    return a * b if a.shape[1] == 1 else (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    product = _mm(a, b)
+    return product if product is NotImplemented else beta * bias + alpha * product
+
+
+DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
+
+
+def loop(
+    step: Step,
+    ahead: bool,
+    carried: Sequence[Tensor],
+    constant: Sequence[Tensor],
+    changed: Sequence[int],
+    way: Compiler,
+) -> Callable[..., Any]:
+    """The program that repeats `step` until its first argument, the number, is no longer below (`ahead`) or above `stop`.
+
+    It is called with (number, *carried, stop, *constant) and returns (number, *carried); `changed` are the constants, by their
+    place, that steps change in place.
+    """
+    fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    number = torch.zeros((), dtype=torch.int64)
+    apart = [torch.empty_like(x) for x in carried]  # one tensor carried twice would be taken for one
+    example = [fakes.from_tensor(x, static_shapes=True) for x in (number, *apart, number.clone(), *constant)]
+    count = 1 + len(carried)
+    going = operator.lt if ahead else operator.gt
+    with torch.no_grad(), _explained(way), tracing(TracingContext(fakes)):
+        body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
+        more = make_fx(lambda n, *rest: going(n, rest[count - 1]), tracing_mode="fake")(*example)
+        hidden = _lift_constants(body, fakes)
+        whole = _while(more, body, count, len(example), hidden, [count + 1 + i for i in changed])
+        run = way(whole, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
+    return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
+
+
+def _while(
+    more: fx.GraphModule,
+    body: fx.GraphModule,
+    count: int,
+    inputs: int,
+    hidden: Sequence[Tensor],
+    changed: Sequence[int],
+) -> fx.GraphModule:
+    """The graph of the whole loop: `count` carried tensors first, then those that only the body and the condition read."""
+    _take_more(more, len(hidden))
+    root, graph = torch.nn.Module(), fx.Graph()
+    root.more, root.body = more, body
+    taken = [graph.placeholder(f"input{i}") for i in range(inputs + len(hidden))]
+    parts = graph.get_attr("more"), graph.get_attr("body"), tuple(taken[:count]), tuple(taken[count:])
+    marked: dict[str, Any] = {"mutated_arg_indices": ",".join(map(str, changed))} if changed else {}
+    out = graph.call_function(while_loop_op, parts, marked)
+    graph.output(tuple(graph.call_function(operator.getitem, (out, i)) for i in range(count)))
+    return fx.GraphModule(root, graph)
+
+
+def _lift_constants(graph: fx.GraphModule, fakes: FakeTensorMode) -> list[Tensor]:
+    """Make inputs of the tensors that the recorded code made from Python numbers."""
+    found = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    tensors = [getattr(graph, node.target) for node in found]
+    for node, tensor in zip(found, tensors, strict=True):
+        _take_more(graph, 1)
+        last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+        last.meta["val"] = fakes.from_tensor(tensor, static_shapes=True)
+        node.replace_all_uses_with(last)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return tensors
+
+
+def _take_more(graph: fx.GraphModule, count: int) -> None:
+    """Give a recording further inputs, behind those that it has."""
+    for _ in range(count):
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        with graph.graph.inserting_after(places[-1]):
+            graph.graph.placeholder(f"further{len(places)}")
+    graph.recompile()
+
+
+@contextmanager
+def _explained(way: Compiler) -> Iterator[None]:
+    """Say what to do where torch cannot record or compile."""
+    try:
+        yield
+    except Exception as error:
+        raise CompilationError(
+            f"compile= cannot turn this field into a program (backend {way.backend!r}): {type(error).__name__}: {error}. A field "
+            "may not look at numbers (if on a value, .item(), .numpy()) or use tensors that were not there when it was first "
+            "called; solve with compile=False, which has no such limits."
+        ) from error

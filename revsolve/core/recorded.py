@@ -1,0 +1,185 @@
+"""One step ahead and one step back as functions of tensors alone, recorded for programs from the code that solves eagerly.
+
+Where a method evaluates the field at the end of a step and again at the start of the next, at the same state and time
+(reversible Heun), a program's step runs from behind the first evaluation to behind that of the next step, so that both are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import Time, accumulate
+from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
+from revsolve.core.march import Problem, size_of
+from revsolve.core.programs import PROGRAMS, Compiler, Program, loop
+from revsolve.core.stepper import Grid
+from revsolve.core.tape import Memo, Tape, Term
+from revsolve.core.transcript import Swap, transcript
+
+LEAST_TIMES = (
+    64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
+)
+Updates = tuple[CouplingUpdate, ...]
+
+
+class Setting:
+    """What both directions share: the method's updates, the grid as tensors, the field and what it uses from outside."""
+
+    def __init__(self, problem: Problem, grid: Grid, y: Tensor, way: Compiler) -> None:
+        self.scheme, self.term, self.way = problem.scheme, problem.term, way
+        self.lead, self.rest = split(problem.scheme)
+        text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1])
+        place = {id(x): i for i, x in enumerate(problem.tensors)}
+        self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
+        self.times, self.due = _over_steps(grid)
+        narrow = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+        self.key = (problem.scheme, way, text, narrow, y.shape, y.stride(), y.dtype, len(self.times), len(grid.outputs))
+
+    def program(
+        self, step: Callable[..., Any], ahead: bool, carried: list[Tensor], constant: list[Tensor], changed: range
+    ) -> Program:
+        """The program that repeats the step, made now unless there is one."""
+
+        def make() -> Program:
+            counts: list[int] = []
+            run = loop(lambda *inputs: step(counts, *inputs), ahead, carried, constant, changed, self.way)
+            return Program(run, counts[-1])
+
+        return PROGRAMS.get((step.__qualname__, *self.key), make)
+
+
+class Ahead:
+    """Carries pairs ahead over steps; `ys` are the outputs, `gap` is the parasitic part that the latest step left."""
+
+    def __init__(self, setting: Setting, grid: Grid, y0: Tensor) -> None:
+        self.setting, self.num_evaluations = setting, 0
+        self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
+        self.ys[0] = y0
+        self.gap = torch.zeros((), dtype=y0.real.dtype)
+        self.constant = [setting.times, setting.due, self.ys, *(x.detach() for x in setting.outside)]
+
+    def __call__(self, pair: Pair, start: int, stop: int) -> Pair:
+        if start == stop:
+            return pair
+        carried = [self.gap, *(x for x in pair if x is not None)]
+        program = self.setting.program(self.step, True, carried, self.constant, range(2, 3))
+        _, self.gap, *after = program.run(torch.tensor(start), *carried, torch.tensor(stop), *self.constant)
+        self.num_evaluations += program.num_evaluations * (stop - start)
+        return after[0], after[1] if len(after) == 2 else None
+
+    def parasitic(self, pair: Pair, h: float) -> Tensor:
+        return self.gap
+
+    def step(self, counts: list[int], n: Tensor, gap: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, size = self.setting, 2 if self.setting.scheme.reversible else 1
+        y, z, (stop, times, due, ys, *outside) = inputs[0], inputs[1] if size == 2 else None, inputs[size:]
+        t0, t1, t2 = (_at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
+        pair: Pair = (y, z)
+        memo = _Memo(setting.term)
+        with torch.no_grad(), Swap(setting.outside, outside):
+            for update in setting.rest:
+                pair = advance(over(update, t0, t1), pair, memo)
+            if z is not None and pair[1] is not None:
+                gap = size_of(
+                    (pair[1] - z) * (t1 - t0).to(gap.dtype) if setting.scheme.staggered else pair[0] - pair[1]
+                )
+            row = _at(due, n + 1)
+            place = row.clamp(min=0).reshape(1)
+            ys.index_copy_(0, place, torch.where(row >= 0, pair[0][None], ys.index_select(0, place)))
+            for update in setting.lead:  # after the last step over no time at all
+                pair = advance(over(update, t1, t2), pair, memo)
+        counts.append(memo.num_evaluations)
+        return n + 1, gap.clone(), *(x.clone() for x in pair if x is not None)
+
+
+class Back:
+    """Carries pairs and cotangents back over steps; `sums` are the gradients of the tensors that the field uses."""
+
+    def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
+        self.setting, self.num_evaluations = setting, 0
+        used = [setting.outside[i] for i, _ in setting.wanted]
+        self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
+        outside = (x.detach() for x in setting.outside)
+        self.constant = [setting.times, setting.due, grad_ys.contiguous(), *outside, *self.sums]
+
+    def __call__(self, pair: Pair, grads: list[Tensor | None], start: int, stop: int) -> Pair:
+        """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
+        filled = [torch.zeros_like(pair[0]) if g is None else g for g in grads]
+        y, z = pair
+        assert z is not None
+        carried, constant = [y, z, *filled], [torch.tensor(stop), *self.constant]
+        count = len(constant)
+        program = self.setting.program(self.step, False, carried, constant, range(count - len(self.sums), count))
+        _, y, z, *grads[:] = program.run(torch.tensor(stop), *carried, torch.tensor(start), *constant)
+        self.num_evaluations += program.num_evaluations * (stop - start)
+        return y, z
+
+    def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting = self.setting
+        y, z, grad_y, grad_z, _, end, times, due, grad_ys, *others = inputs
+        t0, t1, t2 = (_at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
+        outside, sums = others[: len(setting.outside)], others[len(setting.outside) :]
+        leaves = [x.detach() for x in outside]
+        tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted])
+        pair: Pair = (y, z)
+        grads: list[Tensor | None] = [grad_y, grad_z]
+        with torch.enable_grad(), Swap(setting.outside, leaves):
+            for update in reversed(setting.lead):
+                pair = pull_back(over(update, t1, t2), pair, grads, tape)
+            row = _at(due, n)
+            found = grad_ys.index_select(0, row.clamp(min=0).reshape(1))[0]
+            grads[0] = accumulate(grads[0], torch.where(row >= 0, found, torch.zeros_like(found)))
+            for update in reversed(setting.rest):
+                pair = pull_back(over(update, t0, t1), pair, grads, tape)
+            tape.flush(grads)
+        for total, grad in zip(sums, tape.found, strict=True):
+            if grad is not None:
+                total.add_(grad.detach())
+        counts.append(tape.memo.num_evaluations)
+        return n - 1, *(x.detach().clone() for x in (*pair, *grads) if x is not None)
+
+
+class _Memo(Memo):
+    """A memo that compares no numbers, for a recording has none."""
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        if x is not self.latest[0] or t is not self.latest[1]:
+            self.num_evaluations += 1
+            self.latest = (x, t, self.term.value(t, x))
+        return self.latest[2]
+
+
+class _Recorder(Tape):
+    """A tape whose gradients of tensors are results of the recording, `found`."""
+
+    def __init__(self, term: Term, tensors: Sequence[Tensor]) -> None:
+        super().__init__(term, tensors, lambda outputs, own: None)
+        self.memo, self.audit_due = _Memo(term), False
+        self.found: list[Tensor | None] = [None for _ in tensors]
+
+    def add_up(self, grads: Sequence[Tensor | None]) -> None:
+        self.found = [accumulate(total, grad) for total, grad in zip(self.found, grads, strict=True)]
+
+
+def split(scheme: Scheme) -> tuple[Updates, Updates]:
+    """The updates of a step, as those that belong to the end of the step before in a program, and the rest."""
+    ahead = 1 if scheme.joins and scheme.updates[0].increment is not None else 0
+    return scheme.updates[:ahead], scheme.updates[ahead:]
+
+
+def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The times, and for every number of steps the output due then, or -1."""
+    length = max(LEAST_TIMES, 1 << grid.num_steps.bit_length())
+    times = torch.full((length,), grid.times[-1], dtype=torch.float64)
+    times[: len(grid.times)] = torch.tensor(grid.times, dtype=torch.float64)
+    due = torch.full((length,), -1)
+    due[torch.tensor(grid.outputs)] = torch.arange(len(grid.outputs))
+    return times, due
+
+
+def _at(values: Tensor, n: Tensor) -> Tensor:
+    return values.index_select(0, n.reshape(1)).reshape(())

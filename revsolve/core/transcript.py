@@ -1,0 +1,86 @@
+"""What a term does when it is called, as text: two calls with the same transcript are the same function of time and state.
+
+A compiled program stands for a field only as long as the field still does what was recorded. Every solve writes the
+transcript of one call (operations, numbers, shapes, which outside tensor goes where) and looks for the program made for it, so
+a changed attribute, mode or closure finds another program, and a new module that does the same finds this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.tape import Term
+
+
+class CompilationError(RuntimeError):
+    """A field, or the code made from it, could not be compiled (docs/architecture.md); the cause is attached."""
+
+
+class Transcript(TorchDispatchMode):
+    """Writes down all operations made while it is open; `outside` are the tensors that were not made by them.
+
+    `own` are the tensors that the caller hands in. A tensor made from Python numbers counts by its numbers.
+    """
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.lines: list[Hashable] = []
+        self.outside: list[Tensor] = []
+        self.kept: list[Any] = list(own)  # so that no identity is given to another tensor meanwhile
+        self.names: dict[int, Hashable] = {id(x): ("own", i, *_looks(x)) for i, x in enumerate(own)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs, spec = tree_flatten((args, kwargs or {}))
+        fresh = func is torch.ops.aten.lift_fresh.default
+        self.lines.append((func, str(spec), *(_numbers(x) if fresh else self._name(x) for x in inputs)))
+        out = func(*args, **(kwargs or {}))
+        self.kept.append((inputs, out))
+        for i, x in enumerate(tree_leaves(out)):
+            if isinstance(x, Tensor):
+                self.names.setdefault(id(x), (len(self.lines), i))
+        return out
+
+    def _name(self, x: Any) -> Hashable:
+        if not isinstance(x, Tensor):
+            return type(x), repr(x)
+        if id(x) not in self.names:
+            self.names[id(x)] = ("outside", len(self.outside), *_looks(x))
+            self.outside.append(x)
+        return self.names[id(x)]
+
+
+def transcript(term: Term, t: Time, x: Tensor, t1: Time) -> tuple[tuple[Hashable, ...], list[Tensor]]:
+    """What one evaluation at (t, x), and its product over t -> t1, do; and the tensors from outside that they use."""
+    with torch.no_grad(), Transcript([x]) as written:
+        value = term.value(t, x)
+        term.product(value, t, t1)
+    return tuple(written.lines), written.outside
+
+
+class Swap(TorchFunctionMode):
+    """Puts other tensors in the place of some, wherever a field uses these."""
+
+    def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.by_id: Mapping[int, Tensor] = {id(x): other for x, other in zip(tensors, others, strict=True)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: self.by_id.get(id(x), x), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _looks(x: Tensor) -> tuple[Hashable, ...]:
+    return tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
+
+
+def _numbers(x: Any) -> Hashable:
+    return ("numbers", *_looks(x), repr(x.tolist())) if isinstance(x, Tensor) else (type(x), repr(x))

@@ -1,0 +1,214 @@
+"""Compiled solves are the eager ones: the same states, gradients, restarts and counts, whatever the field is made of.
+
+Most tests run the recorded programs operation by operation (`"backend": "eager"`), as inductor compiles them; a few compile.
+"""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revsolve import alf, method_names, odeint, reversible
+from revsolve.core.programs import PROGRAMS, CompilationError
+from revsolve.schemes.names import scheme
+from revsolve.schemes.tableau import TABLEAUS
+from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, worst_difference
+
+EXACT = 1e-12  # the order of summation differs, and what is undone carries roundings of 1e-16 a step
+FIXED: dict[str, Any] = {"options": {"step_size": 0.11}}
+RECORDED = {"backend": "eager"}
+FEW = ["rev_rk4", "rev_bosh3", "reversible_heun", "reversible_heun4_s3", "alf", "alf4_s3", "leapfrog"]
+REST = [name for name in method_names() if scheme(name).reversible and name not in FEW]
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+
+
+def solved(equation: Any, times: tuple[float, ...] = FORWARD, **solve: Any) -> dict[str, Tensor]:
+    """The loss of all outputs, and its gradient with respect to every input."""
+    t = torch.tensor(times, dtype=torch.float64)
+    loss = loss_of(odeint(equation.func, equation.y0, t, args=equation.args, **solve))
+    inputs = list(equation.inputs.values())
+    found = torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
+    return {"loss": loss.detach(), **dict(zip(equation.inputs, found, strict=True))}
+
+
+def difference(equation: str, times: tuple[float, ...] = FORWARD, compile: Any = RECORDED, **solve: Any) -> float:  # noqa: A002
+    """The worst relative difference between the compiled solve and plain differentiation of the eager one."""
+    made = EQUATIONS[equation]()
+    wanted = solved(made, times, gradient="direct", **solve)
+    return worst_difference(solved(made, times, compile=compile, **solve), wanted)[0]
+
+
+@pytest.mark.parametrize("times", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("method", FEW)
+def test_recorded_is_direct(method: str, times: tuple[float, ...]) -> None:
+    assert difference("module", times, method=method, **FIXED) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REST)
+def test_every_method(method: str) -> None:
+    assert difference("module", method=method, **FIXED) < EXACT
+
+
+@pytest.mark.parametrize("restarts", [None, 1, 3, 40])
+@pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf"])
+def test_with_and_without_restarts(method: str, restarts: int | None) -> None:
+    assert difference("module", method=method, restarts=restarts, **FIXED) < EXACT
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_every_kind_of_state(equation: str) -> None:
+    assert difference(equation, method="rev_heun2", **FIXED) < EXACT
+
+
+@pytest.mark.parametrize("method", [alf(0.8), reversible(TABLEAUS["bosh3"], coupling=0.9)], ids=["alf", "rev_bosh3"])
+def test_damped_schemes(method: Any) -> None:
+    assert difference("module", method=method, **FIXED) < EXACT
+
+
+@needs_compiler
+@quiet
+@pytest.mark.parametrize(
+    "method", ["alf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rev_rk4", "reversible_heun", "alf4"))]
+)
+def test_compiled_is_direct(method: str) -> None:
+    assert difference("module", method=method, compile=True, **FIXED) < EXACT
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+def test_statistics_and_restarts_are_those_of_the_eager_solve(gradient: str) -> None:
+    y0, t = torch.ones(3, dtype=torch.float64), torch.linspace(0.0, 20.0, 9, dtype=torch.float64)
+    settings: dict[str, Any] = {"method": "rev_heun2", "options": {"step_size": 0.1}, "full_output": True}
+    with torch.no_grad():
+        got = odeint(lambda t, y: torch.cos(t) - 2 * y, y0, t, compile=RECORDED, **settings)
+        wanted = odeint(lambda t, y: torch.cos(t) - 2 * y, y0, t, **settings)
+    torch.testing.assert_close(got.ys, wanted.ys, rtol=EXACT, atol=EXACT)
+    assert (got.stats.num_restarts, got.times) == (wanted.stats.num_restarts, wanted.times)
+    assert got.stats.num_restarts > 3
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_plain_methods_march_compiled_and_are_recomputed_as_ever(method: str) -> None:
+    assert difference("module", method=method, **FIXED) < EXACT
+
+
+def test_dense_output() -> None:
+    y0, t = torch.ones(3, dtype=torch.float64), torch.linspace(0.0, 1.0, 7, dtype=torch.float64)
+    settings: dict[str, Any] = {"method": "rev_rk4", "options": {"step_size": 0.1, "dense": True}}
+    got = odeint(lambda t, y: torch.sin(y), y0, t, compile=RECORDED, **settings)
+    torch.testing.assert_close(got, odeint(lambda t, y: torch.sin(y), y0, t, **settings), rtol=EXACT, atol=EXACT)
+
+
+def through(field: Any, y0: Tensor | None = None, steps: int = 10) -> Tensor:
+    y0 = torch.ones(2, 3, dtype=torch.float64) if y0 is None else y0
+    t = torch.tensor([0.0, 0.1 * steps], dtype=torch.float64)
+    return odeint(field, y0, t, method="rev_heun2", options={"step_size": 0.1}, compile=RECORDED)
+
+
+def test_programs_are_found_again() -> None:
+    """By new modules and closures that do the same, after updates, at other times and for other numbers of steps."""
+    field = Network().double()
+    through(field)
+    made = len(PROGRAMS.made)
+    with torch.no_grad():
+        field.net[0].weight.mul_(2.0)
+    code = torch.randn(3, dtype=torch.float64)
+    through(field)
+    through(Network().double(), steps=30)
+    through(lambda t, y: field(t, y))
+    assert len(PROGRAMS.made) == made
+    through(lambda t, y: field(t, y) + code)
+    assert len(PROGRAMS.made) == made + 1
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.doubled, self.shift = 1.0, False, torch.zeros(3, dtype=torch.float64)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        y = self.scale * torch.sin(y) + self.shift
+        return 2 * y if self.doubled else y
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", 0.5), ("doubled", True), ("shift", torch.ones(3, dtype=torch.float64))]
+)
+def test_what_changes_in_the_field_is_seen(name: str, value: Any) -> None:
+    field = Scaled()
+    through(field)
+    setattr(field, name, value)
+    wanted = odeint(
+        field,
+        torch.ones(2, 3, dtype=torch.float64),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        method="rev_heun2",
+        options={"step_size": 0.1},
+    )
+    torch.testing.assert_close(through(field), wanted, rtol=EXACT, atol=EXACT)
+
+
+def test_float32() -> None:
+    """Roundings of 6e-8 over a hundred steps, in another order."""
+    torch.manual_seed(1)
+    net, y0, t = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(4, 3), torch.tensor([0.0, 5.0])
+
+    def gradient(**solve: Any) -> Tensor:
+        ys = odeint(lambda t, y: net(y), y0, t, method="rev_rk4", options={"step_size": 0.05}, **solve)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(ys[-1].square().sum(), net.parameters())])
+
+    got, wanted = gradient(compile=RECORDED), gradient(gradient="direct")
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_second_derivatives_are_made_without_programs() -> None:
+    y0, t = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def second(**solve: Any) -> Tensor:
+        y = odeint(lambda t, y: torch.sin(y), y0, t, method="rev_rk4", options={"step_size": 0.1}, **solve)
+        (first,) = torch.autograd.grad(y[-1].sum(), y0, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), y0)[0]
+
+    torch.testing.assert_close(second(compile=RECORDED), second(), rtol=EXACT, atol=EXACT)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "adaptive": ({"method": "rev_dopri5", "options": {}}, "needs fixed steps"),
+    "callback": ({"callback": print}, "nobody watches"),
+    "direct": ({"gradient": "direct"}, "keeps every operation"),
+    "times": ({"t": torch.tensor([0.0, 1.0], requires_grad=True)}, "detach t"),
+    "event": ({"event_fn": lambda t, y: y.sum()}, "leave it out with event_fn"),
+    "option": ({"compile": {"bakend": "eager"}}, "unknown option 'bakend'"),
+    "backend": ({"compile": {"backend": "nvcc"}}, "'inductor', 'eager'"),
+    "random": ({"func": lambda t, y: nn.functional.dropout(y)}, "draws no random numbers"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_compiled_is_refused(settings: dict[str, Any], message: str) -> None:
+    usual = {"func": lambda t, y: -y, "method": "rev_rk4", "options": {"step_size": 0.1}, "compile": RECORDED}
+    call = {**usual, **settings}
+    with pytest.raises(ValueError, match=message):
+        odeint(call.pop("func"), torch.ones(3), call.pop("t", torch.tensor([0.0, 1.0])), **call)
+
+
+def test_compile_must_say_how() -> None:
+    with pytest.raises(TypeError, match="True, False or a dict"):
+        odeint(
+            lambda t, y: -y,
+            torch.ones(3),
+            torch.tensor([0.0, 1.0]),
+            method="rev_rk4",
+            options={"step_size": 0.1},
+            compile="inductor",
+        )
+
+
+def test_a_field_that_looks_at_numbers() -> None:
+    with pytest.raises(CompilationError, match=r"may not look at numbers.*compile=False"):
+        through(lambda t, y: -y if t < 0.5 else y)
