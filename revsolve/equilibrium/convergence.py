@@ -49,6 +49,8 @@ class Convergence:
     criterion: Criterion
     packing: Packing
     report: Callable[[int, Tensor, float], None] | None = None
+    solving: str = "the fixed-point iteration"
+    contracting: bool = True  # whether it needs f to contract
     trace: list[Tensor] = field(default_factory=list)  # one (2,) or (2, samples) a step: absolute, relative
     worst: list[float] = field(default_factory=list)  # the largest absolute ones
     num_steps: int = 0
@@ -71,7 +73,7 @@ class Convergence:
         self.trace.append(both)
         self.worst.append(absolute)
         if not math.isfinite(absolute + relative):
-            raise RuntimeError(f"the iteration diverges: the residual is not finite after {n} steps. {self.hint()}")
+            raise RuntimeError(f"{self.solving} diverges: the residual is not finite after {n} steps. {self.hint()}")
         if self.report is not None:
             self.report(n, y, residual)
         self.content = residual <= self.criterion.tol
@@ -112,16 +114,16 @@ class Convergence:
         kind, tol = self.criterion.residual, self.criterion.tol
         text = f"after {self.num_steps} steps the {kind} residual is {residual:.2e}, not {tol:.2e}"
         if self.worst[-1] > DIVERGING * min(self.worst):
-            raise RuntimeError(f"the iteration diverges: {text}. {self.hint()}")
-        message = (
-            f"the fixed-point iteration has not converged: {text}. Allow more steps, a larger tol, or: {self.hint()}"
-        )
+            raise RuntimeError(f"{self.solving} diverges: {text}. {self.hint()}")
+        message = f"{self.solving} has not converged: {text}. Allow more steps, a larger tol, or: {self.hint()}"
         if on_failure == "raise":
             raise RuntimeError(message)
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
     def hint(self) -> str:
         """How fast the residual grows or shrinks, and what that asks for."""
+        if not self.contracting:
+            return "the Jacobian of f must have no eigenvalue near 1, for where it has one there is no gradient."
         recent = [r for r in self.worst[-4:] if math.isfinite(r) and r > 0.0]
         rate = (recent[-1] / recent[0]) ** (1 / (len(recent) - 1)) if len(recent) > 1 else math.nan
         seen = "" if math.isnan(rate) else f" (the residual changed by a factor of {rate:.3g} a step)"

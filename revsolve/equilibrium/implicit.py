@@ -7,6 +7,7 @@ anderson    the best combination of the last few of these   memory (6), ridge (1
 
 gradient    how                                                       options
 implicit    solves u = g + J^T u at the fixed point (J = df/dz)       b_method ("anderson"), b_tol (1e-6), b_max_steps (50)
+            by one of the methods above, or by "gmres"                memory (20 for "gmres")
 phantom     differentiates a few relaxed steps from the fixed point   phantom_steps (5), phantom_beta (0.5)
 direct      differentiates all of the iteration
 """
@@ -24,9 +25,12 @@ from revsolve.core.levels import transformed
 from revsolve.core.march import Stats
 from revsolve.core.tape import Memo, Term
 from revsolve.equilibrium.convergence import Convergence, Criterion
+from revsolve.equilibrium.gmres import gmres
+from revsolve.packing import Packing
 from revsolve.problem import check_choice
 
 METHODS = ("simple", "relaxed", "anderson")
+BACKWARD_METHODS = (*METHODS, "gmres")  # which also solves where J does not contract
 GRADIENTS = ("implicit", "phantom", "direct")
 OPTIONS = ("memory", "ridge", "b_method", "b_tol", "b_max_steps", "phantom_steps", "phantom_beta")
 
@@ -41,8 +45,10 @@ def equilibrium(
     gradient: str,
     convergence: Convergence,
     options: Mapping[str, Any],
+    on_failure: str,
 ) -> tuple[Tensor, Stats]:
     """The fixed point of the term from z0, with a gradient of the kind asked for, and what it took."""
+    check_choice("b_method", options.get("b_method", "anderson"), BACKWARD_METHODS)
     if gradient == "implicit" and transformed():
         raise ValueError(
             "gradient='implicit' is not possible inside torch.func transforms: use gradient='direct' or 'phantom', or "
@@ -61,7 +67,7 @@ def equilibrium(
             z = torch.lerp(z, term.value(0.0, z), options.get("phantom_beta", 0.5))
         return z, stats
     leaf = z.detach().requires_grad_()
-    return _Implicit.apply(z, leaf, term.value(0.0, leaf), convergence, options, stats), stats
+    return _Implicit.apply(z, leaf, term.value(0.0, leaf), convergence.packing, options, on_failure, stats), stats
 
 
 class _Implicit(torch.autograd.Function):
@@ -73,12 +79,13 @@ class _Implicit(torch.autograd.Function):
         z: Tensor,
         leaf: Tensor,
         value: Tensor,
-        convergence: Convergence,
+        packing: Packing,
         options: Mapping[str, Any],
+        on_failure: str,
         stats: Stats,
     ) -> Tensor:
         ctx.save_for_backward(leaf, value)
-        ctx.convergence, ctx.options, ctx.stats = convergence, options, stats
+        ctx.packing, ctx.options, ctx.on_failure, ctx.stats = packing, options, on_failure, stats
         return z.clone()
 
     @staticmethod
@@ -91,16 +98,23 @@ class _Implicit(torch.autograd.Function):
         leaf, value = ctx.saved_tensors
         options, stats = ctx.options, ctx.stats
 
-        def adjoint(u: Tensor) -> Tensor:
+        def product(u: Tensor) -> Tensor:
             stats.num_backward_evaluations += 1
             back = torch.autograd.grad(value, leaf, u, retain_graph=True, allow_unused=True)[0]
-            return grad if back is None else grad + back
+            return torch.zeros_like(u) if back is None else back
 
+        size = torch.linalg.vector_norm(grad)
+        g = grad / torch.where(size > 0.0, size, 1.0)  # its residual then means the same for every scale of the loss
+        method = options.get("b_method", "anderson")
         criterion = Criterion(options.get("b_tol", 1e-6), options.get("b_max_steps", 50))
-        convergence = Convergence(criterion, ctx.convergence.packing)
-        u = _iterate(adjoint, grad, _rule(options.get("b_method", "anderson"), 1.0, options), convergence)
-        convergence.conclude("warn")
-        return None, None, u, None, None, None
+        solving = f"the backward solve with b_method={method!r}"
+        convergence = Convergence(criterion, ctx.packing, solving=solving, contracting=method != "gmres")
+        if method == "gmres":
+            u = gmres(product, g, options.get("memory", 20), convergence)
+        else:
+            u = _iterate(lambda u: g + product(u), g, _rule(method, 1.0, options), convergence)
+        convergence.conclude(ctx.on_failure)
+        return None, None, u * size, None, None, None, None
 
 
 def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
@@ -118,7 +132,6 @@ def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, rule: Rule, convergence: 
 
 
 def _rule(method: str, beta: Scalar, options: Mapping[str, Any]) -> Rule:
-    check_choice("method", method, METHODS)
     if method == "simple":
         return lambda z, value: value
     if method == "relaxed":

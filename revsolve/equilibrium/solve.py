@@ -114,7 +114,7 @@ def fixed_point(
         pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
         anchor_every: keep the pair after so many steps; by default as many as the dtypes and beta allow.
         options: for the other methods, see `revsolve.implicit`.
-        on_failure: "warn", "raise" or "ignore" when max_steps are not enough.
+        on_failure: "warn", "raise" or "ignore" when max_steps are not enough, or b_max_steps of an implicit gradient.
         full_output: return a `FixedPoint` instead of z alone.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every step; by the methods for comparison only if tol > 0.
@@ -158,7 +158,14 @@ def fixed_point(
             check_choice("gradient", gradient or "implicit", GRADIENTS)
             betas = packed_beta(beta, packing, x0.real.dtype)
             y, stats = equilibrium(
-                term, x0, betas, method, gradient or "implicit", convergence, check_options(options, OPTIONS, method)
+                term,
+                x0,
+                betas,
+                method,
+                gradient or "implicit",
+                convergence,
+                check_options(options, OPTIONS, method),
+                on_failure,
             )
     convergence.conclude(on_failure)
     z = unpack(y)

@@ -26,7 +26,7 @@ def true_gradient(cell: Dense, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("stop", ["batch", "sample"])
-@pytest.mark.parametrize("b_method", ["simple", "relaxed", "anderson"])
+@pytest.mark.parametrize("b_method", ["simple", "relaxed", "anderson", "gmres"])
 @pytest.mark.parametrize("method", ["simple", "relaxed", "anderson"])
 def test_implicit_gradient_at_a_fixed_point(method: str, b_method: str, stop: str) -> None:
     cell, x = Dense(), torch.randn(3, 6, requires_grad=True)
@@ -87,13 +87,32 @@ def test_anderson_needs_the_fewest_steps() -> None:
     assert min(steps, key=steps.get) == "anderson"
 
 
-def test_a_backward_solve_that_fails_is_said() -> None:
+def failing(b_method: str, on_failure: str) -> Tensor:
+    """A number whose backward solve may take two steps, which do not suffice."""
     cell, x = Dense(), torch.randn(3, 6, requires_grad=True)
-    z = fixed_point(
-        cell, torch.zeros(3, 6), args=x, method="simple", options={"b_max_steps": 2}, tol=1e-6, max_steps=200
-    )
-    with pytest.warns(ConvergenceWarning, match="after 2 steps"):
-        z.sum().backward()
+    options = {"b_method": b_method, "b_max_steps": 2}
+    kind = {"method": "simple", "options": options, "on_failure": on_failure}
+    return fixed_point(cell, torch.zeros(3, 6), args=x, tol=1e-6, max_steps=200, **kind).sum()
+
+
+@pytest.mark.parametrize("b_method", ["simple", "anderson", "gmres"])
+def test_a_backward_solve_that_fails_is_said(b_method: str) -> None:
+    message = f"the backward solve with b_method='{b_method}' has not converged: after 2 steps"
+    with pytest.warns(ConvergenceWarning, match=message):
+        failing(b_method, "warn").backward()
+    with pytest.raises(RuntimeError, match=message):
+        failing(b_method, "raise").backward()
+    failing(b_method, "ignore").backward()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+@pytest.mark.parametrize("b_method", ["anderson", "gmres"])
+def test_the_scale_of_the_loss_is_that_of_the_gradient(b_method: str, scale: float) -> None:
+    cell, x = Dense(), torch.randn(3, 6, requires_grad=True)
+    options = {"b_method": b_method, "b_tol": 1e-10}
+    z = fixed_point(cell, torch.zeros(3, 6), args=x, method="anderson", tol=1e-10, options=options)
+    one, other = (torch.autograd.grad(s * z.sum(), x, retain_graph=True)[0] for s in (1.0, scale))
+    assert difference([other / scale], [one]) < 1e-12
 
 
 def test_second_derivatives_are_refused() -> None:
