@@ -33,12 +33,14 @@ class Solution:
     again: Callable[[], Solution] | None = None
 
     def evaluate(self, t: Any) -> Any:
-        """The state at the times t, a tensor of any shape: like y0, with the dimensions of t in front.
+        """The state at the times t, a tensor of any shape: like y0, with the dimensions of t where those of output times are
+        (in front; before the last in `cdeint`).
 
         Without `options={"dense": True}` the first call solves again over the same steps, and keeps them all.
 
         Raises:
-            ValueError: if t leaves what was solved, or the solve has no dense output (events, jumps, times of each sample).
+            ValueError: if t leaves what was solved, or the solve has no dense output (SDEs, fixed points, events,
+                jumps, times of each sample).
         """
         return self._dense().evaluate(t)
 
@@ -46,7 +48,8 @@ class Solution:
         """The time derivative of the state at the times t, shaped like `evaluate(t)`.
 
         Raises:
-            ValueError: if t leaves what was solved, or the solve has no dense output (events, jumps, times of each sample).
+            ValueError: if t leaves what was solved, or the solve has no dense output (SDEs, fixed points, events,
+                jumps, times of each sample).
         """
         return self._dense().derivative(t)
 
@@ -57,7 +60,10 @@ class Solution:
     def _dense(self) -> Dense:
         if self.interpolant is None:
             if self.again is None:
-                raise ValueError("this solve has no dense output: solve with odeint(..., options={'dense': True}).")
+                raise ValueError(
+                    "this solve has no dense output: solve with options={'dense': True} in odeint or cdeint, without jump_t, and "
+                    "with one time for all samples (docs: Works with)."
+                )
             object.__setattr__(self, "interpolant", self.again().interpolant)
         assert self.interpolant is not None
         return self.interpolant

@@ -296,6 +296,11 @@ UNSORTED._t = KNOTS[[0, 2, 1]]
             ValueError,
             r"t\[1\] = 0.7 lies where dX/dt jumps",
         ),
+        (
+            {"t": ENDS.clone().requires_grad_(), "method": "rev_rk4", "options": {"step_size": 0.01}},
+            ValueError,
+            "dX/dt jumps at 0.7, within a step that moves",
+        ),
     ],
 )
 def test_messages(change: dict[str, Any], error: type[Exception], message: str) -> None:

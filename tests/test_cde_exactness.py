@@ -32,6 +32,7 @@ METHODS = [name for name in method_names() if name != "dop853"]
 REVERSIBLE = [name for name in METHODS if scheme(name).reversible and not name.endswith(("yoshida", "s3"))]
 FEW = ["rev_rk4", "reversible_heun", "alf"]
 FIXED: dict[str, Any] = {"step_size": 0.3}
+KINKED: dict[str, dict[str, Any]] = {"linear": {}}  # where output times move, steps must end at the kinks
 
 
 def assert_exact(control: str, times: tuple[float, ...], **solve: Any) -> None:
@@ -68,7 +69,7 @@ def test_backwards_in_time(method: str, form: str) -> None:
 @pytest.mark.parametrize("method", [*FEW, "reversible_heun4", "leapfrog"])
 @pytest.mark.parametrize("control", ["linear", "natural", "torchcde cubic", "no knots"])
 def test_moving_times(control: str, method: str, form: str) -> None:
-    assert_exact(control, FORWARD, moving=True, method=method, options={"form": form, **FIXED})
+    assert_exact(control, FORWARD, moving=True, method=method, options={"form": form, **KINKED.get(control, FIXED)})
 
 
 @pytest.mark.parametrize(("times", "moving"), [(FORWARD, False), (BACKWARD, True)])

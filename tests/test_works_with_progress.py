@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revsolve import AcceptedStep, odeint, odeint_event
+from revsolve import AcceptedStep, LinearPath, cdeint, odeint, odeint_event, sdeint
 from tests.front_doors import DOORS, difference, gradients, make_net, make_y0
 
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
@@ -87,6 +87,25 @@ def test_events_and_dense_output_and_times_of_each_sample_tell_their_steps() -> 
     times = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     odeint(decay, torch.ones(2, 3), times, method="rk4", options={"step_size": 0.5}, callback=seen.append)
     assert seen[-1].y.shape == (2, 3)
+
+
+def test_so_do_those_of_controlled_and_stochastic_equations() -> None:
+    seen: list[AcceptedStep] = []
+    X, z0 = LinearPath(torch.tensor([[[0.0], [1.0]]] * 2)), torch.ones(2, 3)
+    watched: dict[str, Any] = {"callback": seen.append, "progress": True}
+
+    def growth(t: Tensor, z: Tensor) -> Tensor:
+        return z.unsqueeze(-1)
+
+    cdeint(X, growth, z0, X.interval, options={"dense": True}, **watched)
+    assert seen[-1].t == 1.0
+    event_t, _ = cdeint(X, growth, z0, X.interval, event_fn=lambda t, z: z.sum() - 8.0, **watched)
+    assert 0.0 < seen[-1].t <= float(event_t)
+    times = torch.tensor([[0.0, 0.2], [0.5, 0.9]])
+    cdeint(X, growth, z0, times, **watched)
+    assert seen[-1].y.shape == (2, 3)
+    sdeint((lambda t, y: -y, lambda t, y: y), z0, times, dt=0.1, **watched)
+    assert (seen[-1].number, seen[-1].t, seen[-1].y.shape) == (7, 1.0, (2, 3))
 
 
 @pytest.mark.parametrize("settings", [{"options": {"step_size": 0.1}}, {"rtol": 1e-3, "atol": 1e-3}])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
+from revsolve.core.stepper import Grid
 from revsolve.drivers.control import Control
 from revsolve.drivers.piecewise import check_inside
+from revsolve.grids import distance
 from revsolve.packing import Packing
 from revsolve.problem import check_choice
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.steps import Tolerances, adapts, given
 
+CLOSE = 1e-9  # knots nearer than so much of the whole to an output time give way to it
 FORMS = ("derivative", "increment")
 RTOL, ATOL = 1e-4, 1e-6  # as torchcde has them
 Tolerance = float | Tensor | None
@@ -90,12 +93,22 @@ def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
     return "direct"
 
 
-def refuse_kinks(control: Control, times: list[float]) -> None:
-    """Raise where a gradient with respect to output times is wanted but does not exist."""
-    kinks = {*control.jump_times.tolist()} & {*times[1:-1]}
-    if kinks:
-        t = min(kinks)
+def refuse_kinks(kinks: Sequence[float], times: list[float], grid: Grid | None) -> None:
+    """Raise where a gradient with respect to output times is wanted but does not exist, or would not be seen by fixed steps."""
+    on_output = {*kinks} & {*times[1:-1]}
+    if on_output:
+        t = min(on_output)
         raise ValueError(
             f"t[{times.index(t)}] = {t} lies where dX/dt jumps, so that the solution has no derivative with respect to it: shift "
             "it, pass t.detach(), or step by options={'form': 'increment'}."
+        )
+    if grid is None:
+        return
+    lowest, highest = sorted((times[0], times[-1]))
+    met = sorted([grid.times[n] for n in grid.pinned] + times)
+    missed = [t for t in kinks if lowest < t < highest and distance(t, met) > CLOSE * (highest - lowest)]
+    if missed:
+        raise ValueError(
+            f"t requires a gradient, but dX/dt jumps at {missed[0]}, within a step that moves with t, and the gradient would not "
+            "know: leave out step_size, so that steps go from knot to knot, pass t.detach(), or step by options={'form': 'increment'}."
         )

@@ -206,18 +206,18 @@ class _Equation:
     def at_times(self, t: Any) -> Solution:
         times = check_times(t)
         moving = t if isinstance(t, Tensor) and t.requires_grad else None
-        if moving is not None and self.form == "derivative":
-            refuse_kinks(self.control, times)
         with torch.no_grad():
             make = self.steps(times, self.rates, t)
+        grid = None if adapts(self.scheme, self.options, self.tolerances) else make().grid
+        if moving is not None:
+            refuse_kinks(self.kinks, times, grid)
         if len(times) == 1:
             return Solution(torch.as_tensor(t), self.results(self.x0[None], 1), Stats(), times)
         drive, span = self.drive(self.control), times[:2]
-        if not adapts(self.scheme, self.options, self.tolerances):
-            grid = make().grid.times
-            span = list(asked_for(self.scheme, grid[:2])[0][1:])
+        if grid is not None:
+            span = list(asked_for(self.scheme, grid.times[:2])[0][1:])
             if moving is None:
-                drive = drive.tabulated(self.scheme, grid, ROWS_PER_KNOT * len(self.control.grid_points))
+                drive = drive.tabulated(self.scheme, grid.times, ROWS_PER_KNOT * len(self.control.grid_points))
         term = whole(cde_term(self.func, self.packing, drive))
         problem = self.problem(term, span, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving)
