@@ -110,5 +110,6 @@ def refuse_kinks(kinks: Sequence[float], times: list[float], grid: Grid | None) 
     if missed:
         raise ValueError(
             f"t requires a gradient, but dX/dt jumps at {missed[0]}, within a step that moves with t, and the gradient would not "
-            "know: leave out step_size, so that steps go from knot to knot, pass t.detach(), or step by options={'form': 'increment'}."
+            "know: leave out step_size, so that steps go from knot to knot, pass t.detach(), or step by options={'form': "
+            "'increment'}."
         )
