@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Callable
 
 from revsolve.core.coupling import Scheme
@@ -67,12 +66,17 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
     )
 
 
-@functools.cache
+MADE: dict[str, Scheme] = {}  # torch.compile knows no functools.cache
+
+
 def _named(method: str) -> Scheme:
-    if method in NATIVE:
-        return NATIVE[method]()
-    tableau = TABLEAUS[method.removeprefix("rev_")]
-    return plain(tableau) if method in TABLEAUS else reversible(tableau)
+    if method not in MADE:
+        tableau = TABLEAUS.get(method.removeprefix("rev_"))
+        if tableau is None:
+            MADE[method] = NATIVE[method]()
+        else:
+            MADE[method] = plain(tableau) if method in TABLEAUS else reversible(tableau)
+    return MADE[method]
 
 
 def _refuse_parameter(name: str, value: float | None, method: object, owner: str) -> None:
