@@ -106,7 +106,9 @@ class Clock:
             if len(self.recent) >= REMEMBERED_TIMES:
                 self.recent.clear()
             found = torch.full((), t, dtype=self.dtype, device=self.device)
-            if not wrapped(found):  # not that of a transform, which ends before the solve does
+            if torch.compiler.is_compiling() or not wrapped(
+                found
+            ):  # not that of a transform, which ends before the solve does
                 self.recent[t] = found
         return found
 

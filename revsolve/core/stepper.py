@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -104,6 +104,7 @@ class FixedGrid:
         self.grid = Grid(times, outputs, pinned=list(pinned), longest_run=LONGEST_RUN)
         self.num_steps = self.num_rejected = 0
         self.num_total = len(times) - 1
+        self.next_output = 0  # which of them; bisection would be a riddle to torch.compile
 
     @property
     def done(self) -> bool:
@@ -111,14 +112,16 @@ class FixedGrid:
 
     def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         n, outputs = self.num_steps, self.grid.outputs
-        stop = min(limit, n + LONGEST_RUN, outputs[bisect_right(outputs, n)])
+        while outputs[self.next_output] <= n:
+            self.next_output += 1
+        stop = min(limit, n + LONGEST_RUN, outputs[self.next_output])
         pair, _ = step(pair, self.grid.times[n : stop + 1], restart)
         self.num_steps = stop
         return pair
 
     def rewind(self, num_steps: int) -> None:
         self.num_rejected += self.num_steps - num_steps
-        self.num_steps = num_steps
+        self.num_steps, self.next_output = num_steps, 0
 
     def tolerance(self, size: float) -> float:
         return 0.0
