@@ -16,26 +16,41 @@ from torch.utils._pytree import tree_flatten
 from revsolve.core.arithmetic import Scalar
 from revsolve.packing import Packing
 
-# The share of the pair's digits that may be lost between two anchors: what is left must be more than the gradient needs. A field
-# that computes with fewer digits sees the same numbers again as long as what is lost stays below its own rounding.
-SHARE, NARROW_SHARE = 0.28, 0.39
+# The share of the digits that undoing may cost between two anchors, where f computes as precisely as the pair is kept.
+SHARE = 0.26
+# A narrower f sees the same numbers again, but for the few so close to a boundary between two of its numbers that the pair's
+# rounding moves them across; that change, of the size of f's rounding, then grows as well. In the root mean square it must stay
+# this many times smaller than f's rounding, for gradients can be a thousand times as sensitive as states.
+MARGIN = 32.0
+SPARE_BITS = 13  # of the pair, for values of f that are smaller than others
 
 
-def anchor_spacing(beta: Scalar, pair: torch.dtype, computed: torch.dtype) -> int:
-    """How many steps may be undone before rounding, multiplied by (1 - beta)**-2 in each, has cost too many digits.
+def anchor_spacing(beta: Scalar, pair: torch.dtype, computed: torch.dtype, value: torch.dtype) -> int:
+    """How many steps may be undone before rounding, multiplied by (1 - beta)**-2 in each, has cost too much: with a pair of this
+    dtype, an f that computes in a second one, and values of f of a third.
 
     Raises:
-        ValueError: dividing by 1 - beta once costs too many.
+        ValueError: dividing by 1 - beta once costs too much.
     """
-    eps = torch.finfo(pair).eps
+    eps, own = torch.finfo(pair).eps, torch.finfo(computed).eps
     least = float((1.0 - beta.detach()).abs().min()) if isinstance(beta, Tensor) else abs(1.0 - beta)
-    allowed = eps ** (SHARE if torch.finfo(computed).eps <= eps else NARROW_SHARE)
-    if least < allowed:
+    if own > eps:
+        growth, closest = math.sqrt(own / eps) / MARGIN, (eps / own) ** (1 / 3)
+    else:
+        growth, closest = eps**-SHARE, eps**SHARE
+    if least < closest:
         raise ValueError(
-            f"beta is {least:.1e} away from 1, but undoing steps in {pair} needs {allowed:.1e}: move beta away from 1, or use "
+            f"beta is {least:.1e} away from 1, but undoing steps in {pair} needs {closest:.1e}: move beta away from 1, or use "
             "gradient='checkpoint'."
         )
-    return max(1, int(math.log(allowed) / (2 * math.log(least))))
+    steps = int(math.log(max(growth, 1.0)) / (-2 * math.log(least)))
+    return max(1, steps, 0 if isinstance(beta, Tensor) else _exact_steps(least, eps, torch.finfo(value).eps))
+
+
+def _exact_steps(least: float, eps: float, value_eps: float) -> int:
+    """How many steps are undone without any rounding: 1 - beta = 2**-m costs 2 m bits a step, and the pair has some to spare."""
+    fraction, exponent = math.frexp(least)
+    return int((math.log2(value_eps / eps) - SPARE_BITS) / (2 * (1 - exponent))) if fraction == 0.5 else 0
 
 
 def pair_dtype_of(packing: Packing, wanted: torch.dtype | None) -> torch.dtype:

@@ -101,7 +101,9 @@ def fixed_point(
         method: "reversible", or for comparison "simple", "relaxed" (by beta) or "anderson".
         beta: how far a step goes, in (0, 2) but not 1: a number, a tensor that broadcasts against z (shape (channels, 1, 1) for
             one number a channel) or a pytree of these like z0. It gets a gradient. Undoing a step divides by 1 - beta, so
-            gradient="reversible" needs |1 - beta| >= 8e-7 (4e-5 if f computes in float64 too; 2e-3 and 1e-2 with float32 pairs).
+            gradient="reversible" needs |1 - beta| >= 1.3e-3 (3e-5 if f computes in bfloat16, 9e-5 if in float64; with float32
+            pairs 0.03 and, if f computes in float32, 0.016). Where 1 - beta is a power of 1/2, as for 0.5 and 0.75, fewer
+            states are stored.
         tol: stop at this residual; 0 makes exactly max_steps steps and measures none.
         max_steps: the most steps; a callable without arguments is called for it, to draw it at random in training.
         min_steps: the fewest steps.
@@ -199,7 +201,7 @@ def _iterate(
         problem.narrow, problem.wide = x0.dtype, wide
     if problem.gradient == "reversible":
         computed = computed_dtype(term.packing)
-        problem.anchor_every = anchor_every or anchor_spacing(beta, wide, computed)
+        problem.anchor_every = anchor_every or anchor_spacing(beta, wide, computed, x0.dtype)
         problem.rounding = max(torch.finfo(computed).eps, torch.finfo(wide).eps)
         problem.remedy = (
             "store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64"
