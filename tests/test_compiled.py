@@ -114,16 +114,16 @@ def test_programs_are_found_again() -> None:
     """By new modules and closures that do the same, after updates, at other times and for other numbers of steps."""
     field = Network().double()
     through(field)
-    made = len(PROGRAMS.made)
+    made = len(PROGRAMS.known)
     with torch.no_grad():
         field.net[0].weight.mul_(2.0)
     code = torch.randn(3, dtype=torch.float64)
     through(field)
     through(Network().double(), steps=30)
     through(lambda t, y: field(t, y))
-    assert len(PROGRAMS.made) == made
+    assert len(PROGRAMS.known) == made
     through(lambda t, y: field(t, y) + code)
-    assert len(PROGRAMS.made) == made + 1
+    assert len(PROGRAMS.known) == made + 1
 
 
 class Scaled(nn.Module):

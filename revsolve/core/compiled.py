@@ -35,13 +35,13 @@ class Compiled:
         """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
         stepper, memo = problem.make_stepper(), Memo(problem.term)
         assert isinstance(stepper, FixedGrid)
+        pair: Pair = (problem.widened(y0), None)
         if problem.first_value is not None:
-            memo.num_evaluations, memo.latest = 1, (y0, *problem.first_value)
+            memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
         grid, segments = stepper.grid, _segments(problem, stepper)
         self.setting = Setting(problem, grid, y0, self.way)
         ahead = Ahead(self.setting, grid, y0)
-        pair: Pair = (y0, None)
         while not stepper.done:
             start, begin = stepper.num_steps, pair
             restart = problem.scheme.reversible and (segments.resets or start == 0)

@@ -75,17 +75,18 @@ class Program:
 
 
 class Programs:
-    """Programs by what they do; the one used longest ago is dropped where there are too many."""
+    """Programs, ahead and back, by what they do; those used longest ago are dropped where there are too many."""
 
     def __init__(self) -> None:
-        self.made: dict[Hashable, Program] = {}
+        self.known: dict[Hashable, dict[bool, Program]] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        program = self.made.pop(key, None) or make()
-        self.made[key] = program
-        if len(self.made) > MOST_PROGRAMS:
-            del self.made[next(iter(self.made))]
-        return program
+    def made(self, key: Hashable) -> dict[bool, Program]:
+        """The programs of this key that there are: further ones are put there."""
+        found = self.known.pop(key, None) or {}
+        self.known[key] = found
+        if len(self.known) > MOST_PROGRAMS:
+            del self.known[next(iter(self.known))]
+        return found
 
 
 PROGRAMS = Programs()

@@ -30,26 +30,29 @@ class Setting:
     """What both directions share: the method's updates, the grid as tensors, the field and what it uses from outside."""
 
     def __init__(self, problem: Problem, grid: Grid, y: Tensor, way: Compiler) -> None:
-        self.scheme, self.term, self.way = problem.scheme, problem.term, way
+        self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.narrow, problem.wide
         self.lead, self.rest = split(problem.scheme)
+        self.term = problem.term
         text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1])
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
-        narrow = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-        self.key = (problem.scheme, way, text, narrow, y.shape, y.stride(), y.dtype, len(self.times), len(grid.outputs))
+        states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs))
+        autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+        self.programs = PROGRAMS.made((problem.scheme, way, text, *autocast, *states))
 
     def program(
         self, step: Callable[..., Any], ahead: bool, carried: list[Tensor], constant: list[Tensor], changed: range
     ) -> Program:
         """The program that repeats the step, made now unless there is one."""
-
-        def make() -> Program:
+        if ahead not in self.programs:
             counts: list[int] = []
             run = loop(lambda *inputs: step(counts, *inputs), ahead, carried, constant, changed, self.way)
-            return Program(run, counts[-1])
+            self.programs[ahead] = Program(run, counts[-1])
+        return self.programs[ahead]
 
-        return PROGRAMS.get((step.__qualname__, *self.key), make)
+    def narrowed(self, y: Tensor) -> Tensor:
+        return y if self.narrow is None else y.to(self.narrow)
 
 
 class Ahead:
@@ -59,7 +62,7 @@ class Ahead:
         self.setting, self.num_evaluations = setting, 0
         self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
         self.ys[0] = y0
-        self.gap = torch.zeros((), dtype=y0.real.dtype)
+        self.gap = torch.zeros((), dtype=(setting.wide or y0.dtype).to_real())
         self.constant = [setting.times, setting.due, self.ys, *(x.detach() for x in setting.outside)]
 
     def __call__(self, pair: Pair, start: int, stop: int) -> Pair:
@@ -89,7 +92,8 @@ class Ahead:
                 )
             row = _at(due, n + 1)
             place = row.clamp(min=0).reshape(1)
-            ys.index_copy_(0, place, torch.where(row >= 0, pair[0][None], ys.index_select(0, place)))
+            y = setting.narrowed(pair[0])
+            ys.index_copy_(0, place, torch.where(row >= 0, y[None], ys.index_select(0, place)))
             for update in setting.lead:  # after the last step over no time at all
                 pair = advance(over(update, t1, t2), pair, memo)
         counts.append(memo.num_evaluations)
@@ -108,7 +112,7 @@ class Back:
 
     def __call__(self, pair: Pair, grads: list[Tensor | None], start: int, stop: int) -> Pair:
         """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
-        filled = [torch.zeros_like(pair[0]) if g is None else g for g in grads]
+        filled = [torch.zeros_like(pair[0], dtype=self.setting.narrow) if g is None else g for g in grads]
         y, z = pair
         assert z is not None
         carried, constant = [y, z, *filled], [torch.tensor(stop), *self.constant]
@@ -124,7 +128,7 @@ class Back:
         t0, t1, t2 = (_at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
         outside, sums = others[: len(setting.outside)], others[len(setting.outside) :]
         leaves = [x.detach() for x in outside]
-        tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted])
+        tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted], setting.narrow)
         pair: Pair = (y, z)
         grads: list[Tensor | None] = [grad_y, grad_z]
         with torch.enable_grad(), Swap(setting.outside, leaves):
@@ -156,8 +160,8 @@ class _Memo(Memo):
 class _Recorder(Tape):
     """A tape whose gradients of tensors are results of the recording, `found`."""
 
-    def __init__(self, term: Term, tensors: Sequence[Tensor]) -> None:
-        super().__init__(term, tensors, lambda outputs, own: None)
+    def __init__(self, term: Term, tensors: Sequence[Tensor], narrow: torch.dtype | None) -> None:
+        super().__init__(term, tensors, lambda outputs, own: None, narrow)
         self.memo, self.audit_due = _Memo(term), False
         self.found: list[Tensor | None] = [None for _ in tensors]
 

@@ -83,6 +83,7 @@ def fixed_point(
     full_output: bool = False,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
 ) -> Any:
     """The fixed point `z = f(z, *args)`, reached from z0, with the exact gradient of the iteration that was made.
 
@@ -120,6 +121,7 @@ def fixed_point(
         full_output: return a `FixedPoint` instead of z alone.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every step; by the methods for comparison only if tol > 0.
+        compile: make machine code of the steps, as in `odeint`: for the reversible method, tol=0 and a number beta.
 
     Returns:
         The last y: like z0.
@@ -154,9 +156,11 @@ def fixed_point(
             wide = pair_dtype_of(packing, pair_dtype)
             betas = packed_beta(beta, packing, wide.to_real())
             watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
-            y, stats = _iterate(term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch)
+            y, stats = _iterate(
+                term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch, compile
+            )
         else:
-            refuse(method, ("reversible",), pair_dtype=pair_dtype, anchor_every=anchor_every)
+            refuse(method, ("reversible",), compile=compile or None, pair_dtype=pair_dtype, anchor_every=anchor_every)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
             betas = packed_beta(beta, packing, x0.real.dtype)
             y, stats = equilibrium(
@@ -184,6 +188,7 @@ def _iterate(
     convergence: Convergence,
     owners: tuple[Any, ...],
     watch: Callable[[Callable[[], Stepper]], Callable[[], Stepper]],
+    compile: bool | Mapping[str, Any],  # noqa: A002
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
     if transformed() and criterion.tol > 0:
@@ -209,6 +214,12 @@ def _iterate(
     problem.explain = lambda t, y: (
         f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
     )
+    if compile:
+        from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+
+        if isinstance(beta, Tensor):
+            raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
+        compiled(problem, compile, x0)
     y = solve(problem, x0, None)[0]
     return y, problem.stats
 
