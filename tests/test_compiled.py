@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revsolve import alf, method_names, odeint, reversible
+from revsolve import alf, fixed_point, method_names, odeint, reversible, sdeint
 from revsolve.core.programs import PROGRAMS, CompilationError
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
@@ -212,3 +212,66 @@ def test_compile_must_say_how() -> None:
 def test_a_field_that_looks_at_numbers() -> None:
     with pytest.raises(CompilationError, match=r"may not look at numbers.*compile=False"):
         through(lambda t, y: -y if t < 0.5 else y)
+
+
+class Noise(nn.Module):
+    """A drift, a diffusion and the drift of a prior that share a network."""
+
+    def __init__(self, noise_type: str, sde_type: str) -> None:
+        super().__init__()
+        self.noise_type, self.sde_type = noise_type, sde_type
+        self.net, self.volatility = nn.Linear(3, 3).double(), nn.Linear(3, 6).double()
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.net(y)) * torch.cos(t)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        several = torch.tanh(self.volatility(y)).view(*y.shape, 2)
+        return several if self.noise_type == "general" else 0.5 + 0.2 * several[..., 0]
+
+    def h(self, t: Tensor, y: Tensor) -> Tensor:
+        return -y
+
+
+@pytest.mark.parametrize("restarts", ["auto", 3, None])
+@pytest.mark.parametrize("method", ["reversible_heun", "rev_midpoint"])
+@pytest.mark.parametrize(
+    ("noise", "kind", "logqp"),
+    [("general", "stratonovich", False), ("diagonal", "stratonovich", True), ("diagonal", "ito", False)],
+)
+def test_sdeint(noise: str, kind: str, logqp: bool, method: str, restarts: Any) -> None:
+    sde, y0, ts = Noise(noise, kind), torch.ones(2, 3, dtype=torch.float64, requires_grad=True), [0.0, 0.3, 1.7]
+
+    def gradients(**solve: Any) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        way: dict[str, Any] = {"method": method, "dt": 0.1, "logqp": logqp, "restarts": restarts}
+        out = sdeint(sde, y0, ts, **way, **solve)
+        loss = loss_of(out)
+        inputs = {"y0": y0, **dict(sde.named_parameters())}
+        found = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+        return {"loss": loss.detach(), **dict(zip(inputs, found, strict=True))}
+
+    assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
+
+
+@pytest.mark.parametrize("settings", [{}, {"anchor_every": 3}, {"beta": 0.5}], ids=str)
+def test_fixed_point(settings: dict[str, Any]) -> None:
+    net, x = nn.Linear(3, 3).double(), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = {"x": x, **dict(net.named_parameters())}
+
+    def gradients(**solve: Any) -> dict[str, Tensor]:
+        f = lambda z, x: 0.5 * torch.tanh(net(z)) + x  # noqa: E731
+        z = fixed_point(f, torch.zeros_like(x), args=x, tol=0, max_steps=8, **settings, **solve)
+        return dict(zip(inputs, torch.autograd.grad(z.square().sum(), list(inputs.values())), strict=True))
+
+    assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
+
+
+def test_what_other_front_doors_refuse() -> None:
+    y0, noise = torch.ones(2, 3), (lambda t, y: -y, lambda t, y: 0.1 * torch.ones_like(y))
+    with pytest.raises(ValueError, match="space-time area"):
+        sdeint(noise, y0, [0.0, 1.0], dt=0.1, method="rev_slowrk", compile=RECORDED)
+    with pytest.raises(ValueError, match="beta that is a number"):
+        fixed_point(torch.cos, y0, beta=torch.tensor(0.5), tol=0, compile=RECORDED)
+    with pytest.raises(ValueError, match="fixed steps"):
+        fixed_point(torch.cos, y0, compile=RECORDED)

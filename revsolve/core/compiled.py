@@ -17,7 +17,7 @@ from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.engine import _certify, _mismatch
 from revsolve.core.march import Problem, _accept, _last_step, _non_finite, _segments, size_of
 from revsolve.core.programs import Compiler, compiler
-from revsolve.core.recorded import Ahead, Back, Setting, Updates
+from revsolve.core.recorded import Ahead, Back, Driver, Setting, Undriven, Updates
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape
@@ -26,8 +26,8 @@ from revsolve.core.tape import Memo, Tape
 class Compiled:
     """How a problem is solved by programs; `march` and `undo` do what the functions of these names do."""
 
-    def __init__(self, way: Compiler) -> None:
-        self.way = way
+    def __init__(self, way: Compiler, driven: Any) -> None:
+        self.way, self.driven = way, driven
 
     def march(
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
@@ -40,7 +40,9 @@ class Compiled:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
         grid, segments = stepper.grid, _segments(problem, stepper)
-        self.setting = Setting(problem, grid, y0, self.way)
+        most = segments.longest if segments.resets else segments.length
+        driver = Undriven() if self.driven is None else Driver(self.driven, problem.scheme, grid, most)
+        self.setting = Setting(problem, grid, y0, self.way, driver)
         ahead = Ahead(self.setting, grid, y0)
         while not stepper.done:
             start, begin = stepper.num_steps, pair
@@ -113,13 +115,13 @@ def _advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> P
     return pair
 
 
-def compiled(problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None) -> None:
-    """Let the problem be solved by programs, as `compile=` says."""
+def compiled(problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, driven: Any = None) -> None:
+    """Let the problem be solved by programs, as `compile=` says. `driven` has a `path` that drives the term, by noise."""
     way = compiler(given)
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
     _check(problem, x0)
-    problem.compiled = Compiled(way)
+    problem.compiled = Compiled(way, driven)
 
 
 def _check(problem: Problem, x0: Tensor) -> None:

@@ -7,12 +7,13 @@ Where a method evaluates the field at the end of a step and again at the start o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, accumulate
+from revsolve.core.arithmetic import Time, accumulate, moment
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
 from revsolve.core.march import Problem, size_of
 from revsolve.core.programs import PROGRAMS, Compiler, Program, loop
@@ -26,14 +27,67 @@ LEAST_TIMES = (
 Updates = tuple[CouplingUpdate, ...]
 
 
+class Driver:
+    """Stands for what drives a term (its `path`, asked for spans) in recordings: a row of a table, one for every step.
+
+    The path is given by number for the spans of the updates of a step, at most `most` steps at a time.
+    """
+
+    def __init__(self, term: Any, scheme: Scheme, grid: Grid, most: int) -> None:
+        self.term, self.path, self.times, self.most = term, term.path, grid.times, most
+        self.spans = [(u.start, u.end) for u in scheme.updates if u.increment is not None]
+        self.now = self.first = self.path(*self.times[:2])
+
+    def table(self, start: int, stop: int) -> Tensor:
+        """The path over the spans of the steps start..stop, and zeros: (most + 1, spans, ...)."""
+        rows = self.first.new_zeros(self.most + 1, len(self.spans), *self.first.shape)
+        for row, (t0, t1) in zip(rows, pairwise(self.times[start : stop + 1]), strict=False):
+            for entry, (a, b) in zip(row, self.spans, strict=True):
+                entry.copy_(self.path(moment(t0, t1, a), moment(t0, t1, b)))
+        return rows
+
+    def turn(self, update: CouplingUpdate, row: Tensor) -> None:
+        """Answer with the entry of this update from now on."""
+        if update.increment is not None:
+            self.now = row[self.spans.index((update.start, update.end))]
+
+    def __call__(self, t0: Time, t1: Time) -> Tensor:
+        return self.now
+
+    def __enter__(self) -> None:
+        self.term.path = self
+
+    def __exit__(self, *error: object) -> None:
+        self.term.path, self.now = self.path, self.first
+
+
+class Undriven:
+    """In the place of a `Driver` where nothing drives the term: a table of nothing."""
+
+    now = torch.zeros(0)
+
+    def table(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(1)
+
+    def turn(self, update: CouplingUpdate, row: Tensor) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 class Setting:
     """What both directions share: the method's updates, the grid as tensors, the field and what it uses from outside."""
 
-    def __init__(self, problem: Problem, grid: Grid, y: Tensor, way: Compiler) -> None:
+    def __init__(self, problem: Problem, grid: Grid, y: Tensor, way: Compiler, driver: Driver | Undriven) -> None:
         self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.narrow, problem.wide
         self.lead, self.rest = split(problem.scheme)
-        self.term = problem.term
-        text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1])
+        self.term, self.driver = problem.term, driver
+        with driver:
+            text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1], driver.now)
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
@@ -63,14 +117,17 @@ class Ahead:
         self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
         self.ys[0] = y0
         self.gap = torch.zeros((), dtype=(setting.wide or y0.dtype).to_real())
-        self.constant = [setting.times, setting.due, self.ys, *(x.detach() for x in setting.outside)]
+        self.outside = [x.detach() for x in setting.outside]
 
     def __call__(self, pair: Pair, start: int, stop: int) -> Pair:
         if start == stop:
             return pair
         carried = [self.gap, *(x for x in pair if x is not None)]
-        program = self.setting.program(self.step, True, carried, self.constant, range(2, 3))
-        _, self.gap, *after = program.run(torch.tensor(start), *carried, torch.tensor(stop), *self.constant)
+        setting, number = self.setting, torch.tensor(start)
+        table = setting.driver.table(start, stop)
+        constant = [setting.times, setting.due, self.ys, number, table, *self.outside]
+        program = setting.program(self.step, True, carried, constant, range(2, 3))
+        _, self.gap, *after = program.run(number, *carried, torch.tensor(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
 
@@ -79,12 +136,14 @@ class Ahead:
 
     def step(self, counts: list[int], n: Tensor, gap: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting, size = self.setting, 2 if self.setting.scheme.reversible else 1
-        y, z, (stop, times, due, ys, *outside) = inputs[0], inputs[1] if size == 2 else None, inputs[size:]
+        y, z = inputs[0], inputs[1] if size == 2 else None
+        stop, times, due, ys, first, table, *outside = inputs[size:]
         t0, t1, t2 = (_at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair: Pair = (y, z)
         memo = _Memo(setting.term)
-        with torch.no_grad(), Swap(setting.outside, outside):
+        with torch.no_grad(), Swap(setting.outside, outside), setting.driver:
             for update in setting.rest:
+                setting.driver.turn(update, _row(table, n - first))
                 pair = advance(over(update, t0, t1), pair, memo)
             if z is not None and pair[1] is not None:
                 gap = size_of(
@@ -95,6 +154,7 @@ class Ahead:
             y = setting.narrowed(pair[0])
             ys.index_copy_(0, place, torch.where(row >= 0, y[None], ys.index_select(0, place)))
             for update in setting.lead:  # after the last step over no time at all
+                setting.driver.turn(update, _row(table, n + 1 - first))
                 pair = advance(over(update, t1, t2), pair, memo)
         counts.append(memo.num_evaluations)
         return n + 1, gap.clone(), *(x.clone() for x in pair if x is not None)
@@ -107,37 +167,40 @@ class Back:
         self.setting, self.num_evaluations = setting, 0
         used = [setting.outside[i] for i, _ in setting.wanted]
         self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
-        outside = (x.detach() for x in setting.outside)
-        self.constant = [setting.times, setting.due, grad_ys.contiguous(), *outside, *self.sums]
+        self.grad_ys, self.outside = grad_ys.contiguous(), [x.detach() for x in setting.outside]
 
     def __call__(self, pair: Pair, grads: list[Tensor | None], start: int, stop: int) -> Pair:
         """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
         filled = [torch.zeros_like(pair[0], dtype=self.setting.narrow) if g is None else g for g in grads]
         y, z = pair
         assert z is not None
-        carried, constant = [y, z, *filled], [torch.tensor(stop), *self.constant]
+        setting, carried, first, last = self.setting, [y, z, *filled], torch.tensor(start), torch.tensor(stop)
+        table = setting.driver.table(start, stop)
+        constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
         count = len(constant)
-        program = self.setting.program(self.step, False, carried, constant, range(count - len(self.sums), count))
-        _, y, z, *grads[:] = program.run(torch.tensor(stop), *carried, torch.tensor(start), *constant)
+        program = setting.program(self.step, False, carried, constant, range(count - len(self.sums), count))
+        _, y, z, *grads[:] = program.run(last, *carried, first, *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return y, z
 
     def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting = self.setting
-        y, z, grad_y, grad_z, _, end, times, due, grad_ys, *others = inputs
+        y, z, grad_y, grad_z, first, end, times, due, grad_ys, table, *others = inputs
         t0, t1, t2 = (_at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
         outside, sums = others[: len(setting.outside)], others[len(setting.outside) :]
         leaves = [x.detach() for x in outside]
         tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted], setting.narrow)
         pair: Pair = (y, z)
         grads: list[Tensor | None] = [grad_y, grad_z]
-        with torch.enable_grad(), Swap(setting.outside, leaves):
+        with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
             for update in reversed(setting.lead):
+                setting.driver.turn(update, _row(table, n - first))
                 pair = pull_back(over(update, t1, t2), pair, grads, tape)
             row = _at(due, n)
             found = grad_ys.index_select(0, row.clamp(min=0).reshape(1))[0]
             grads[0] = accumulate(grads[0], torch.where(row >= 0, found, torch.zeros_like(found)))
             for update in reversed(setting.rest):
+                setting.driver.turn(update, _row(table, n - 1 - first))
                 pair = pull_back(over(update, t0, t1), pair, grads, tape)
             tape.flush(grads)
         for total, grad in zip(sums, tape.found, strict=True):
@@ -183,6 +246,10 @@ def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:
     due = torch.full((length,), -1)
     due[torch.tensor(grid.outputs)] = torch.arange(len(grid.outputs))
     return times, due
+
+
+def _row(table: Tensor, n: Tensor) -> Tensor:
+    return table.index_select(0, n.clamp(max=len(table) - 1).reshape(1))[0]
 
 
 def _at(values: Tensor, n: Tensor) -> Tensor:

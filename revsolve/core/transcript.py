@@ -57,9 +57,12 @@ class Transcript(TorchDispatchMode):
         return self.names[id(x)]
 
 
-def transcript(term: Term, t: Time, x: Tensor, t1: Time) -> tuple[tuple[Hashable, ...], list[Tensor]]:
-    """What one evaluation at (t, x), and its product over t -> t1, do; and the tensors from outside that they use."""
-    with torch.no_grad(), Transcript([x]) as written:
+def transcript(term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor) -> tuple[tuple[Hashable, ...], list[Tensor]]:
+    """What one evaluation at (t, x), and its product over t -> t1, do; and the tensors from outside that they use.
+
+    `drive` is what the term is driven by over t -> t1, no tensor from outside.
+    """
+    with torch.no_grad(), Transcript([x, drive]) as written:
         value = term.value(t, x)
         term.product(value, t, t1)
     return tuple(written.lines), written.outside

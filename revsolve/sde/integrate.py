@@ -60,6 +60,7 @@ def sdeint(
     event_fn: None = None,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
 ) -> Any:
     """Solve `dy = f(t, y) dt + g(t, y) dW` from `y(ts[0]) = y0`, with exact gradients of the discrete solve.
 
@@ -95,6 +96,7 @@ def sdeint(
         event_fn: raises: steps do not resolve the first crossing of a rough path (docs/events.md).
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
+        compile: make machine code of the steps, as in `odeint`; not for methods that use space-time area.
 
     Returns:
         The states, shape (T, *y0.shape); with logqp the pair of them and log-ratios of shape (T - 1, *y0.shape[:-1]).
@@ -157,6 +159,12 @@ def sdeint(
     if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
         term.on_demand = False
     problem.explain = _explain(rates)
+    if compile:
+        from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+
+        if area or isinstance(clock, ClockOfEach):
+            raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
+        compiled(problem, compile, x0, driven=term.term if isinstance(term, LogRatioTerm) else term)
     ys = _results(solve(problem, x0, None), logqp)
     if not full_output:
         return ys
