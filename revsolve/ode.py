@@ -101,7 +101,7 @@ def odeint(
         return event_t, solution if full_output else solution.ys
     if isinstance(t, Tensor) and t.ndim == 2:
         solution = at_times_of_each(equation, y0, t)
-    elif equation.options.pop("dense", False) and len(t) > 1:
+    elif equation.options.pop("dense", False):
         solution = equation.densely(t)
     else:
         solution = equation.at_times(t)
@@ -218,7 +218,7 @@ class _Equation:
             raise ValueError(
                 "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
             )
-        return densely(self, t)
+        return densely(self, t) if len(check_times(t)) > 1 else self.at_times(t)
 
     def at_times(self, t: Any) -> Solution:
         times = check_times(t)

@@ -136,6 +136,26 @@ def test_second_derivatives() -> None:
     assert curvature.item() == pytest.approx(-0.6 / 9.0, abs=CLOSE)
 
 
+def test_on_every_device(device: torch.device) -> None:
+    x = RISING[:, None].clone().to(device).requires_grad_()
+    X, z0 = HermitePath(x, KNOTS.to(device)), torch.ones(1, dtype=torch.float64, device=device)
+    t = ENDS.clone().to(device).detach().requires_grad_()
+    event_t, zs = cdeint(
+        X,
+        lambda t, z: z.unsqueeze(-1),
+        z0,
+        t,
+        event_fn=lambda t, z: z - 3.0,
+        method="rev_rk4",
+        options={"step_size": 0.05},
+    )
+    assert event_t.device.type == zs.device.type == device.type
+    slope, slope_t = torch.autograd.grad(event_t, (x, t))
+    # X(t) - X(0) = log 3: moving all the data moves nothing, nor does moving t[1].
+    assert slope.sum().item() == pytest.approx(0.0, abs=1e-6)
+    assert slope_t[1].item() == 0.0
+
+
 def test_full_output() -> None:
     X, z0 = LinearPath(RISING[:, None].expand(3, 7, 1), KNOTS), torch.ones(3, 1, dtype=torch.float64)
     event_t, solution = cdeint(

@@ -95,6 +95,15 @@ def test_a_repeated_time_holds_the_state() -> None:
     assert not torch.equal(ys[1, 2], ys[2, 2])
 
 
+def test_on_every_device(device: torch.device) -> None:
+    torch.manual_seed(0)
+    y0, sde = torch.rand(3, DIM, device=device).requires_grad_(), Timed("general").to(device)
+    ys = sdeint(sde, y0, TIMES.to(device), dt=0.1)
+    assert ys.device.type == device.type and ys.shape == (4, 3, DIM)
+    (grad,) = torch.autograd.grad(ys.sum(), y0)
+    assert bool(grad.isfinite().all())
+
+
 def test_full_output() -> None:
     torch.manual_seed(0)
     solution = sdeint(Timed("scalar"), torch.rand(3, DIM), TIMES, dt=0.11, full_output=True)
