@@ -19,6 +19,7 @@ from revsolve.core.tape import Term
 from revsolve.dense import Dense, every_step
 from revsolve.event_steps import Event, steps_until
 from revsolve.events import solve_until
+from revsolve.own_steps import check_own_steps, steps_of_each
 from revsolve.packing import Clock, Packing
 from revsolve.per_sample import ClockOfEach, check_times_of_each, steps_for_each
 from revsolve.problem import check_times, values_hidden
@@ -68,9 +69,31 @@ class Equation(Protocol):
         """Where time ends in the direction of the times."""
         ...
 
+    def at_times(self, t: Any) -> Solution:
+        """The solution at the times t, on which steps land."""
+        ...
+
+
+def solution_at(equation: Equation, y0: Any, t: Any) -> Solution:
+    """The solution at the times t, in the way that these and the options ask for."""
+    if isinstance(t, Tensor) and t.ndim == 2:
+        return at_times_of_each(equation, y0, t)
+    if equation.options.pop("steps_of_each", False):
+        raise ValueError(
+            "steps_of_each goes with times of each sample, t of shape (T, batch): pass t[:, None].expand(-1, batch) where they "
+            "are the same for all."
+        )
+    if equation.options.pop("dense", False) and len(check_times(t)) > 1:
+        return densely(equation, t)
+    return equation.at_times(t)
+
 
 def densely(equation: Equation, t: Any) -> Solution:
     """The solution at the times t, at least two, and in between: interpolated from steps that need not land on them."""
+    if equation.options.get("jump_t"):
+        raise ValueError(
+            "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
+        )
     times = check_times(t)
     clock = _clock(equation, t, times[0], times[-1])
     term = equation.term(clock)
@@ -95,9 +118,11 @@ def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
             "a path without kinks (HermitePath), or options={'form': 'increment'}."
         )
     term = equation.term(clock)
+    scheme, options, tolerances = equation.scheme, equation.options, equation.tolerances
+    own = check_own_steps(options.pop("steps_of_each", False), adapts(scheme, options, tolerances), options, kinks)
     with torch.no_grad():
-        options = equation.scheme, equation.options, equation.tolerances
-        make = steps_for_each(t, *options, term, equation.x0, kinks)
+        make = steps_for_each(t, scheme, options, tolerances, term, equation.x0, kinks)
+        make = steps_of_each(clock, make) if own else make
     problem = equation.problem(term, times, make, times[-1])
     xs = solve(problem, equation.x0, None) if len(times) > 1 else equation.x0[None]
     steps = times if problem.grid is None else problem.grid.times

@@ -16,7 +16,7 @@ from revsolve.core.engine import solve
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.equation import at_times_of_each, densely, until_event
+from revsolve.equation import densely, solution_at, until_event
 from revsolve.event_steps import EVENT_OPTIONS, FAR
 from revsolve.field_term import FieldTerm
 from revsolve.packing import Clock, Packing
@@ -61,7 +61,8 @@ def odeint(
             `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf).
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given. `dense`: steps need not land on output times, which are interpolated; keeps the
-            state after every step. `event_direction`: 1 or -1 for crossings from below or from above only.
+            state after every step. `steps_of_each`: with 2-D t, each sample has adaptive steps of its own length.
+            `event_direction`: 1 or -1 for crossings from below or from above only.
         gradient: "reversible" (undo the steps), "checkpoint" (about 2 sqrt(N) states) or "direct" (keep everything);
             by default the first that the method allows.
         restarts: "auto", a fixed number of steps, a `Restarts`, or None to switch them off (reversible methods only).
@@ -89,7 +90,7 @@ def odeint(
         >>> y[-1]
         tensor([0.3679])
     """
-    known = EVENT_OPTIONS if event_fn is not None else ("dense",)
+    known = EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each")
     solve_options = scheme_and_options(method, options, known)
     equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback, compile)
     if compile and (event_fn is not None or (isinstance(t, Tensor) and t.ndim == 2)):
@@ -99,12 +100,7 @@ def odeint(
     if event_fn is not None:
         event_t, solution = until_event(equation, t, event_fn)
         return event_t, solution if full_output else solution.ys
-    if isinstance(t, Tensor) and t.ndim == 2:
-        solution = at_times_of_each(equation, y0, t)
-    elif equation.options.pop("dense", False):
-        solution = equation.densely(t)
-    else:
-        solution = equation.at_times(t)
+    solution = solution_at(equation, y0, t)
     return solution if full_output else solution.ys
 
 
@@ -212,13 +208,6 @@ class _Equation:
 
     def end(self, times: list[float]) -> float:
         return math.copysign(FAR, times[1] - times[0])
-
-    def densely(self, t: Any) -> Solution:
-        if self.options.get("jump_t"):
-            raise ValueError(
-                "dense output is smooth, so it cannot cross jump_t: solve from jump to jump, or leave out 'dense'."
-            )
-        return densely(self, t) if len(check_times(t)) > 1 else self.at_times(t)
 
     def at_times(self, t: Any) -> Solution:
         times = check_times(t)

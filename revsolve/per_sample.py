@@ -55,7 +55,8 @@ def check_times_of_each(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0")
 class ClockOfEach:
     """The time of each sample, a vector for the field, and how much of it passes, shaped to multiply values like `x0`.
 
-    t: (T, batch), any device; x0: (batch, ...).
+    t: (T, batch), any device; x0: (batch, ...). Steps are counted from output to output; or, where a `pace` is given, one by one:
+    step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
     """
 
     shift, adds_up = None, False
@@ -63,15 +64,23 @@ class ClockOfEach:
     def __init__(self, t: Tensor, x0: Tensor) -> None:
         self.t, self.dtype = t.to(x0.device), x0.real.dtype
         self.shape = (-1, *(1,) * (x0.ndim - 1))
+        self.pace: list[tuple[int, Tensor, Tensor]] | None = None
 
     def __call__(self, s: Time) -> Tensor:
         return self.exact(s).to(self.dtype)
 
     def exact(self, s: Time) -> Tensor:
         """The times in float64, (batch,)."""
-        s = float(s)
-        i = min(max(math.floor(s), 0), len(self.t) - 2)
-        return torch.lerp(self.t[i].double(), self.t[i + 1].double(), s - i)
+        i, part = self._whole_steps(s := float(s))
+        if self.pace is None:
+            return torch.lerp(self.t[i].double(), self.t[i + 1].double(), part)
+        i, start, end = self.pace[i]
+        return torch.lerp(self.t[i].double(), self.t[i + 1].double(), torch.lerp(start, end, part))
+
+    def _whole_steps(self, s: float) -> tuple[int, float]:
+        last = len(self.t) - 2 if self.pace is None else len(self.pace) - 1
+        n = min(max(math.floor(s), 0), last)
+        return n, s - n
 
     @property
     def fastest(self) -> float:
@@ -83,8 +92,13 @@ class ClockOfEach:
 
     def rate(self, s0: Time, s1: Time) -> Tensor:
         """The speed of time between s0 and s1, which lie between two outputs."""
-        i = min(max(math.floor(0.5 * (s0 + s1)), 0), len(self.t) - 2)
-        return (self.t[i + 1].double() - self.t[i].double()).to(self.dtype).view(self.shape)
+        i, _ = self._whole_steps(float(0.5 * (s0 + s1)))
+        if self.pace is None:
+            speed = self.t[i + 1].double() - self.t[i].double()
+        else:
+            i, start, end = self.pace[i]
+            speed = (self.t[i + 1].double() - self.t[i].double()) * (end - start)
+        return speed.to(self.dtype).view(self.shape)
 
 
 def steps_for_each(

@@ -20,7 +20,7 @@ class Solution:
         ts: the output times, shape (len(t),).
         ys: the states there, like y0 with a leading dimension len(t).
         stats: what the solve did; the backward pass fills in its own counters when it has run.
-        times: the accepted time steps, one more than there were steps.
+        times: the accepted time steps, one more than there were steps; with times of each sample, in steps or outputs counted.
         interpolant: the solution between the steps: from the start with `options={"dense": True}`, else once it is asked for.
         again: solves once more over the same steps and keeps them all; None where that is not possible.
     """

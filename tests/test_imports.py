@@ -22,6 +22,7 @@ LAYERS = (
     {"dense", "field_term", "grids", "problem", "progress"},
     {"solution", "steps"},
     {"event_steps", "per_sample"},
+    {"own_steps"},
     {"events"},
     {"equation"},
     {"ode", "cde", "sde", "equilibrium"},

@@ -22,7 +22,7 @@ from revsolve.core.march import Problem, Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.drivers.control import Control, as_control
-from revsolve.equation import at_times_of_each, densely, until_event, with_kinks
+from revsolve.equation import densely, solution_at, until_event, with_kinks
 from revsolve.event_steps import EVENT_OPTIONS
 from revsolve.packing import Packing
 from revsolve.per_sample import ClockOfEach
@@ -105,7 +105,7 @@ def cdeint(
     """
     if not callable(func) and not hasattr(func, "prod"):
         raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
-    known = ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense")
+    known = ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense", "steps_of_each")
     scheme, settings = scheme_and_options(method, options, known)
     scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
     tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
@@ -120,12 +120,7 @@ def cdeint(
     each = isinstance(t, Tensor) and t.ndim == 2
     times = [*t.detach().aminmax()] if each and t.numel() else check_times(t)
     check_path(equation.control, equation.packing, [float(s) for s in times], t)
-    if each:
-        solution = at_times_of_each(equation, z0, t)
-    elif settings.pop("dense", False) and len(times) > 1:
-        solution = densely(equation, t)
-    else:
-        solution = equation.at_times(t)
+    solution = solution_at(equation, z0, t)
     return solution if full_output else solution.ys
 
 
