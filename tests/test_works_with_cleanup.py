@@ -46,9 +46,11 @@ def second_derivative(out: Tensor, y0: Tensor) -> None:
     first.square().sum().backward(inputs=[y0])
 
 
-def traces_of(door: Any, gradient: str, use: Callable[[Tensor, Tensor], None]) -> list[weakref.ref[Any]]:
+def traces_of(
+    door: Any, gradient: str, use: Callable[[Tensor, Tensor], None], device: torch.device
+) -> list[weakref.ref[Any]]:
     """Weak references to all that one solve touched and gave, after it has gone out of scope."""
-    net, y0, code = make_net(), make_y0(), make_y0()
+    net, y0, code = make_net(device=device), make_y0(device=device), make_y0(device=device)
     encoded = torch.sin(code)
     out = door(lambda y: net(y) * encoded, y0, gradient=gradient)
     use(out, y0)
@@ -58,8 +60,10 @@ def traces_of(door: Any, gradient: str, use: Callable[[Tensor, Tensor], None]) -
 @pytest.mark.parametrize("use", [drop, backward, backward_twice, second_derivative])
 @every_gradient
 @every_door
-def test_everything_is_freed(door: Any, gradient: str, use: Callable[[Tensor, Tensor], None]) -> None:
-    assert not [ref() for ref in traces_of(door, gradient, use) if ref() is not None]
+def test_everything_is_freed(
+    door: Any, gradient: str, use: Callable[[Tensor, Tensor], None], device: torch.device
+) -> None:
+    assert not [ref() for ref in traces_of(door, gradient, use, device) if ref() is not None]
 
 
 class Broken(Exception):

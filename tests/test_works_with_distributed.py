@@ -18,10 +18,13 @@ SAME = 1e-12  # relative, after 5 steps: gradients are summed in another order
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two gloo processes found, in all cases one after another: starting processes is what takes time."""
-    return in_two_processes(tmp_path_factory.mktemp("processes"))
+two_gpus = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=two_gpus)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found, in all cases one after another: starting processes is what takes time."""
+    return in_two_processes(tmp_path_factory.mktemp("processes"), request.param)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -75,8 +78,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(door: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @every_door
-def test_activation_checkpointing_around_a_solve(door: Any, gradient: str, reentrant: bool) -> None:
-    net, y0 = make_net(lambda: torch.nn.Dropout(0.5)), make_y0()
+def test_activation_checkpointing_around_a_solve(
+    door: Any, gradient: str, reentrant: bool, device: torch.device
+) -> None:
+    net, y0 = make_net(lambda: torch.nn.Dropout(0.5), device=device), make_y0(device=device)
 
     def solve(field: Any, y0: Tensor, **settings: Any) -> Tensor:
         return checkpoint(lambda y: door(field, 2 * y, **settings), y0, use_reentrant=reentrant)
@@ -91,8 +96,8 @@ def test_activation_checkpointing_around_a_solve(door: Any, gradient: str, reent
 
 
 @every_door
-def test_saved_tensors_may_live_elsewhere(door: Any) -> None:
-    net, y0 = make_net(), make_y0()
+def test_saved_tensors_may_live_elsewhere(door: Any, device: torch.device) -> None:
+    net, y0 = make_net(device=device), make_y0(device=device)
     wanted = gradients(door, net, y0)
     with torch.autograd.graph.save_on_cpu():
         assert difference(gradients(door, net, y0), wanted) == 0.0

@@ -46,11 +46,12 @@ def test_backward_runs_under_the_autocast_of_the_forward_pass(door: Any, dtype: 
 
 
 @replayed
-def test_autocast_on_every_device(device: torch.device, gradient: str) -> None:
-    net, y0 = make_net(Seen).float().to(device), make_y0(torch.float32).detach().to(device).requires_grad_()
+@every_door
+def test_autocast_on_every_device(door: Any, device: torch.device, gradient: str) -> None:
+    net, y0 = make_net(Seen, device=device).float(), make_y0(torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = gradients(DOORS["odeint"], net, y0, gradient=gradient)
-        wanted = gradients(DOORS["odeint"], net, y0, gradient="direct")
+        found = gradients(door, net, y0, gradient=gradient)
+        wanted = gradients(door, net, y0, gradient="direct")
     assert difference(found, wanted) < ROUGH
     assert set(net.middle[0].dtypes) == {torch.bfloat16}
 
@@ -126,13 +127,13 @@ def test_a_field_of_another_dtype_is_refused_without_autocast() -> None:
         odeint(lambda t, y: y.bfloat16(), torch.ones(3), torch.tensor([0.0, 1.0]))
 
 
-def trained(door: Any, scale: float | None, gradient: str) -> tuple[nn.Module, float]:
+def trained(door: Any, scale: float | None, gradient: str, device: torch.device) -> tuple[nn.Module, float]:
     """A net after one step of SGD on its loss, and the scale in the end; scale=None trains without a scaler."""
-    net, y0 = make_net().float(), make_y0(torch.float32).detach()
+    net, y0 = make_net(device=device).float(), make_y0(torch.float32, device).detach()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale or 1.0, enabled=scale is not None)
     torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(device.type, dtype=torch.float16):
         loss = door(net, y0, gradient=gradient).square().sum()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -142,16 +143,18 @@ def trained(door: Any, scale: float | None, gradient: str) -> tuple[nn.Module, f
 
 @replayed
 @every_door
-def test_grad_scaler_changes_nothing_but_the_scale(door: Any, gradient: str) -> None:
-    found, wanted = (list(trained(door, scale, gradient)[0].parameters()) for scale in (2.0**8, None))
+def test_grad_scaler_changes_nothing_but_the_scale(door: Any, gradient: str, device: torch.device) -> None:
+    found, wanted = (list(trained(door, scale, gradient, device)[0].parameters()) for scale in (2.0**8, None))
     # Scaled gradients keep small numbers that fp16 would lose, so they are not quite the same.
     assert difference(found, wanted) < 1e-3
 
 
 @replayed
 @every_door
-def test_grad_scaler_skips_the_step_of_a_gradient_that_overflows(door: Any, gradient: str) -> None:
-    net, scale = trained(door, 2.0**120, gradient)
-    untouched = make_net().float()
+def test_grad_scaler_skips_the_step_of_a_gradient_that_overflows(
+    door: Any, gradient: str, device: torch.device
+) -> None:
+    net, scale = trained(door, 2.0**120, gradient, device)
+    untouched = make_net(device=device).float()
     torch.testing.assert_close(net.state_dict(), untouched.state_dict(), rtol=0, atol=0)
     assert scale == 2.0**119

@@ -18,17 +18,17 @@ def decay(t: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "direct"])
 @every_door
-def test_a_bar_changes_nothing(door: Any, gradient: str) -> None:
-    net, y0 = make_net(), make_y0()
+def test_a_bar_changes_nothing(door: Any, gradient: str, device: torch.device) -> None:
+    net, y0 = make_net(device=device), make_y0(device=device)
     found = gradients(door, net, y0, gradient=gradient, progress=True)
     assert difference(found, gradients(door, net, y0, gradient=gradient)) == 0.0
 
 
 @every_door
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "direct"])
-def test_a_callback_changes_nothing_but_rounding(door: Any, gradient: str) -> None:
+def test_a_callback_changes_nothing_but_rounding(door: Any, gradient: str, device: torch.device) -> None:
     """It wants to see every step, so none of them are taken together."""
-    net, y0 = make_net(), make_y0()
+    net, y0 = make_net(device=device), make_y0(device=device)
     seen: list[AcceptedStep] = []
     found = gradients(door, net, y0, gradient=gradient, callback=seen.append)
     assert difference(found, gradients(door, net, y0, gradient=gradient)) < 1e-13
@@ -36,8 +36,8 @@ def test_a_callback_changes_nothing_but_rounding(door: Any, gradient: str) -> No
 
 
 @every_door
-def test_the_last_step_told_is_the_result(door: Any) -> None:
-    net, y0 = make_net(), make_y0()
+def test_the_last_step_told_is_the_result(door: Any, device: torch.device) -> None:
+    net, y0 = make_net(device=device), make_y0(device=device)
     seen: list[AcceptedStep] = []
     torch.manual_seed(1)
     out = door(net, y0, callback=seen.append)

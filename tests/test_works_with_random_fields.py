@@ -34,8 +34,10 @@ NOISY: dict[str, Callable[[], nn.Module]] = {"dropout": dropout, "noise": Noise}
 @replayed
 @pytest.mark.parametrize("middle", NOISY.values(), ids=NOISY)
 @every_door
-def test_draws_are_the_same_when_replayed(door: Any, middle: Callable[[], nn.Module], gradient: str) -> None:
-    net, y0 = make_net(middle), make_y0()
+def test_draws_are_the_same_when_replayed(
+    door: Any, middle: Callable[[], nn.Module], gradient: str, device: torch.device
+) -> None:
+    net, y0 = make_net(middle, device=device), make_y0(device=device)
     wanted = gradients(door, net, y0, gradient="direct")
     assert difference(gradients(door, net, y0, gradient=gradient), wanted) < EXACT
 
@@ -103,10 +105,12 @@ STATEFUL: dict[str, Callable[[], nn.Module]] = {
 @replayed
 @pytest.mark.parametrize("middle", STATEFUL.values(), ids=STATEFUL)
 @every_door
-def test_modules_with_a_state_have_exact_gradients(door: Any, middle: Callable[[], nn.Module], gradient: str) -> None:
-    y0 = make_y0()
-    wanted = gradients(door, make_net(middle), y0, gradient="direct")
-    assert difference(gradients(door, make_net(middle), y0, gradient=gradient), wanted) < EXACT
+def test_modules_with_a_state_have_exact_gradients(
+    door: Any, middle: Callable[[], nn.Module], gradient: str, device: torch.device
+) -> None:
+    y0 = make_y0(device=device)
+    wanted = gradients(door, make_net(middle, device=device), y0, gradient="direct")
+    assert difference(gradients(door, make_net(middle, device=device), y0, gradient=gradient), wanted) < EXACT
 
 
 def noisy_with_a_state() -> nn.Module:
@@ -124,9 +128,11 @@ def test_fields_that_are_evaluated_after_their_value_was_asked_for(door: Any, mi
 @replayed
 @pytest.mark.parametrize("middle", [batch_norm, STATEFUL["spectral norm"]], ids=["batch norm", "spectral norm"])
 @every_door
-def test_backward_leaves_the_state_alone(door: Any, middle: Callable[[], nn.Module], gradient: str) -> None:
-    net = make_net(middle)
-    loss = door(net, make_y0(), gradient=gradient).sum()
+def test_backward_leaves_the_state_alone(
+    door: Any, middle: Callable[[], nn.Module], gradient: str, device: torch.device
+) -> None:
+    net = make_net(middle, device=device)
+    loss = door(net, make_y0(device=device), gradient=gradient).sum()
     before = state(net)
     loss.backward()
     torch.testing.assert_close(state(net), before, rtol=0, atol=0)
@@ -134,11 +140,11 @@ def test_backward_leaves_the_state_alone(door: Any, middle: Callable[[], nn.Modu
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "direct"])
 @pytest.mark.parametrize("moving", [False, True], ids=["", "gradient of t"])
-def test_running_statistics_are_updated_once_per_evaluation(gradient: str, moving: bool) -> None:
-    net = make_net(batch_norm)
+def test_running_statistics_are_updated_once_per_evaluation(gradient: str, moving: bool, device: torch.device) -> None:
+    net = make_net(batch_norm, device=device)
     t = torch.linspace(0, 1, 3, dtype=torch.float64, requires_grad=moving)
     settings = {"method": "rev_rk4", "options": {"step_size": 0.1}, "restarts": 4, "gradient": gradient}
-    solution = odeint(lambda t, y: net(y), make_y0(), t, **settings, full_output=True)
+    solution = odeint(lambda t, y: net(y), make_y0(device=device), t, **settings, full_output=True)
     solution.ys.sum().backward()
     # Two increments of four stages, in each of ten steps, and none of them is known from the step before.
     assert int(net.middle[0].num_batches_tracked) == solution.stats.num_evaluations == 80
@@ -194,15 +200,15 @@ class PrivateNoise(nn.Module):
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.1 * torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + 0.1 * torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
 
 
 @replayed
 @pytest.mark.parametrize("middle", [Counter, PrivateNoise])
 @every_door
 def test_what_is_not_repeatable_is_caught_by_the_certificate(
-    door: Any, middle: Callable[[], nn.Module], gradient: str
+    door: Any, middle: Callable[[], nn.Module], gradient: str, device: torch.device
 ) -> None:
-    loss = door(make_net(middle), make_y0(), gradient=gradient).sum()
+    loss = door(make_net(middle, device=device), make_y0(device=device), gradient=gradient).sum()
     with pytest.warns(ReconstructionWarning, match="deterministic"):
         loss.backward()

@@ -29,6 +29,11 @@ LONG_STEPS: dict[str, dict[str, Any]] = {
 }
 
 
+def home() -> str:
+    """Where this process has its models and its data."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 class Model(nn.Module):
     """A solve between two linear maps."""
 
@@ -36,6 +41,7 @@ class Model(nn.Module):
         super().__init__()
         self.field, self.door, self.settings = make_net(), DOORS[door], {**LONG_STEPS[door], **settings}
         self.encoder, self.head = nn.Linear(SIZE, SIZE).double(), nn.Linear(SIZE, 1).double()
+        self.to(home())
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.door(self.field, self.encoder(x), **self.settings)
@@ -51,7 +57,9 @@ class Flow(Model):
 
 
 def batches() -> Tensor:
-    return torch.randn(STEPS, WORLD * BATCH, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(STEPS, WORLD * BATCH, SIZE, dtype=torch.float64, generator=generator)
+    return numbers.to(home())
 
 
 def train(model: nn.Module, data: Tensor, pieces: int = 1, waiting: Callable[[], Any] = nullcontext) -> None:
@@ -101,7 +109,7 @@ def with_ddp_inside() -> list[Tensor]:
 
 
 def sharded(model: Model, *parts: str) -> Model:
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (WORLD,))
     for part in parts:
         fully_shard(model.get_submodule(part), mesh=mesh)
     return model
@@ -158,16 +166,18 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def in_this_process(rank: int, folder: str) -> None:
+def in_this_process(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     found = {name: case() for name, case in CASES.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def in_two_processes(folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found in each of the cases."""
-    spawn(in_this_process, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+def in_two_processes(folder: Path, backend: str) -> list[dict[str, Any]]:
+    """What each of two processes found in each of the cases; with "nccl" each has a GPU of its own."""
+    spawn(in_this_process, args=(str(folder), backend), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(WORLD)]

@@ -29,6 +29,8 @@ def have_rules() -> bool:
 
 def batched(x: Any) -> bool:
     """Whether x is one tensor for every sample of an active torch.vmap, whose numbers cannot be read."""
+    if torch.compiler.is_compiling():
+        return False
     while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
             return True
