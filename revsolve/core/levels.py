@@ -97,6 +97,15 @@ def of_all(x: Any, level: int) -> tuple[Any, int | None]:
     return _functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None)
 
 
+def exported() -> bool:
+    """Whether torch.export follows what is computed, with tensors that hold no numbers."""
+    return (
+        torch.compiler.is_exporting()
+        and not torch.compiler.is_dynamo_compiling()
+        and torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def outside() -> AbstractContextManager[Any]:
     """A context in which no transform is active: what is made there is the same for all of them."""
     return temporarily_clear_interpreter_stack()

@@ -16,8 +16,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from revsolve.core.levels import outside, transformed
+from revsolve.core.levels import exported, outside, transformed
 from revsolve.drivers.brownian_steps import Steps
 from revsolve.drivers.brownian_tree import Tree
 from revsolve.drivers.noise import Noise
@@ -114,6 +115,9 @@ class BrownianPath:
     def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return W(tb) - W(ta), or (W, H): see the class."""
+        if exported():  # the path is a constant of the program
+            with _disable_current_modes():
+                return self(ta, tb, return_H)  # type: ignore[call-overload]
         if transformed():  # what is kept must belong to no torch.func transform
             with outside():
                 return self(ta, tb, return_H)  # type: ignore[call-overload]
