@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revsolve import alf, fixed_point, method_names, odeint, reversible, sdeint
+from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
 from revsolve.core.programs import PROGRAMS, CompilationError
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
@@ -254,6 +254,30 @@ def test_sdeint(noise: str, kind: str, logqp: bool, method: str, restarts: Any) 
     assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
 
 
+@pytest.mark.parametrize("path", [LinearPath, NaturalCubicPath])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("reversible_heun", {}),
+        ("rev_bosh3", {"step_size": 0.07}),
+        ("reversible_heun", {"form": "derivative", "step_size": 0.07}),
+        ("alf4_s3", {"step_size": 0.1}),
+    ],
+    ids=str,
+)
+def test_cdeint(path: Any, method: str, options: dict[str, Any]) -> None:
+    net, z0 = nn.Linear(3, 6).double(), torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    X = path(torch.randn(2, 12, 2, dtype=torch.float64).cumsum(1), torch.linspace(0, 1, 12, dtype=torch.float64))
+    inputs = {"z0": z0, **dict(net.named_parameters())}
+
+    def gradients(**solve: Any) -> dict[str, Tensor]:
+        field = lambda t, z: torch.tanh(net(z)).view(2, 3, 2)  # noqa: E731
+        zs = cdeint(X, field, z0, X.interval, method=method, options=options, **solve)
+        return dict(zip(inputs, torch.autograd.grad(loss_of(zs), list(inputs.values())), strict=True))
+
+    assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
+
+
 @pytest.mark.parametrize("settings", [{}, {"anchor_every": 3}, {"beta": 0.5}], ids=str)
 def test_fixed_point(settings: dict[str, Any]) -> None:
     net, x = nn.Linear(3, 3).double(), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -271,6 +295,9 @@ def test_what_other_front_doors_refuse() -> None:
     y0, noise = torch.ones(2, 3), (lambda t, y: -y, lambda t, y: 0.1 * torch.ones_like(y))
     with pytest.raises(ValueError, match="space-time area"):
         sdeint(noise, y0, [0.0, 1.0], dt=0.1, method="rev_slowrk", compile=RECORDED)
+    X = LinearPath(torch.rand(2, 5, 2).requires_grad_())
+    with pytest.raises(ValueError, match="a path without gradients"):
+        cdeint(X, lambda t, z: z[..., None] * torch.ones(2), y0, X.interval, method="reversible_heun", compile=RECORDED)
     with pytest.raises(ValueError, match="beta that is a number"):
         fixed_point(torch.cos, y0, beta=torch.tensor(0.5), tol=0, compile=RECORDED)
     with pytest.raises(ValueError, match="fixed steps"):

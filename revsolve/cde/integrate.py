@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, refuse_kinks
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
 from revsolve.cde.each import PathOfEach, kinks_of_each
-from revsolve.cde.term import Deferred, MatrixTerm, ProductTerm, cde_term, whole
+from revsolve.cde.term import Deferred, MatrixTerm, ProductTerm, cde_term, source_of, whole
 from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
 from revsolve.core.march import Problem, Stats
@@ -52,6 +52,7 @@ def cdeint(
     event_fn: Callable[..., Any] | None = None,
     progress: bool = False,
     callback: Callable[[AcceptedStep], Any] | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
 ) -> Any:
     """Solve `dz = func(t, z) dX(t)` from `z(t[0]) = z0`, with exact gradients of the discrete solve.
 
@@ -82,6 +83,8 @@ def cdeint(
             `event_fn(t, z)` crosses zero; see `odeint`.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
+        compile: make machine code of the steps, as in `odeint`; for one state, a field that gives matrices, and a path without
+            gradients.
 
     Returns:
         The states at the times t, (..., T, hidden), or a tuple of such. With event_fn, the time of the event, and the two states
@@ -111,8 +114,12 @@ def cdeint(
     tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
     gradient = choose_gradient(adjoint, gradient)
     equation = _Equation(
-        func, as_control(X), z0, scheme, form, settings, tolerances, gradient, restarts, progress, callback
+        func, as_control(X), z0, scheme, form, settings, tolerances, gradient, restarts, progress, callback, compile
     )
+    if compile and (event_fn is not None or (isinstance(t, Tensor) and t.ndim == 2)):
+        raise ValueError(
+            "compile= is for the same fixed steps of all samples: leave it out with event_fn or 2-D times."
+        )
     if event_fn is not None:
         check_path(equation.control, equation.packing, check_times(t)[:1], t)
         event_t, solution = until_event(equation, t, event_fn)
@@ -139,6 +146,7 @@ class _Equation:
     restarts: Any
     progress: bool
     callback: Callable[[AcceptedStep], Any] | None
+    compile: Any = False
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.z0, "z0")
@@ -171,6 +179,10 @@ class _Equation:
         problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
         rates = term if isinstance(inner.drive.control, PathOfEach) else self.rates
         problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
+        if self.compile:
+            from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+
+            compiled(problem, self.compile, self.x0, t, source_of(inner))
         return problem
 
     def results(self, xs: Tensor, num_dims: int) -> Any:

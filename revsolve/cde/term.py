@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.cde.drive import Drive
+from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.tape import Term
+from revsolve.core.transcript import Source
 from revsolve.packing import Clock, Packing
 
 
@@ -86,6 +87,23 @@ def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> Ma
 def whole(term: MatrixTerm | ProductTerm, prepared: Term | None = None) -> Term:
     """The term to solve with, given `term` as it was prepared for the engine."""
     return Deferred(prepared or term, term) if isinstance(term, ProductTerm) else prepared or term
+
+
+def source_of(term: MatrixTerm | ProductTerm) -> Source:
+    """The path as what drives the term in programs. Raises ValueError where programs cannot take it."""
+    drive = term.drive
+    if isinstance(term, ProductTerm) or not term.packing.lone or any(x.requires_grad for x in drive.tensors):
+        raise ValueError(
+            "compile= is for one state, a field whose value is a matrix and a path without gradients: detach the path, or leave "
+            "out compile=."
+        )
+    by_slope = isinstance(drive, Slopes)
+
+    def ask(t: float, t0: float, t1: float) -> Tensor:
+        dx, scale = drive(t, t0, t1)
+        return dx if by_slope else dx * scale
+
+    return Source(term, "drive", ask, lambda row, t0, t1: (row, t1 - t0 if by_slope else 1.0))
 
 
 def applied(f: Tensor, dx: Tensor) -> Tensor:

@@ -21,13 +21,14 @@ from revsolve.core.recorded import Ahead, Back, Driver, Setting, Undriven, Updat
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape
+from revsolve.core.transcript import Source
 
 
 class Compiled:
     """How a problem is solved by programs; `march` and `undo` do what the functions of these names do."""
 
-    def __init__(self, way: Compiler, driven: Any) -> None:
-        self.way, self.driven = way, driven
+    def __init__(self, way: Compiler, source: Source | None) -> None:
+        self.way, self.source = way, source
 
     def march(
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
@@ -41,7 +42,7 @@ class Compiled:
             problem.first_value = None
         grid, segments = stepper.grid, _segments(problem, stepper)
         most = segments.longest if segments.resets else segments.length
-        driver = Undriven() if self.driven is None else Driver(self.driven, problem.scheme, grid, most)
+        driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, grid, y0, self.way, driver)
         ahead = Ahead(self.setting, grid, y0)
         while not stepper.done:
@@ -115,13 +116,15 @@ def _advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> P
     return pair
 
 
-def compiled(problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, driven: Any = None) -> None:
-    """Let the problem be solved by programs, as `compile=` says. `driven` has a `path` that drives the term, by noise."""
+def compiled(
+    problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: Source | None = None
+) -> None:
+    """Let the problem be solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
     way = compiler(given)
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
     _check(problem, x0)
-    problem.compiled = Compiled(way, driven)
+    problem.compiled = Compiled(way, source)
 
 
 def _check(problem: Problem, x0: Tensor) -> None:

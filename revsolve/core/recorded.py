@@ -6,8 +6,8 @@ Where a method evaluates the field at the end of a step and again at the start o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from revsolve.core.march import Problem, size_of
 from revsolve.core.programs import PROGRAMS, Compiler, Program, loop
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Memo, Tape, Term
-from revsolve.core.transcript import Swap, transcript
+from revsolve.core.transcript import Source, Swap, transcript
 
 LEAST_TIMES = (
     64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
@@ -28,43 +28,53 @@ Updates = tuple[CouplingUpdate, ...]
 
 
 class Driver:
-    """Stands for what drives a term (its `path`, asked for spans) in recordings: a row of a table, one for every step.
+    """Stands for what drives a term in recordings: rows of a table, one for every step, `most` at a time.
 
-    The path is given by number for the spans of the updates of a step, at most `most` steps at a time.
+    A row has an entry for every evaluation in a step, in the order in which the increments ask.
     """
 
-    def __init__(self, term: Any, scheme: Scheme, grid: Grid, most: int) -> None:
-        self.term, self.path, self.times, self.most = term, term.path, grid.times, most
-        self.spans = [(u.start, u.end) for u in scheme.updates if u.increment is not None]
-        self.now = self.first = self.path(*self.times[:2])
+    def __init__(self, source: Source, scheme: Scheme, grid: Grid, most: int) -> None:
+        self.source, self.times, self.most = source, grid.times, most
+        self.real = getattr(source.term, source.name)
+        self.updates = [u for u in scheme.updates if u.increment is not None]
+        self.asked = [(c, u.start, u.end) for u in self.updates if u.increment for c in u.increment.nodes]
+        self.first = self._asked(0, *self.asked[0])
+        self.queue: Iterator[Tensor] = repeat(self.first)
+
+    def _asked(self, n: int, node: float, start: float, end: float) -> Tensor:
+        t0, t1 = (moment(self.times[n], self.times[n + 1], place) for place in (start, end))
+        return self.source.ask(moment(t0, t1, node), t0, t1)  # type: ignore[arg-type]
 
     def table(self, start: int, stop: int) -> Tensor:
-        """The path over the spans of the steps start..stop, and zeros: (most + 1, spans, ...)."""
-        rows = self.first.new_zeros(self.most + 1, len(self.spans), *self.first.shape)
-        for row, (t0, t1) in zip(rows, pairwise(self.times[start : stop + 1]), strict=False):
-            for entry, (a, b) in zip(row, self.spans, strict=True):
-                entry.copy_(self.path(moment(t0, t1, a), moment(t0, t1, b)))
+        """The answers in the steps start..stop, and zeros: (most + 1, evaluations, ...)."""
+        rows = self.first.new_zeros(self.most + 1, len(self.asked), *self.first.shape)
+        for n, row in zip(range(start, stop), rows, strict=False):
+            for place, entry in zip(self.asked, row, strict=True):
+                entry.copy_(self._asked(n, *place))
         return rows
 
     def turn(self, update: CouplingUpdate, row: Tensor) -> None:
-        """Answer with the entry of this update from now on."""
+        """Answer with the entries of this update from now on."""
         if update.increment is not None:
-            self.now = row[self.spans.index((update.start, update.end))]
+            counts = [len(u.increment.nodes) for u in self.updates if u.increment]
+            place = self.updates.index(update)
+            self.queue = iter(row[sum(counts[:place]) :].unbind())
 
-    def __call__(self, t0: Time, t1: Time) -> Tensor:
-        return self.now
+    def __call__(self, *times: Time) -> Any:
+        return self.source.answer(next(self.queue), *times[-2:])
 
     def __enter__(self) -> None:
-        self.term.path = self
+        setattr(self.source.term, self.source.name, self)
 
     def __exit__(self, *error: object) -> None:
-        self.term.path, self.now = self.path, self.first
+        setattr(self.source.term, self.source.name, self.real)
+        self.queue = repeat(self.first)
 
 
 class Undriven:
     """In the place of a `Driver` where nothing drives the term: a table of nothing."""
 
-    now = torch.zeros(0)
+    first = torch.zeros(0)
 
     def table(self, start: int, stop: int) -> Tensor:
         return torch.zeros(1)
@@ -87,7 +97,7 @@ class Setting:
         self.lead, self.rest = split(problem.scheme)
         self.term, self.driver = problem.term, driver
         with driver:
-            text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1], driver.now)
+            text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1], driver.first)
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)

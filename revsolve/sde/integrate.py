@@ -12,6 +12,7 @@ from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
+from revsolve.core.transcript import Source
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock
@@ -164,7 +165,9 @@ def sdeint(
 
         if area or isinstance(clock, ClockOfEach):
             raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-        compiled(problem, compile, x0, driven=term.term if isinstance(term, LogRatioTerm) else term)
+        inner = term.term if isinstance(term, LogRatioTerm) else term
+        source = Source(inner, "path", lambda t, t0, t1: path(t0, t1))
+        compiled(problem, compile, x0, source=source)
     ys = _results(solve(problem, x0, None), logqp)
     if not full_output:
         return ys
