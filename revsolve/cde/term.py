@@ -10,8 +10,8 @@ from torch import Tensor
 
 from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.driven import Source
 from revsolve.core.tape import Term
-from revsolve.core.transcript import Source
 from revsolve.packing import Clock, Packing
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
+from revsolve.core.driven import Driver, Source, Undriven
 from revsolve.core.engine import _certify, _mismatch
 from revsolve.core.march import Problem, _accept, _last_step, _non_finite, _segments, size_of
 from revsolve.core.programs import Compiler, compiler
-from revsolve.core.recorded import Ahead, Back, Driver, Setting, Undriven, Updates
+from revsolve.core.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape
-from revsolve.core.transcript import Source
 
 
 class Compiled:

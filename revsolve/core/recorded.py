@@ -6,87 +6,25 @@ Where a method evaluates the field at the end of a step and again at the start o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, accumulate, moment
+from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
+from revsolve.core.driven import Driver, Undriven
 from revsolve.core.march import Problem, size_of
 from revsolve.core.programs import PROGRAMS, Compiler, Program, loop
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Memo, Tape, Term
-from revsolve.core.transcript import Source, Swap, transcript
+from revsolve.core.transcript import Swap, transcript
 
 LEAST_TIMES = (
     64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
 )
 Updates = tuple[CouplingUpdate, ...]
-
-
-class Driver:
-    """Stands for what drives a term in recordings: rows of a table, one for every step, `most` at a time.
-
-    A row has an entry for every evaluation in a step, in the order in which the increments ask.
-    """
-
-    def __init__(self, source: Source, scheme: Scheme, grid: Grid, most: int) -> None:
-        self.source, self.times, self.most = source, grid.times, most
-        self.real = getattr(source.term, source.name)
-        self.updates = [u for u in scheme.updates if u.increment is not None]
-        self.asked = [(c, u.start, u.end) for u in self.updates if u.increment for c in u.increment.nodes]
-        self.first = self._asked(0, *self.asked[0])
-        self.queue: Iterator[Tensor] = repeat(self.first)
-
-    def _asked(self, n: int, node: float, start: float, end: float) -> Tensor:
-        t0, t1 = (moment(self.times[n], self.times[n + 1], place) for place in (start, end))
-        return self.source.ask(moment(t0, t1, node), t0, t1)  # type: ignore[arg-type]
-
-    def table(self, start: int, stop: int) -> Tensor:
-        """The answers in the steps start..stop, and zeros: (most + 1, evaluations, ...)."""
-        rows = self.first.new_zeros(self.most + 1, len(self.asked), *self.first.shape)
-        for n, row in zip(range(start, stop), rows, strict=False):
-            for place, entry in zip(self.asked, row, strict=True):
-                entry.copy_(self._asked(n, *place))
-        return rows
-
-    def turn(self, update: CouplingUpdate, row: Tensor) -> None:
-        """Answer with the entries of this update from now on."""
-        if update.increment is not None:
-            counts = [len(u.increment.nodes) for u in self.updates if u.increment]
-            place = self.updates.index(update)
-            self.queue = iter(row[sum(counts[:place]) :].unbind())
-
-    def __call__(self, *times: Time) -> Any:
-        return self.source.answer(next(self.queue), *times[-2:])
-
-    def __enter__(self) -> None:
-        setattr(self.source.term, self.source.name, self)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self.source.term, self.source.name, self.real)
-        self.queue = repeat(self.first)
-
-
-class Undriven:
-    """In the place of a `Driver` where nothing drives the term: a table of nothing."""
-
-    first = torch.zeros(0)
-
-    def table(self, start: int, stop: int) -> Tensor:
-        return torch.zeros(1)
-
-    def turn(self, update: CouplingUpdate, row: Tensor) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 class Setting:

@@ -7,8 +7,7 @@ a changed attribute, mode or closure finds another program, and a new module tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,20 +66,6 @@ def transcript(term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor) -> tuple
         value = term.value(t, x)
         term.product(value, t, t1)
     return tuple(written.lines), written.outside
-
-
-@dataclass(frozen=True)
-class Source:
-    """What drives a term: the attribute of this name, called with times.
-
-    ask(t, t0, t1) is its answer, by number, to an evaluation at t for the span t0 -> t1, as one tensor; answer(row, t0, t1)
-    makes of such a tensor what the attribute returns.
-    """
-
-    term: Any
-    name: str
-    ask: Callable[[float, float, float], Tensor]
-    answer: Callable[[Tensor, Time, Time], Any] = lambda row, t0, t1: row
 
 
 class Swap(TorchFunctionMode):

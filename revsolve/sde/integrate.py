@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
+from revsolve.core.driven import Source
 from revsolve.core.engine import solve
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.core.transcript import Source
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock
