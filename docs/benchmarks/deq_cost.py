@@ -5,21 +5,23 @@ is 24 evaluations forward for every contender; the shortest processor time of ro
 evaluations alone: 24 without a graph, and 24 with their vector-Jacobian products. Error: of the gradient, against that of the
 exact fixed point.
 
-Memory: growth of the resident set over forward and backward of one loss on CIFAR-shaped states, each contender in a process of
-its own; and the numbers that autograd saves, which do not depend on the machine.
+Memory: the most that torch holds at once over forward and backward of one loss, and the numbers that autograd saves in between.
+Neither depends on the machine. Once for the cell on CIFAR-shaped states; once, per image, for the whole network of the paper
+(`notebooks/recipes/cifar10.py`, a quarter of its channels, 8 evaluations in each of its four equilibria), as in the request for
+reversible equilibria in torchdeq: in float32, and as CUDA's autocast to bfloat16 has it, with group norms in float32.
 """
 
-import argparse
 import functools
-import subprocess
-import sys
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchdeq import get_deq
 
 import revsolve.torchdeq  # noqa: F401 (registers the core)
@@ -27,17 +29,18 @@ from revsolve import fixed_point
 
 Contender = Callable[[nn.Module, Tensor], Tensor]  # cell, x -> z
 
-CHANNELS, EVALUATIONS, ROUNDS = 32, 24, 6
+CHANNELS, EVALUATIONS, ROUNDS = 32, 24, 12
 MEMORY_BATCH, MEMORY_SIZE = 64, 32
-TORCHDEQ = {"f_tol": 0.0, "f_max_iter": EVALUATIONS, "b_tol": 0.0, "b_max_iter": EVALUATIONS}
+NETWORK_EVALUATIONS, NETWORK_BATCHES = 8, (4, 8)
+RECIPE = Path(__file__).parents[2] / "notebooks" / "recipes" / "cifar10.py"
 
 
-def ours(**options: Any) -> Contender:
-    return lambda cell, x: fixed_point(cell, torch.zeros_like(x), args=x, tol=0, max_steps=EVALUATIONS // 2, **options)
+def ours(evaluations: int = EVALUATIONS, **options: Any) -> Contender:
+    return lambda cell, x: fixed_point(cell, torch.zeros_like(x), args=x, tol=0, max_steps=evaluations // 2, **options)
 
 
-def core(name: str, **keys: Any) -> Contender:
-    deq = get_deq(core=name, **TORCHDEQ, **keys)
+def core(name: str, evaluations: int = EVALUATIONS, **keys: Any) -> Contender:
+    deq = get_deq(core=name, f_tol=0.0, b_tol=0.0, f_max_iter=evaluations, b_max_iter=evaluations, **keys)
     return lambda cell, x: deq(lambda z: cell(z, x), torch.zeros_like(x))[0][-1]
 
 
@@ -51,6 +54,15 @@ CONTENDERS: dict[str, Contender] = {
     "torchdeq, phantom 5": core("sliced", grad=5, tau=0.5),
     "torchdeq, phantom 12": core("sliced", grad=12, tau=0.5),
     "torchdeq, ift": core("sliced", ift=True),
+}
+IN_NETWORK: dict[str, Contender] = {
+    "fixed_point, beta 0.75": ours(NETWORK_EVALUATIONS, beta=0.75),
+    "fixed_point, beta 0.8": ours(NETWORK_EVALUATIONS, beta=0.8),
+    "the same, unrolled": ours(NETWORK_EVALUATIONS, beta=0.8, gradient="direct"),
+    "torchdeq, one step": core("sliced", NETWORK_EVALUATIONS),
+    "torchdeq, ift": core("sliced", NETWORK_EVALUATIONS, ift=True),
+    "torchdeq, phantom 5": core("sliced", NETWORK_EVALUATIONS, grad=5, tau=0.5),
+    "torchdeq, phantom 8": core("sliced", NETWORK_EVALUATIONS, grad=8, tau=0.5),
 }
 
 
@@ -130,25 +142,61 @@ def numbers_saved(name: str, cell: Cell, x: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() // 4 for pointer, t in saved.items() if pointer not in own)
 
 
-def megabytes(name: str) -> float:
-    """How far the resident set grows during one gradient (called in a fresh process, on Linux)."""
-    cell, x = Cell(), torch.randn(MEMORY_BATCH, CHANNELS, MEMORY_SIZE, MEMORY_SIZE, requires_grad=True)
-    gradient(name, cell, torch.randn(1, CHANNELS, 4, 4, requires_grad=True))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = kilobytes("VmRSS")
-    gradient(name, cell, x)
-    return (kilobytes("VmHWM") - before) / 1024
+def megabytes(run: Callable[[], object]) -> float:
+    """The most that torch's allocator holds at once for the run, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    held, most = 0, 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most / 2**20
 
 
-def kilobytes(entry: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(entry)))
+class Using(nn.Module):
+    """A cell, and how its equilibrium is found."""
+
+    def __init__(self, cell: nn.Module, solve: Contender) -> None:
+        super().__init__()
+        self.cell, self.solve = cell, solve
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.solve(self.cell, x)
+
+
+class WideGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps)
+
+
+def megabytes_an_image(solve: Contender, autocast: bool) -> float:
+    """Of the whole network: what four more images add, so that weights do not count."""
+    recipe = runpy.run_path(str(RECIPE))
+    model = recipe["network"](recipe["Settings"](channels=(32, 64, 64, 32)))
+    for module in list(model.modules()):
+        if hasattr(module, "equilibrium"):
+            module.equilibrium = Using(module.equilibrium.f, solve)
+        elif isinstance(module, nn.GroupNorm):
+            module.__class__ = WideGroupNorm
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def step(batch: int) -> None:
+        images, labels = torch.randn(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    few, many = (megabytes(functools.partial(step, batch)) for batch in NETWORK_BATCHES)
+    return (many - few) / (NETWORK_BATCHES[1] - NETWORK_BATCHES[0])
 
 
 def main() -> None:
     torch.manual_seed(0)
     cell, x = Cell(), torch.randn(64, CHANNELS, 8, 8, requires_grad=True)
     truth = exact(cell, x)
+    images = torch.randn(MEMORY_BATCH, CHANNELS, MEMORY_SIZE, MEMORY_SIZE, requires_grad=True)
     calls: dict[str, Callable[[], object]] = {"bare cell": lambda: bare(cell, x)}
     for name in CONTENDERS:
         calls[name] = functools.partial(gradient, name, cell, x)
@@ -157,19 +205,18 @@ def main() -> None:
     print(f"{'bare cell':<26}{taken['bare cell']:>8.0f}{1.0:>9.2f}")
     for name in CONTENDERS:
         error = ((vector(gradient(name, cell, x)) - truth).norm() / truth.norm()).item()
-        peak = subprocess.run(
-            [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
-        ).stdout
+        peak = megabytes(functools.partial(gradient, name, cell, images))
         row = f"{taken[name]:>8.0f}{taken[name] / taken['bare cell']:>9.2f}{error:>10.1e}{numbers_saved(name, cell, x):>12,}"
-        print(f"{name:<26}{row}{float(peak):>9.0f}", flush=True)
+        print(f"{name:<26}{row}{peak:>9.0f}", flush=True)
+    print(f"\n{'whole network, MB an image':<26}{'float32':>9}{'bfloat16':>10}")
+    for name, solve in IN_NETWORK.items():
+        wide, narrow = (megabytes_an_image(solve, autocast) for autocast in (False, True))
+        print(f"{name:<26}{wide:>9.2f}{narrow:>10.2f}", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--memory", choices=list(CONTENDERS))
-    wanted = parser.parse_args().memory
-    if wanted is None:
-        main()
-    else:
-        print(megabytes(wanted))
+    torch.ones(
+        2**22
+    )  # malloc, having seen this freed, keeps what is freed later, as in any program with data of this size
+    main()
