@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contest import start, tiny
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchdeq import get_deq
@@ -29,8 +30,9 @@ from revsolve import fixed_point
 
 Contender = Callable[[nn.Module, Tensor], Tensor]  # cell, x -> z
 
-CHANNELS, EVALUATIONS, ROUNDS = 32, 24, 12
-MEMORY_BATCH, MEMORY_SIZE = 64, 32
+CHANNELS, EVALUATIONS = 32, 24
+BATCH, SIZE, ROUNDS = (2, 3, 1) if tiny() else (64, 8, 12)
+MEMORY_BATCH, MEMORY_SIZE = (2, 3) if tiny() else (64, 32)
 NETWORK_EVALUATIONS, NETWORK_BATCHES = 8, (4, 8)
 RECIPE = Path(__file__).parents[2] / "notebooks" / "recipes" / "cifar10.py"
 
@@ -107,9 +109,9 @@ def milliseconds(contenders: dict[str, Callable[[], object]]) -> dict[str, float
         call()
     for _ in range(ROUNDS):
         for name, call in contenders.items():
-            start = time.process_time()
+            begin = time.process_time()
             call()
-            taken[name].append(1e3 * (time.process_time() - start))
+            taken[name].append(1e3 * (time.process_time() - begin))
     return {name: min(times) for name, times in taken.items()}
 
 
@@ -193,8 +195,8 @@ def megabytes_an_image(solve: Contender, autocast: bool) -> float:
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    cell, x = Cell(), torch.randn(64, CHANNELS, 8, 8, requires_grad=True)
+    start()
+    cell, x = Cell(), torch.randn(BATCH, CHANNELS, SIZE, SIZE, requires_grad=True)
     truth = exact(cell, x)
     images = torch.randn(MEMORY_BATCH, CHANNELS, MEMORY_SIZE, MEMORY_SIZE, requires_grad=True)
     calls: dict[str, Callable[[], object]] = {"bare cell": lambda: bare(cell, x)}
@@ -209,13 +211,12 @@ def main() -> None:
         row = f"{taken[name]:>8.0f}{taken[name] / taken['bare cell']:>9.2f}{error:>10.1e}{numbers_saved(name, cell, x):>12,}"
         print(f"{name:<26}{row}{peak:>9.0f}", flush=True)
     print(f"\n{'whole network, MB an image':<26}{'float32':>9}{'bfloat16':>10}")
-    for name, solve in IN_NETWORK.items():
+    for name, solve in () if tiny() else IN_NETWORK.items():
         wide, narrow = (megabytes_an_image(solve, autocast) for autocast in (False, True))
         print(f"{name:<26}{wide:>9.2f}{narrow:>10.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.ones(
         2**22
     )  # malloc, having seen this freed, keeps what is freed later, as in any program with data of this size

@@ -33,7 +33,7 @@ PYTORCH = (
 )
 IN_JAX = ("diffrax rk4, checkpointed", "diffrax rk4, direct", "JAX reversible pair of RK4")
 WIDTHS = {f"width {width}": Size(128, 16, width, 30) for width in (16, 64, 128, 256, 512)}
-ROUNDS = {"large": 5}
+ROUNDS = {"tiny": 9, "small": 7, "large": 3}
 
 
 class Worker:
@@ -79,7 +79,7 @@ def measured(sizes: dict[str, Size], jax: Worker | None) -> dict[str, dict[str, 
     """Milliseconds by contender and size."""
     taken: dict[str, dict[str, float]] = {}
     for label, size in sizes.items():
-        for name, ms in medians(contenders(size, jax), ROUNDS.get(label, 9)).items():
+        for name, ms in medians(contenders(size, jax), ROUNDS.get(label, 3)).items():
             taken.setdefault(name, {})[label] = ms
     return taken
 

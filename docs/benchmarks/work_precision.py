@@ -28,7 +28,7 @@ from meter import Meter
 
 SIZE, DURATION, GAIN = Size(128, 2, 64, 0), 5.0, 2.0
 TARGET = 1e-6
-ROUNDS, FINER = 5, 1.6
+ROUNDS, FINER = 3, 1.6
 
 
 class Contender(NamedTuple):
