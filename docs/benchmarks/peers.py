@@ -8,6 +8,7 @@ is not that of the discrete solve; all others are exact. JAX runs in a process o
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,7 @@ PYTORCH = (
     ("rk4", "checkpoint", 4),
     ("rk4", "direct", 4),
 )
+COMPILED = ("rev_rk4", "alf4")  # as programs too; that takes tens of seconds each, the first time
 IN_JAX = ("diffrax rk4, checkpointed", "diffrax rk4, direct", "JAX reversible pair of RK4")
 WIDTHS = {f"width {width}": Size(128, 16, width, 30) for width in (16, 64, 128, 256, 512)}
 ROUNDS = {"tiny": 9, "small": 7, "large": 3}
@@ -60,13 +62,16 @@ def gradient(solve: Callable[..., torch.Tensor], field: Field, size: Size, num_s
     torch.autograd.grad(end.sum(), [y0, *field.parameters()])
 
 
-def contenders(size: Size, jax: Worker | None) -> dict[str, Callable[[], float]]:
+def contenders(size: Size, jax: Worker | None, compiles: bool) -> dict[str, Callable[[], float]]:
     """What takes part, by name; each returns the milliseconds of one gradient."""
     field, calls = Field(size), {}
     for method, mode, evaluations in PYTORCH:
         solve = partial(revsolve.odeint, method=method, gradient=mode)
         num_steps = max(1, size.num_steps * STAGES // evaluations)
         calls[f"revsolve {method}, {mode}"] = partial(gradient, solve, field, size, num_steps)
+        if compiles and method in COMPILED:
+            solve = partial(solve, compile=True)
+            calls[f"revsolve {method}, {mode}, compiled"] = partial(gradient, solve, field, size, num_steps)
     for name in ("odeint", "odeint_adjoint"):
         solve = partial(getattr(torchdiffeq, name), method="rk4")
         label = "backprop" if name == "odeint" else "adjoint"
@@ -75,11 +80,11 @@ def contenders(size: Size, jax: Worker | None) -> dict[str, Callable[[], float]]
     return turns | ({name: partial(jax, size, name) for name in IN_JAX} if jax is not None else {})
 
 
-def measured(sizes: dict[str, Size], jax: Worker | None) -> dict[str, dict[str, float]]:
+def measured(sizes: dict[str, Size], jax: Worker | None, compiles: bool = False) -> dict[str, dict[str, float]]:
     """Milliseconds by contender and size."""
     taken: dict[str, dict[str, float]] = {}
     for label, size in sizes.items():
-        for name, ms in medians(contenders(size, jax), ROUNDS.get(label, 3)).items():
+        for name, ms in medians(contenders(size, jax, compiles), ROUNDS.get(label, 3)).items():
             taken.setdefault(name, {})[label] = ms
     return taken
 
@@ -116,8 +121,11 @@ def main() -> None:
         )
     if jax is None:
         print("JAX has no environment here (`make bench` makes one): left out")
+    compiles = not tiny() and shutil.which("g++") is not None
+    if not compiles:
+        print("no C++ compiler here, or no time for it: compiled solves are left out")
     print()
-    table(measured(sizes, jax), sizes)
+    table(measured(sizes, jax, compiles), sizes)
     print("\nbatch 128, dimension 16, 30 steps, by width:\n")
     taken = measured(widths, jax)
     table(taken, widths)
