@@ -129,8 +129,13 @@ class Contest:
         return 1e3 * (time.process_time() - start)
 
 
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "diffrax", "equinox"))
+
+
 def serve() -> None:
     contests: dict[str, Contest] = {}
+    print(versions(), flush=True)
     for line in sys.stdin:
         *numbers, contender = line.strip().split(" ", 4)
         if line not in contests:
@@ -139,7 +144,7 @@ def serve() -> None:
 
 
 def main() -> None:
-    print(", ".join(f"{name} {version(name)}" for name in ("jax", "diffrax", "equinox")), "\n")
+    print(versions(), "\n")
     print("| | " + " | ".join(f"{name}, ms" for name in SIZES) + " |\n|---|" + "---|" * len(SIZES))
     for name in CONTENDERS:
         contests = [Contest(name, size) for size in SIZES.values()]

@@ -44,16 +44,19 @@ class Worker:
     def __init__(self, python: Path) -> None:
         command = [str(python), str(HERE / "diffrax_peer.py"), "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions = self.answer()
 
     def __call__(self, size: Size, contender: str) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
         print(*size, contender, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(
-                f"diffrax_peer.py ended without timing {contender!r} on {size}; its message stands above."
-            )
-        return float(answer)
+        return float(self.answer())
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("diffrax_peer.py ended without an answer; its message stands above.")
+        return line.strip()
 
 
 def gradient(solve: Callable[..., torch.Tensor], field: Field, size: Size, num_steps: int) -> None:
@@ -92,7 +95,7 @@ def measured(sizes: dict[str, Size], jax: Worker | None, compiles: bool = False)
 def table(taken: dict[str, dict[str, float]], sizes: dict[str, Size]) -> None:
     print("| gradient, ms | " + " | ".join(sizes) + " |\n|---|" + "---|" * len(sizes))
     for name, row in taken.items():
-        print(f"| {name} | " + " | ".join(f"{row[label]:.3g}" for label in sizes) + " |")
+        print(f"| {name} | " + " | ".join(f"{row[label]:.{1 if row[label] < 100 else 0}f}" for label in sizes) + " |")
 
 
 def draw(taken: dict[str, dict[str, float]], sizes: dict[str, Size]) -> None:
@@ -105,6 +108,8 @@ def draw(taken: dict[str, dict[str, float]], sizes: dict[str, Size]) -> None:
         style = "-" if name.startswith("revsolve") else "--" if name.startswith("torch") else ":"
         axes.loglog(widths, [row[label] for label in sizes], style, marker=".", color=colour, label=name)
     axes.set(xlabel="width of the network", ylabel="milliseconds a gradient", title="batch 128, dimension 16, 30 steps")
+    axes.minorticks_off()
+    axes.set_xticks(widths, [str(width) for width in widths])
     axes.grid(visible=True)
     axes.legend(bbox_to_anchor=(1.0, 0.5), loc="center left")
     save(figure, RESULTS / "peers.svg")
@@ -119,8 +124,7 @@ def main() -> None:
         print(
             f"{label}: batch {size.batch}, dimension {size.dimension}, width {size.width}, {size.num_steps} RK4 steps"
         )
-    if jax is None:
-        print("JAX has no environment here (`make bench` makes one): left out")
+    print("JAX has no environment here (`make bench` makes one): left out" if jax is None else jax.versions)
     compiles = not tiny() and shutil.which("g++") is not None
     if not compiles:
         print("no C++ compiler here, or no time for it: compiled solves are left out")
