@@ -133,12 +133,14 @@ class DEQReversible(DEQBase):
         mode = given.get("f_stop_mode", self.f_stop_mode)
         if mode not in RESIDUALS:
             raise ValueError(f"f_stop_mode must be 'abs' or 'rel', but it is {mode!r}.")
+        tol, steps = given.get("f_tol", self.f_tol), max(1, evaluations // 2)
         return fixed_point(
             f,
             z,
             beta=given.get("beta", self.beta),
-            tol=given.get("f_tol", self.f_tol) or NEVER,
-            max_steps=max(1, evaluations // 2),
+            tol=tol or NEVER,
+            max_steps=steps,
+            min_steps=1 if tol else steps,
             residual=RESIDUALS[mode],
             stop="sample",
             pair_dtype=self.pair_dtype,

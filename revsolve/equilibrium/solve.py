@@ -193,7 +193,7 @@ def _iterate(
     criterion = convergence.criterion
     if transformed() and criterion.tol > 0:
         refuse_batched(term.value(0.0, x0))
-    stops = convergence.counts is not None and criterion.tol > 0
+    stops = convergence.counts is not None and criterion.tol > 0 and criterion.min_steps < criterion.max_steps
     scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
 
     def stepper() -> Stepper:
