@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from revsolve import fixed_point, odeint, odeint_event, sdeint
+from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint, fixed_point, odeint, odeint_event, sdeint
 from tests.front_doors import DOORS, SIZE, difference, make_net, make_y0
 
 # torch scripts parts of its own forward mode on first use, and says that it should not.
@@ -214,6 +214,43 @@ def test_every_kind_of_method_and_the_times(method: str) -> None:
     rows = [torch.autograd.grad(loss(one, t, gradient="direct"), [y, t]) for one in y]
     wanted = [sum(row[0] for row in rows), torch.stack([row[1] for row in rows])]
     assert difference(list(found), wanted) < EXACT
+
+
+@pytest.mark.parametrize("kind", [LinearPath, HermitePath, NaturalCubicPath])
+@pytest.mark.parametrize("method", ["reversible_heun", "rev_rk4"])
+def test_per_sample_gradients_of_the_data_of_a_path(kind: Any, method: str) -> None:
+    """Gaps in some samples' data included."""
+    net, y0 = make_net(), make_y0().detach()
+    data = torch.randn(len(y0), 6, 2, dtype=torch.float64).cumsum(1)
+    data[1, 2, 0] = torch.nan
+
+    def loss(x: Tensor, y: Tensor, **mode: Any) -> Tensor:
+        field = lambda t, z: torch.stack([net(z), z], -1)  # noqa: E731
+        steps = {} if method == "reversible_heun" else {"options": {"step_size": 0.5}}
+        return cdeint(kind(x), field, y, [0.0, 5.0], method=method, restarts=4, **steps, **mode).square().sum()
+
+    found = vmap(vmap(grad(loss), in_dims=(0, 0)), in_dims=(None, 0))(data, torch.stack([y0, 2 * y0]))
+    direct = lambda y: torch.autograd.functional.jacobian(lambda x: loss(x, y, gradient="direct"), data)  # noqa: E731
+    assert difference([found], [torch.stack([direct(y0), direct(2 * y0)])]) < EXACT
+
+
+def test_what_is_wrong_with_the_data_of_one_sample_is_told_inside_vmap() -> None:
+    data = torch.ones(4, 6, 2)
+    data[2, 3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"x is infinite in channel 1 at row 3 of sample \[2\]"):
+        vmap(lambda x: LinearPath(x).evaluate(1.5))(data)
+
+
+def test_times_of_each_sample() -> None:
+    net, y0 = make_net(), make_y0().detach()
+    t = torch.stack([TIMES, 2 * TIMES, TIMES + 1, TIMES], dim=1)
+
+    def final(t: Tensor, **mode: Any) -> Tensor:
+        field = lambda s, y: net(y) * torch.cos(s)[:, None]  # noqa: E731
+        return odeint(field, y0, t, method="rev_rk4", options={"step_size": 0.2}, restarts=4, **mode)[-1, :, 0]
+
+    wanted = torch.autograd.functional.jacobian(lambda t: final(t, gradient="direct"), t)
+    assert difference([jacrev(final)(t)], [wanted]) < EXACT
 
 
 def test_second_derivatives_by_the_times() -> None:

@@ -64,6 +64,21 @@ def sample_numbers(device: torch.device) -> tuple[int, Tensor | None]:
     return total, number
 
 
+def of_every_sample(x: Tensor) -> Tensor:
+    """x without transforms, where its numbers can be read: with a dimension in front for every torch.vmap it belongs to."""
+    dims: list[int] = []
+    while wrapped(x):
+        if _functorch.is_batchedtensor(x):
+            dims.append(_functorch.maybe_get_bdim(x))
+            x = _functorch.get_unwrapped(x)
+        else:
+            x = _functorch.get_unwrapped(x)
+    with outside():
+        for place, dim in enumerate(reversed(dims)):
+            x = x.movedim(dim + place, place)
+    return x.detach()
+
+
 def wrapped(x: Tensor) -> bool:
     """Whether a transform follows x."""
     return _functorch.is_functorch_wrapped_tensor(x)

@@ -16,7 +16,7 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.arithmetic import Scalar, Time, scaled_add
 from revsolve.core.levels import of_all, of_sample, stray
 from revsolve.core.tape import Term
 
@@ -95,10 +95,10 @@ class _BatchTerm:
         def product(term: Term, *rows: Tensor) -> list[Any]:
             of_one = dict(zip(places, rows, strict=True))
             parts = [of_one.get(i, x) for i, x in enumerate(leaves)]
-            return [*term.product(parts[0] if spec is None else tree_unflatten(parts, spec), t0, t1)]
+            k, scale = term.product(parts[0] if spec is None else tree_unflatten(parts, spec), t0, t1)
+            return [scaled_add(None, k, scale), 1.0] if isinstance(scale, Tensor) else [k, scale]
 
-        (k, dim), (scale, scale_dim) = self._mapped(product, [leaves[i].rows for i in places])
-        assert scale_dim is None, "time is the same for all samples"
+        (k, dim), (scale, _) = self._mapped(product, [leaves[i].rows for i in places])
         return (k.expand(self.batch.size, *k.shape) if dim is None else k.movedim(dim, 0)), scale
 
     def _mapped(self, call: Callable[..., list[Any]], rows: list[Tensor]) -> list[tuple[Any, int | None]]:

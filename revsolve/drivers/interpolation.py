@@ -70,7 +70,7 @@ def _rows_of(known: Tensor, rank: Tensor) -> Tensor:
     length = known.shape[0]
     row = torch.arange(length, device=known.device).reshape(-1, *(1,) * (known.ndim - 1)).expand_as(known)
     spare = torch.where(known, rank, length)  # unknown rows all go to one slot behind the end
-    return row.new_zeros(length + 1, *known.shape[1:]).scatter_(0, spare, row)[:-1]
+    return row.new_zeros(length + 1, *known.shape[1:]).scatter(0, spare, row)[:-1]
 
 
 def _spline(x: Tensor, t: Tensor, has_piece: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revsolve.core.levels import of_every_sample
+
 
 @dataclass(frozen=True)
 class Observations:
@@ -52,7 +54,8 @@ def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] 
     x = x.movedim(-2, 0)
     within = None if lengths is None else _rows_within(x, lengths)
     missing = torch.isnan(x) if within is None else torch.isnan(x) | ~within
-    problems = torch.stack([missing.any(), (torch.isinf(x) & ~missing).any(), missing.all(0).any()]).tolist()
+    flags = torch.stack([missing.any(), (torch.isinf(x) & ~missing).any(), missing.all(0).any()])
+    problems = of_every_sample(flags).reshape(-1, 3).any(0).tolist()  # inside torch.vmap it may be any sample's
     _raise_if_unusable(x, missing, infinite=problems[1], empty=problems[2])
     if not problems[0]:
         return Observations(x, t, None, None)
@@ -158,6 +161,9 @@ def _rows_within(x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
 
 
 def _raise_if_unusable(x: Tensor, missing: Tensor, *, infinite: bool, empty: bool) -> None:
+    if infinite or empty:
+        num_batches = of_every_sample(x).ndim - x.ndim
+        x, missing = (of_every_sample(values).movedim(num_batches, 0) for values in (x, missing))
     if infinite:
         row, *sample, channel = (torch.isinf(x) & ~missing).nonzero()[0].tolist()
         raise ValueError(
