@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
 from revsolve.core.levels import batched, transformed
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
@@ -89,6 +90,10 @@ def adaptive_grid(
 ) -> Callable[[], Stepper]:
     """Steps that meet the tolerances and land on every output time, and on `step_t` and `jump_t`."""
     assert scheme.error_order is not None
+    if capturing():
+        raise ValueError(
+            "a CUDA graph cannot capture adaptive steps, which look at their error: take a fixed options={'step_size': ...}."
+        )
     rtol, atol = check_tolerances(rtol, atol, x0.dtype)
     extra = [float(s) for name in ("step_t", "jump_t") for s in options.get(name, ())]
     lowest, highest = sorted((times[0], times[-1]))

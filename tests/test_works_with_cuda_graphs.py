@@ -74,6 +74,12 @@ def test_what_cannot_be_captured_says_so(layer: nn.Module) -> None:
         gradients(net, "rev_rk4", "reversible")
 
 
+@pytest.mark.usefixtures("capture")
+def test_adaptive_steps_cannot_be_captured() -> None:
+    with NoReads(), pytest.raises(ValueError, match="cannot capture adaptive steps"):
+        odeint(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method="rev_dopri5")
+
+
 @pytest.fixture
 def replayed() -> Callable[[Callable[[], list[Tensor]]], list[Tensor]]:
     """Captures a computation on the GPU, runs it from the graph, and gives its results."""
