@@ -1,4 +1,4 @@
-"""Finding what a field takes from outside while torch.func transforms hide where tensors come from.
+"""A problem inside torch.func transforms, where nothing tells where tensors come from, and what its field takes from outside.
 
 No graph can be walked there. Instead the field is called twice: what enters its operations, was not made by one of them, and was
 there before the second call, comes from outside.
@@ -14,9 +14,53 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from revsolve.core.levels import core, transforms, wrapped
+from revsolve.core.coupling import Scheme
+from revsolve.core.levels import core, have_rules, outside, transforms, wrapped
+from revsolve.core.march import Problem, Stats
+from revsolve.core.replay import Noisy, random_state_changed_by
+from revsolve.core.restarts import Restarts
+from revsolve.core.rules import solve
+from revsolve.core.stepper import Stepper
+from revsolve.core.tape import Term
+from revsolve.tracing import Audit, held_tensors
 
 PLAIN = (Tensor, float, int, type(None))
+
+
+def by_rule(
+    term: Term,
+    x0: Tensor,
+    span: tuple[float, float],
+    owners: Sequence[Any],
+    scheme: Scheme,
+    make_stepper: Callable[[], Stepper],
+    gradient: str,
+    restarts: Restarts | None,
+) -> Problem | None:
+    """The problem, solved by a rule of our own; None where there is none for all transforms that are active, or for its field."""
+
+    def call(x: Tensor) -> Any:
+        value = term.value(span[0], x)
+        return value, term.product(value, *span)
+
+    if gradient == "direct" or torch.compiler.is_compiling() or not have_rules() or _has_tensors(scheme):
+        return None
+    held = list(held_tensors(list(owners), depth=4))
+    free, noisy = random_state_changed_by(lambda: free_tensors(call, x0, held), x0.device)
+    if free is None:
+        return None
+    tensors, constants = map(tuple, free)
+    if noisy:
+        with outside():
+            seed = int(torch.randint(2**62, ()))
+        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
+    problem = Problem(scheme, term, make_stepper, gradient, restarts, Stats(), tensors, Audit([]), constants)
+    problem.rule = solve
+    return problem
+
+
+def _has_tensors(scheme: Scheme) -> bool:
+    return any(isinstance(c, Tensor) for update in scheme.updates for c in (update.keep, update.mix, update.gain))
 
 
 def free_tensors(

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from revsolve.core.capture import Draws, capturing
+from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
-from revsolve.core.levels import batched, have_rules, outside, transformed
+from revsolve.core.levels import batched, transformed
 from revsolve.core.march import Problem, Stats
-from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, taken_as_it_is
+from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, random_state_changed_by, taken_as_it_is
 from revsolve.core.restarts import Restarts
-from revsolve.core.rules import solve as solve_by_rule
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.free_tensors import free_tensors
+from revsolve.free_tensors import by_rule
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
@@ -81,24 +80,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
 
 
-def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
-    """The value of `call()`, and whether it drew random numbers; the random state is put back."""
-    if capturing():
-        with Draws() as draws:
-            return call(), draws.any
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        before = _random_state(device)
-        value = call()
-        drew = not torch.equal(before, _random_state(device))
-    return value, drew
-
-
-def _random_state(device: torch.device) -> Tensor:
-    state = torch.get_rng_state()
-    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
-
-
 def prepare(
     term: Term,
     x0: Tensor,
@@ -124,7 +105,13 @@ def prepare(
     if capturing():
         restarts = _blind(restarts)
     if values_hidden():
-        return _transformed(term, x0, span, owners, scheme, make_stepper, gradient, restarts, chosen)
+        problem = by_rule(term, x0, span, owners, scheme, make_stepper, gradient, restarts)
+        if problem is None and chosen not in (None, "direct"):
+            raise ValueError(
+                f"gradient={chosen!r} is not possible here, because torch.compile, or a transform of torch.func, differentiates "
+                "the solve itself (docs: Works with): leave it out, or say gradient='direct'."
+            )
+        return problem or Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -159,51 +146,6 @@ def prepare(
         buffers=lent,
         first_value=first_value if repeatable is term and lent is None else None,
     )
-
-
-def _transformed(
-    term: Term,
-    x0: Tensor,
-    span: tuple[float, float],
-    owners: Sequence[Any],
-    scheme: Scheme,
-    make_stepper: Callable[[], Stepper],
-    gradient: str,
-    restarts: Restarts | None,
-    chosen: str | None,
-) -> Problem:
-    """The problem inside torch.func or torch.compile: solved by a rule of our own where there is one for all that is active,
-    else differentiated by the transform itself."""
-
-    def call(x: Tensor) -> Any:
-        value = term.value(span[0], x)
-        return value, term.product(value, *span)
-
-    free = None
-    if gradient != "direct" and not torch.compiler.is_compiling() and have_rules() and not _has_tensors(scheme):
-        held = list(held_tensors(list(owners), depth=4))
-        free, noisy = random_state_changed_by(lambda: free_tensors(call, x0, held), x0.device)
-    if free is None:
-        if chosen not in (None, "direct"):
-            raise ValueError(
-                f"gradient={chosen!r} is not possible here, because torch.compile, or a transform of torch.func, differentiates "
-                "the solve itself (docs: Works with): leave it out, or say gradient='direct'."
-            )
-        return Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
-    tensors, constants = free
-    if noisy:
-        with outside():
-            seed = int(torch.randint(2**62, ()))
-        term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
-    problem = Problem(
-        scheme, term, make_stepper, gradient, restarts, Stats(), tuple(tensors), Audit([]), tuple(constants)
-    )
-    problem.rule = solve_by_rule
-    return problem
-
-
-def _has_tensors(scheme: Scheme) -> bool:
-    return any(isinstance(c, Tensor) for update in scheme.updates for c in (update.keep, update.mix, update.gain))
 
 
 def _repeatable(

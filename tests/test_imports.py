@@ -18,7 +18,8 @@ CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
     {"schemes", "drivers"},
-    {"free_tensors", "packing", "tracing"},
+    {"packing", "tracing"},
+    {"free_tensors"},
     {"dense", "field_term", "grids", "problem", "progress"},
     {"solution", "steps"},
     {"event_steps", "per_sample"},

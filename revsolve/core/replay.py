@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
+from revsolve.core.capture import Draws, capturing
 from revsolve.core.tape import Term
 
 
@@ -60,6 +61,24 @@ class Noisy:
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
             return self.term.value(t, x)
+
+
+def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
+    """The value of `call()`, and whether it drew random numbers; the random state is put back."""
+    if capturing():
+        with Draws() as draws:
+            return call(), draws.any
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        before = _random_state(device)
+        value = call()
+        drew = not torch.equal(before, _random_state(device))
+    return value, drew
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
 
 class Buffers:
