@@ -153,6 +153,12 @@ def test_what_changes_in_the_field_is_seen(name: str, value: Any) -> None:
     torch.testing.assert_close(through(field), wanted, rtol=EXACT, atol=EXACT)
 
 
+def test_a_state_that_is_a_view() -> None:
+    y0, t = torch.randn(3, 2, dtype=torch.float64).T, torch.tensor([0.0, 1.0], dtype=torch.float64)
+    wanted = odeint(lambda t, y: torch.sin(y), y0, t, method="rev_heun2", options={"step_size": 0.1})
+    torch.testing.assert_close(through(lambda t, y: torch.sin(y), y0), wanted, rtol=EXACT, atol=EXACT)
+
+
 def test_float32() -> None:
     """Roundings of 6e-8 over a hundred steps, in another order."""
     torch.manual_seed(1)

@@ -36,7 +36,7 @@ class Compiled:
         """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
         stepper, memo = problem.make_stepper(), Memo(problem.term)
         assert isinstance(stepper, FixedGrid)
-        pair: Pair = (problem.widened(y0), None)
+        pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
         if problem.first_value is not None:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
