@@ -203,6 +203,12 @@ def test_what_cannot_be_compiled_is_refused(settings: dict[str, Any], message: s
         odeint(call.pop("func"), torch.ones(3), call.pop("t", torch.tensor([0.0, 1.0])), **call)
 
 
+def test_complex_states_are_refused() -> None:
+    t = torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match="no complex numbers"):
+        odeint(lambda t, y: 1j * y, torch.ones(2) + 0j, t, method="alf", options={"step_size": 0.1}, compile=True)
+
+
 def test_compile_must_say_how() -> None:
     with pytest.raises(TypeError, match="True, False or a dict"):
         odeint(

@@ -124,6 +124,10 @@ def compiled(
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
     _check(problem, x0)
+    if x0.is_complex() and way.backend == "inductor":
+        raise ValueError(
+            "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
+        )
     problem.compiled = Compiled(way, source)
 
 

@@ -186,6 +186,6 @@ def _explained(way: Compiler) -> Iterator[None]:
     except Exception as error:
         raise CompilationError(
             f"compile= cannot turn this field into a program (backend {way.backend!r}): {type(error).__name__}: {error}. A field "
-            "may not look at numbers (if on a value, .item(), .numpy()) or use tensors that were not there when it was first "
-            "called; solve with compile=False, which has no such limits."
+            "may not look at numbers (if on a value, .item(), .numpy()), compute with complex ones, or use tensors that were not "
+            "there when it was first called; solve with compile=False, which has no such limits."
         ) from error
