@@ -15,8 +15,8 @@ from torch import Tensor
 from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.driven import Driver, Source, Undriven
-from revsolve.core.engine import _certify, _mismatch
-from revsolve.core.march import Problem, _accept, _last_step, _non_finite, _segments, size_of
+from revsolve.core.engine import certify, mismatch
+from revsolve.core.march import Problem, accepted, last_step, non_finite, segments_of, size_of
 from revsolve.core.programs import Compiler, compiler
 from revsolve.core.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.replay import Frozen, Noisy
@@ -40,7 +40,7 @@ class Compiled:
         if problem.first_value is not None:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
-        grid, segments = stepper.grid, _segments(problem, stepper)
+        grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
         driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, grid, y0, self.way, driver)
@@ -54,11 +54,11 @@ class Compiled:
             first = start + 1 if segments.judged else start
             if segments.judged:
                 pair = ahead(_advanced(self.setting.lead, pair, grid, start, memo), start, first)
-                segments.start(float(ahead.gap), abs(_last_step(grid, first)))
+                segments.start(float(ahead.gap), abs(last_step(grid, first)))
             stepper.num_steps = min(start + segments.length, grid.num_steps)
             if first < stepper.num_steps:
                 pair = ahead(_advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
-            if segments.judged and not _accept(segments, ahead, stepper, start, pair):
+            if segments.judged and not accepted(segments, ahead, stepper, start, pair):
                 pair = begin
                 stepper.rewind(start)
                 continue
@@ -67,7 +67,7 @@ class Compiled:
             if store is not None:
                 store(start, begin if start else (y0, None))
         if not bool(torch.isfinite(pair[0]).all()):
-            raise _non_finite(problem, grid, y0)
+            raise non_finite(problem, grid, y0)
         problem.grid, stats = grid, problem.stats
         stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
         stats.num_restarts = max(0, len(grid.restarts) - 1)
@@ -96,7 +96,7 @@ class Compiled:
             with torch.enable_grad():
                 for update in reversed(setting.lead):
                     pair = pull_back(over(update, t0, t1), pair, grads, tape)
-                mismatches.append(_mismatch(pair[0], stored[0], size, end))
+                mismatches.append(mismatch(pair[0], stored[0], size, end))
                 if start in grid.restarts:
                     pair = (stored[0], pair[1])
                     for update in reversed(problem.scheme.restart):
@@ -106,7 +106,7 @@ class Compiled:
         tape.memo.num_evaluations += back.num_evaluations
         for total, (_, i) in zip(back.sums, setting.wanted, strict=True):
             tape.sums[i] += total
-        _certify(problem, mismatches)
+        certify(problem, mismatches)
         return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0], {}
 
 

@@ -123,7 +123,7 @@ def undo(
             tape.flush(grads)  # its graph need not be there with all that follows
             stored = marks.pop(start)
             size = size_of(stored[0])
-            mismatches.append(_mismatch(pair[0], stored[0], size, end))
+            mismatches.append(mismatch(pair[0], stored[0], size, end))
             if start in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
@@ -132,7 +132,7 @@ def undo(
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads[0] = accumulate(grads[0], grad_ys[i])
-    _certify(problem, mismatches)
+    certify(problem, mismatches)
     return grads[0], clock.close()
 
 
@@ -152,7 +152,7 @@ def recompute(
             walk = Walk(problem.scheme, tape.memo)
             kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
-        mismatches.append(_mismatch(after[0].detach(), end, size_of(end), size_of(marks[start][0])))
+        mismatches.append(mismatch(after[0].detach(), end, size_of(end), size_of(marks[start][0])))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
@@ -166,7 +166,7 @@ def recompute(
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
         tape.add_up(got[len(inputs) + len(times) :])
         stop, end = start, marks[start][0]
-    _certify(problem, mismatches)
+    certify(problem, mismatches)
     grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
     return grad_y0, grad_times
 
@@ -243,12 +243,12 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
         return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows))[0]
 
 
-def _mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:
+def mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:
     """The difference from what was stored, relative to the larger of the states at both ends of the segment."""
     return size_of(found - stored) / torch.maximum(*sizes).clamp(min=torch.finfo(stored.dtype).tiny)
 
 
-def _certify(problem: Problem, mismatches: list[Tensor]) -> None:
+def certify(problem: Problem, mismatches: list[Tensor]) -> None:
     """Compare what was reconstructed with what was stored; a gradient is never silently wrong."""
     if capturing():
         return

@@ -116,7 +116,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.first_value)
         problem.first_value = None
     walk, grid = Walk(problem.scheme, memo), stepper.grid
-    segments = _segments(problem, stepper)
+    segments = segments_of(problem, stepper)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:
         start, begin, num_outputs = stepper.num_steps, pair, len(ys)
@@ -132,8 +132,8 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
             if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
                 ys.append(problem.narrowed(pair[0]))
             if segments.judged and stepper.num_steps == start + 1:
-                segments.start(float(walk.parasitic(pair, h := _last_step(grid, start + 1))), abs(h))
-        if segments.judged and not _accept(segments, walk, stepper, start, pair):
+                segments.start(float(walk.parasitic(pair, h := last_step(grid, start + 1))), abs(h))
+        if segments.judged and not accepted(segments, walk, stepper, start, pair):
             pair = begin
             stepper.rewind(start)
             del ys[num_outputs:]
@@ -143,7 +143,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         if store is not None:
             store(start, begin if start else (y0, None))
     if not (problem.values_hidden or capturing()) and not bool(torch.isfinite(pair[0]).all()):
-        raise _non_finite(problem, grid, y0)
+        raise non_finite(problem, grid, y0)
     problem.grid = grid
     stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
@@ -188,7 +188,8 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
     return torch.lerp(exact[[*left, last]], exact[[*right, last]], fraction)
 
 
-def _segments(problem: Problem, stepper: Stepper) -> Segments:
+def segments_of(problem: Problem, stepper: Stepper) -> Segments:
+    """The lengths of the segments, as restarts and anchors ask for."""
     every = problem.anchor_every
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
@@ -196,18 +197,20 @@ def _segments(problem: Problem, stepper: Stepper) -> Segments:
     return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
 
 
-def _accept(segments: Segments, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
+def accepted(segments: Segments, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
+    """Whether the segment from `start` can stay as it was solved; one device read."""
     n, y = stepper.num_steps, pair[0].detach()
-    gap, size = torch.stack([walk.parasitic(pair, _last_step(stepper.grid, n)), size_of(y)]).detach().tolist()
+    gap, size = torch.stack([walk.parasitic(pair, last_step(stepper.grid, n)), size_of(y)]).detach().tolist()
     times = stepper.grid.times[start : n + 1]
     return segments.accept(gap, times, stepper.tolerance(size), torch.finfo(y.dtype).eps * size)
 
 
-def _last_step(grid: Grid, n: int) -> float:
+def last_step(grid: Grid, n: int) -> float:
+    """The length of step number n, the first being 1."""
     return grid.times[n] - grid.times[n - 1]
 
 
-def _non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
+def non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
     """Repeat the steps one by one to say where the field or the state stopped being finite."""
     watch = _Watch(problem.term)
     walk = Walk(problem.scheme, Memo(watch))
