@@ -1,10 +1,10 @@
 """Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
 
 from revsolve.cde import cdeint
+from revsolve.compiled.transcript import CompilationError
 from revsolve.core.engine import ReconstructionWarning
 from revsolve.core.march import Stats
 from revsolve.core.restarts import Restarts
-from revsolve.core.transcript import CompilationError
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.drivers.log_ode import LogODEField

@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.coupling import Scheme
-from revsolve.core.levels import core, have_rules, outside, transforms, wrapped
 from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Noisy, random_state_changed_by
 from revsolve.core.restarts import Restarts
-from revsolve.core.rules import solve
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.tracing import Audit, held_tensors
+from revsolve.transforms.levels import core, have_rules, outside, transforms, wrapped
+from revsolve.transforms.rules import solve
 
 PLAIN = (Tensor, float, int, type(None))
 

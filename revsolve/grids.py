@@ -15,9 +15,9 @@ from torch import Tensor
 
 from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
-from revsolve.core.levels import batched, transformed
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
 from revsolve.core.tape import Term
+from revsolve.transforms.levels import batched, transformed
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 ADAPTIVE_OPTIONS = (

@@ -192,7 +192,7 @@ class _Equation:
         problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
         problem.explain = explain(term.value)
         if self.compile:
-            from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+            from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
 
             compiled(problem, self.compile, self.x0, t)
         return problem

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revsolve.core.levels import wrapped
+from revsolve.transforms.levels import wrapped
 
 REMEMBERED_TIMES = 512  # the backward pass asks for those of the forward pass again
 

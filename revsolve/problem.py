@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
-from revsolve.core.levels import batched, transformed
 from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, random_state_changed_by, taken_as_it_is
 from revsolve.core.restarts import Restarts
@@ -22,6 +21,7 @@ from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.free_tensors import by_rule
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
+from revsolve.transforms.levels import batched, transformed
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
-from revsolve.core.programs import PROGRAMS, CompilationError
+from revsolve.compiled.programs import PROGRAMS, CompilationError
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, worst_difference

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
+    {"compiled", "transforms"},
     {"schemes", "drivers"},
     {"packing", "tracing"},
     {"free_tensors"},
@@ -30,7 +31,7 @@ LAYERS = (
     {"torchdeq"},
     {"__init__"},
 )
-TORCH_ONLY = {"core"}
+TORCH_ONLY = {"core", "compiled", "transforms"}
 # Imported by a module of the same name only, which nothing else imports.
 OPTIONAL = {"torchdeq": {"torchdeq"}}
 DEPENDENCIES = {re.match(r"[\w-]+", r).group() for r in requires("revsolve") if "extra ==" not in r} | {"numpy"}

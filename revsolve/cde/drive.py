@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from revsolve.cde.each import PathOfEach
 from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import Scheme, moves, over
-from revsolve.core.levels import wrapped
 from revsolve.drivers.control import Control
+from revsolve.transforms.levels import wrapped
 
 Key = tuple[Any, ...]  # times
 

@@ -180,7 +180,7 @@ class _Equation:
         rates = term if isinstance(inner.drive.control, PathOfEach) else self.rates
         problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
         if self.compile:
-            from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+            from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
 
             compiled(problem, self.compile, self.x0, t, source_of(inner))
         return problem

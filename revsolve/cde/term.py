@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from revsolve.cde.drive import Drive, Slopes
+from revsolve.compiled.driven import Source
 from revsolve.core.arithmetic import Scalar, Time
-from revsolve.core.driven import Source
 from revsolve.core.tape import Term
 from revsolve.packing import Clock, Packing
 

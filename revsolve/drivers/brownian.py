@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from revsolve.core.levels import exported, outside, transformed
 from revsolve.drivers.brownian_steps import Steps
 from revsolve.drivers.brownian_tree import Tree
 from revsolve.drivers.noise import Noise
 from revsolve.drivers.space_time import Spans, concatenate
+from revsolve.transforms.levels import exported, outside, transformed
 
 _ROUNDINGS = 4  # a solver's first and last times may miss ours by so much
 

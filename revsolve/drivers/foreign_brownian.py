@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from revsolve.core.levels import outside, transformed
 from revsolve.drivers.brownian import BrownianPath, clamped
+from revsolve.transforms.levels import outside, transformed
 
 
 class ForeignBrownian:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revsolve.core.levels import of_every_sample
+from revsolve.transforms.levels import of_every_sample
 
 
 @dataclass(frozen=True)

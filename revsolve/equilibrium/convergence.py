@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.core.levels import batched, outside
 from revsolve.packing import Packing
+from revsolve.transforms.levels import batched, outside
 
 RESIDUALS = ("absolute", "relative")
 SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar
-from revsolve.core.levels import transformed
 from revsolve.core.march import Stats
 from revsolve.core.tape import Memo, Term
 from revsolve.equilibrium.convergence import Convergence, Criterion
 from revsolve.equilibrium.gmres import gmres
 from revsolve.packing import Packing
 from revsolve.problem import check_choice
+from revsolve.transforms.levels import transformed
 
 METHODS = ("simple", "relaxed", "anderson")
 BACKWARD_METHODS = (*METHODS, "gmres")  # which also solves where J does not contract

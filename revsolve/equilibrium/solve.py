@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.engine import solve
-from revsolve.core.levels import transformed
 from revsolve.core.march import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
 from revsolve.equilibrium.arguments import check_whole, checked, refuse
@@ -24,6 +23,7 @@ from revsolve.packing import Packing
 from revsolve.problem import check_choice, check_options, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.reversible import relaxation
+from revsolve.transforms.levels import transformed
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _iterate(
         f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
     )
     if compile:
-        from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+        from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
 
         if isinstance(beta, Tensor):
             raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.levels import outside, sample_numbers
 from revsolve.drivers.brownian import BrownianPath, clamped
 from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
 from revsolve.per_sample import check_times_of_each
 from revsolve.problem import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
+from revsolve.transforms.levels import outside, sample_numbers
 
 Brownian = BrownianPath | ForeignBrownian
 Path = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.compiled.driven import Source
 from revsolve.core.coupling import Scheme
-from revsolve.core.driven import Source
 from revsolve.core.engine import solve
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
@@ -161,7 +161,7 @@ def sdeint(
         term.on_demand = False
     problem.explain = _explain(rates)
     if compile:
-        from revsolve.core.compiled import compiled  # importing what compiles takes longer than many solves
+        from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
 
         if area or isinstance(clock, ClockOfEach):
             raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")

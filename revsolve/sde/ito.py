@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revsolve.core.levels import transformed
+from revsolve.transforms.levels import transformed
 
 Shift = Callable[[Tensor, Tensor, bool], Tensor | None]  # of g, the y from which it was computed, and whether to record
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from revsolve.core.transcript import CompilationError
+from revsolve.compiled.transcript import CompilationError
 
 Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
 OPTIONS = ("backend", "mode", "options")

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.compiled.driven import Driver, Source, Undriven
+from revsolve.compiled.programs import Compiler, compiler
+from revsolve.compiled.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
-from revsolve.core.driven import Driver, Source, Undriven
 from revsolve.core.engine import certify, mismatch
 from revsolve.core.march import Problem, accepted, last_step, non_finite, segments_of, size_of
-from revsolve.core.programs import Compiler, compiler
-from revsolve.core.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from revsolve.core.arithmetic import Scalar, Time, scaled_add
-from revsolve.core.levels import of_all, of_sample, stray
 from revsolve.core.tape import Term
+from revsolve.transforms.levels import of_all, of_sample, stray
 
 CONTAINERS = (list, tuple, dict)
 

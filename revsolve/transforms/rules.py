@@ -17,10 +17,10 @@ from torch.func import vjp
 from revsolve.core.coupling import Pair
 from revsolve.core.engine import keep_in, recompute, time_gradient, undo
 from revsolve.core.march import Problem, march, replay_all
-from revsolve.core.opening import Batch, Opening, Sample
 from revsolve.core.replay import Ambient, Unchanged
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Tape
+from revsolve.transforms.opening import Batch, Opening, Sample
 
 
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.compiled.driven import Driver, Undriven
+from revsolve.compiled.programs import PROGRAMS, Compiler, Program, loop
+from revsolve.compiled.transcript import Swap, transcript
 from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
-from revsolve.core.driven import Driver, Undriven
 from revsolve.core.march import Problem, size_of
-from revsolve.core.programs import PROGRAMS, Compiler, Program, loop
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Memo, Tape, Term
-from revsolve.core.transcript import Swap, transcript
 
 LEAST_TIMES = (
     64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program

@@ -1,0 +1,1 @@
+"""Compiled solves: the sweeps of the engine as machine code. Nothing in `core` knows of them."""
