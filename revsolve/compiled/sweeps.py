@@ -19,6 +19,7 @@ from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.engine import certify, mismatch
 from revsolve.core.march import Problem, accepted, last_step, non_finite, segments_of, size_of
+from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape
@@ -40,7 +41,7 @@ class Compiled:
         if problem.first_value is not None:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
-        grid, segments = stepper.grid, segments_of(problem, stepper)
+        grid, segments, modes = stepper.grid, segments_of(problem, stepper), Modes(problem.scheme, memo)
         most = segments.longest if segments.resets else segments.length
         driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, grid, y0, self.way, driver)
@@ -58,7 +59,7 @@ class Compiled:
             stepper.num_steps = min(start + segments.length, grid.num_steps)
             if first < stepper.num_steps:
                 pair = ahead(_advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
-            if segments.judged and not accepted(segments, ahead, stepper, start, pair):
+            if segments.judged and not accepted(segments, modes, ahead, stepper, start, pair):
                 pair = begin
                 stepper.rewind(start)
                 continue

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from revsolve.core.arithmetic import Time
 from revsolve.core.capture import capturing
 from revsolve.core.coupling import Pair, Scheme, advance, moves, over
+from revsolve.core.modes import Modes
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Stepper
@@ -116,7 +117,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.first_value)
         problem.first_value = None
     walk, grid = Walk(problem.scheme, memo), stepper.grid
-    segments = segments_of(problem, stepper)
+    segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:
         start, begin, num_outputs = stepper.num_steps, pair, len(ys)
@@ -133,7 +134,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
                 ys.append(problem.narrowed(pair[0]))
             if segments.judged and stepper.num_steps == start + 1:
                 segments.start(float(walk.parasitic(pair, h := last_step(grid, start + 1))), abs(h))
-        if segments.judged and not accepted(segments, walk, stepper, start, pair):
+        if segments.judged and not accepted(segments, modes, walk, stepper, start, pair):
             pair = begin
             stepper.rewind(start)
             del ys[num_outputs:]
@@ -193,16 +194,17 @@ def segments_of(problem: Problem, stepper: Stepper) -> Segments:
     every = problem.anchor_every
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
-    restarts = problem.restarts if problem.scheme.reversible else None
-    return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
+    allowed = problem.restarts if problem.scheme.reversible else None
+    return Segments(allowed, stepper.num_total, every, problem.scheme.gap_order)
 
 
-def accepted(segments: Segments, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
+def accepted(segments: Segments, modes: Modes, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
     """Whether the segment from `start` can stay as it was solved; one device read."""
-    n, y = stepper.num_steps, pair[0].detach()
-    gap, size = torch.stack([walk.parasitic(pair, last_step(stepper.grid, n)), size_of(y)]).detach().tolist()
-    times = stepper.grid.times[start : n + 1]
-    return segments.accept(gap, times, stepper.tolerance(size), torch.finfo(y.dtype).eps * size)
+    n, y, grid = stepper.num_steps, pair[0].detach(), stepper.grid
+    product = [] if stepper.done else modes.look(grid.times[n], pair[0])
+    gap, size, *numbers = torch.stack([walk.parasitic(pair, h := last_step(grid, n)), size_of(y), *product]).tolist()
+    times, rounding = grid.times[start : n + 1], torch.finfo(y.dtype).eps * size
+    return segments.accept(gap, times, stepper.tolerance(size), rounding, modes.reach(h, numbers))
 
 
 def last_step(grid: Grid, n: int) -> float:

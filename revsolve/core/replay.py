@@ -51,7 +51,7 @@ class Noisy:
     def __init__(self, term: Term, seed: int, devices: list[torch.device]) -> None:
         self.term, self.seed, self.devices = term, seed, devices
         self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.summands = getattr(term, "summands", None)
+        self.summands, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
 
     def value(self, t: Time, x: Tensor) -> Any:
         with torch.random.fork_rng(self.devices):
@@ -145,7 +145,7 @@ class Frozen:
     def __init__(self, term: Term, buffers: Buffers) -> None:
         self.term, self.buffers = term, buffers
         self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.summands = getattr(term, "summands", None)
+        self.summands, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
 
     def value(self, t: Time, x: Tensor) -> Any:
         with self.buffers:

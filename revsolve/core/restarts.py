@@ -15,6 +15,8 @@ from dataclasses import dataclass
 class Restarts:
     """When to store the pair and reset z.
 
+    Unless `interval` is given, segments also end before the fastest modes of an ODE's field, excited or not, would have grown.
+
     Args:
         interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
         longest: never go further than this many steps (None: 32, or the square root of the number of steps if more).
@@ -41,6 +43,7 @@ class Restarts:
 
 ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
 FIRST_LENGTH = 3
+TOO_FAR = 1.5  # a segment this many times as long as the modes at its end allow is solved again
 
 
 class Segments:
@@ -67,7 +70,7 @@ class Segments:
                 )
             if restarts.budget is not None and num_steps:
                 self.shortest = -(-num_steps // restarts.budget)
-        self.per_step = 0.0
+        self.per_step, self.reach = 0.0, self.length
         if self.judged:
             self.longest = max(self.longest, self.shortest)
             self.length = max(self.shortest, min(FIRST_LENGTH, self.longest))
@@ -83,15 +86,21 @@ class Segments:
         per_step = gap / h**self.gap_order
         if self.last is not None:
             n, left = self.last
-            self.length = self._fitting(n, left, min(per_step, self.per_step))
+            self.length = min(self._fitting(n, left, min(per_step, self.per_step)), max(self.shortest, self.reach))
         self.per_step = per_step
 
-    def accept(self, gap: float, times: list[float], tolerance: float, rounding: float) -> bool:
-        """Take note of the parasitic part at the end; False if it has grown so far that the segment must be solved again."""
+    def accept(self, gap: float, times: list[float], tolerance: float, rounding: float, reach: int) -> bool:
+        """Take note of the parasitic part at the end, and for how many steps the modes there may be followed; False if the
+        segment went so far that it must be solved again."""
         n = len(times) - 1
         weight = sum(abs(b - a) ** self.gap_order for a, b in itertools.pairwise(times)) / n
         left = max(gap - ROUNDING * rounding, 0.0 * gap) / weight
         natural = max(self.per_step, tolerance / weight)
+        self.reach = reach
+        if n > max(self.shortest, TOO_FAR * reach):
+            self.last = None
+            self.length = max(self.shortest, n // 2)
+            return False
         if n > self.shortest and not left <= natural * self._limit(n):
             self.last = None
             self.ceiling = self.length = max(self.shortest, min(n // 2, self._fitting(n, left, natural)))

@@ -19,7 +19,8 @@ class Term(Protocol):
     """What is integrated: a field, and how its value becomes an increment over a span of time.
 
     A term may also have `adds_up`, true where products of one value over two spans, one after the other, add up to that over
-    both; and `summands(value, t0, t1)`, the product as a list of (weight, k) with numbers or tensors as weights.
+    both; `is_rate`, true where the value is the time derivative of the state; and `summands(value, t0, t1)`, the product as a
+    list of (weight, k) with numbers or tensors as weights.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
@@ -32,12 +33,12 @@ class Term(Protocol):
 class Memo:
     """A term that keeps its latest evaluation, because the next update may ask for the same one."""
 
-    __slots__ = ("adds_up", "apart", "latest", "num_evaluations", "product", "term")
+    __slots__ = ("adds_up", "apart", "is_rate", "latest", "num_evaluations", "product", "term")
 
     def __init__(self, term: Term) -> None:
         self.term = term
         self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.apart = getattr(term, "summands", None)
+        self.apart, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
         self.num_evaluations = 0
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
@@ -49,6 +50,18 @@ class Memo:
         kept = self.term.value(t, x)
         self.latest = (x, t, kept)
         return kept
+
+    def recorded(self, t: Time, x: Tensor) -> tuple[Tensor, Any]:
+        """A leaf that stands for x (x itself, where gradients are recorded anyway), and the value there as its function.
+
+        It is remembered as the value at x.
+        """
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            self.latest = (None, None, None) if leaf is not x else self.latest
+            value = self.value(t, leaf)
+        self.latest = (x, t, value if torch.is_grad_enabled() else value.detach())
+        return leaf, value
 
     def summands(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
         if self.apart is not None:

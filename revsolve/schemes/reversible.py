@@ -96,7 +96,9 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
     name, nodes = _composed_name("reversible_heun", order), _partial_sums(composition)
-    return Scheme(name, tuple(updates), (COPY,), order, error_order, run=functools.partial(_two_step, nodes))
+    gap_order = order + 1 if _is_halved(composition) else 2
+    run = functools.partial(_two_step, nodes)
+    return Scheme(name, tuple(updates), (COPY,), order, error_order, gap_order=gap_order, run=run)
 
 
 def _two_step(nodes: Sequence[float], times: Sequence[Time]) -> list[Move]:
@@ -190,6 +192,10 @@ def relaxation(beta: Scalar, moves: Callable[[int], Tensor] | None = None) -> Sc
     else:
         towards = _Stopping(Z, Y, gain=beta, increment=FieldValue(), moves=moves)
     return Scheme("relaxation", (towards, replace(towards, target=Y, source=Z)), (COPY,), order=1)
+
+
+def _is_halved(composition: Sequence[float]) -> bool:
+    return len(composition) % 2 == 0 and composition[::2] == composition[1::2]
 
 
 def _composed_name(name: str, order: int) -> str:

@@ -71,8 +71,14 @@ POLICIES = st.builds(
 )
 
 
-@given(policy=POLICIES, num_steps=st.integers(1, 300), rate=st.floats(0.5, 3.0), gap_order=st.integers(2, 6))
-def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: float, gap_order: int) -> None:
+@given(
+    policy=POLICIES,
+    num_steps=st.integers(1, 300),
+    rate=st.floats(0.5, 3.0),
+    gap_order=st.integers(2, 6),
+    reach=st.integers(1, 256),
+)
+def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: float, gap_order: int, reach: int) -> None:
     """Whatever the parasitic part does, lengths stay within bounds, and a segment of the least length is always accepted."""
     segments = Segments(policy, num_steps, None, gap_order)
     done = tried = 0
@@ -80,7 +86,7 @@ def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: flo
         n = min(segments.length, num_steps - done)
         assert 1 <= segments.length <= max(32, math.isqrt(num_steps), policy.longest or 0)
         segments.start(1e-3, 0.1)
-        accepted = segments.accept(1e-3 * rate**n, [0.1 * i for i in range(n + 1)], 0.0, 0.0)
+        accepted = segments.accept(1e-3 * rate**n, [0.1 * i for i in range(n + 1)], 0.0, 0.0, reach)
         done += n * accepted
         tried += 1
     assert tried <= 4 * num_steps
@@ -91,6 +97,6 @@ def test_segments_survive_extreme_gaps(gap: float, length: int) -> None:
     """A gap that is not finite asks for shorter segments; the shortest is accepted, for the march reports it."""
     segments = Segments(Restarts(longest=length), 100, None, 2)
     segments.start(gap, 0.1)
-    while not segments.accept(gap, [0.1 * i for i in range(segments.length + 1)], 0.0, 0.0):
+    while not segments.accept(gap, [0.1 * i for i in range(segments.length + 1)], 0.0, 0.0, 256):
         segments.start(gap, 0.1)
     assert 1 <= segments.length <= 40

@@ -1,0 +1,156 @@
+"""What the field would do to a perturbation: its fastest modes, and for how many steps a scheme stands them.
+
+A mode that the solution does not contain shows neither in y nor in z, but a gradient asks for it. So every restart takes one
+vector-Jacobian product of an evaluation that it makes anyway: a step of power iteration on the transposed Jacobian.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Pair, Scheme, advance, moves, over
+from revsolve.core.tape import Memo
+
+SEED = 31_415  # of the first direction: the same in every solve, and apart from the user's random state
+PARALLEL = 1e-3  # 1 - cos^2 of the angle below which two directions are taken for one
+SMALLEST, LARGEST, PER_OCTAVE, NUM_ANGLES = 1 / 16, 8.0, 4, 13  # the |h * rate| tabulated, and angles: decay to growth
+FARTHEST = 256  # steps
+MARGIN = 1.2  # power iteration sees the fastest mode from below
+LASTING = 1.1  # how far the parasitic part may carry a mode that the method itself lets last
+AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that costs accuracy (docs/exactness.md)
+TRIPLED = 3.0  # how far, where z is of lower order than y
+FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
+
+
+class Modes:
+    """Power iteration, one product a restart. The two latest directions tell two rates, which may be a complex pair.
+
+    In their span, the Jacobian is the matrix of least squares: for a symmetric one, these are two steps of Lanczos' method.
+    """
+
+    def __init__(self, scheme: Scheme, memo: Memo) -> None:
+        self.scheme, self.memo = scheme, memo
+        self.rates: tuple[complex, ...] = ()
+        self.latest: Tensor | None = None  # both of length 1; the product of `before` is stretch * latest
+        self.before: Tensor | None = None
+        self.stretch = 0.0
+        self.rounding = 1.0
+
+    def look(self, t: Time, y: Tensor) -> list[Tensor]:
+        """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
+        if not self.memo.is_rate:
+            return []
+        leaf, value = self.memo.recorded(t, y)
+        if not value.requires_grad:
+            return []
+        if self.latest is None:
+            self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
+        v, keep = self.latest, torch.is_grad_enabled()
+        cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
+        (w,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=keep, allow_unused=True)
+        if w is None:
+            return []
+        self.product = w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
+        before = v if self.before is None else self.before
+        return [(before * v).sum(), (before * w).sum(), (v * w).sum(), (w * w).sum()]
+
+    def _learn(self, cosine: float, before_product: float, latest_product: float, square: float) -> None:
+        if not 0.0 < square < math.inf:
+            self.rates, self.before = (), None
+            return
+        size, apart = math.sqrt(square), 1.0 - cosine * cosine
+        if self.before is None or apart < PARALLEL:
+            self.rates = (complex(latest_product, math.sqrt(max(square - latest_product**2, 0.0))),)
+        else:
+            onto_before = (before_product - cosine * latest_product) / apart
+            onto_latest = (latest_product - cosine * before_product) / apart
+            root = cmath.sqrt(onto_latest**2 / 4 + onto_before * self.stretch)
+            self.rates = (onto_latest / 2 + root, onto_latest / 2 - root)
+        self.before, self.latest, self.stretch = self.latest, self.product / size, size
+
+    def reach(self, h: float, numbers: list[float]) -> int:
+        """After how many steps of length h from a restart the modes are amplified at most as much as they may be: by the
+        scheme, and by undoing it, which amplifies rounding errors. `numbers` are the values of what `look` returned."""
+        if numbers:
+            self._learn(*numbers)
+        faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
+        steps = [MARGIN * h * rate for rate in self.rates]
+        undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
+        return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
+
+
+def _some_direction(y: Tensor) -> Tensor:
+    real = torch.view_as_real(y.detach()) if y.is_complex() else y
+    v = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+    return (v / v.norm()).to(real.device, torch.promote_types(real.dtype, torch.float32))
+
+
+def _reach(scheme: Scheme, z: complex) -> int:
+    size, angle = abs(z), abs(cmath.phase(-z)) / math.pi * (NUM_ANGLES - 1)
+    if not SMALLEST * SMALLEST < size <= LARGEST:  # outside the table; also NaN
+        return FARTHEST if size <= SMALLEST else 1
+    row = max(0, math.ceil(PER_OCTAVE * math.log2(size / SMALLEST)))
+    reached = min(_table(scheme)[row][column] for column in (math.floor(angle), math.ceil(angle)))
+    return max(1, min(FARTHEST, int(reached * max(1.0, SMALLEST / size))))  # slower modes take longer, in proportion
+
+
+@cache
+def _table(scheme: Scheme) -> list[list[int]]:
+    """The reach for h * rate of each size and angle: how long from a restart y' = rate * y is at most what it was, or hardly
+    more than the method itself, restarted at every step, makes of it.
+
+    Where the parasitic part is of lower order than the error, it must not even grow much.
+    """
+    sizes = SMALLEST * 2.0 ** torch.arange(0, math.log2(LARGEST / SMALLEST) + 1e-9, 1 / PER_OCTAVE, dtype=torch.float64)
+    z = -sizes[:, None] * torch.exp(1j * torch.linspace(0, math.pi, NUM_ANGLES, dtype=torch.float64))
+    step, state = _amplification(scheme, z)
+    rough = scheme.gap_order < scheme.order and not scheme.staggered  # z errs more than y, which y must not see
+    allowed = TRIPLED if rough else AMPLIFIED if scheme.gap_order <= scheme.order else math.inf
+    rows = 2 if rough else 1  # those of y, and of z
+    power = torch.eye(2, dtype=z.dtype)
+    base, within, reached = (step @ state)[..., 0, 0].abs(), torch.ones(z.shape, dtype=torch.bool), torch.zeros(z.shape)
+    natural = torch.ones(z.shape, dtype=torch.float64)
+    for _ in range(FARTHEST):
+        power, natural = step @ power, natural * base
+        within &= (power @ state)[..., 0, 0].abs() <= (LASTING * natural).clamp(min=1.0)
+        within &= power[..., :rows, :].abs().amax((-2, -1)) <= allowed * natural.clamp(min=1.0)
+        reached += within
+    return [[int(n) for n in row] for row in reached.cummin(0).values.tolist()]
+
+
+def _amplification(scheme: Scheme, z: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step of length 1 does to (y, z), (..., 2, 2), and what a restart makes of y = 1, (..., 2, 1)."""
+    memo, one, zero = Memo(_Linear(z)), torch.ones_like(z), torch.zeros_like(z)
+    columns = []
+    unit: tuple[Pair, Pair] = (one, zero), (zero, one)
+    for pair in unit:
+        for move in moves(scheme, (0.0, 1.0), memo.adds_up):
+            pair = advance(move, pair, memo)
+        columns.append(torch.stack(pair, -1))  # type: ignore[arg-type]
+    restarted: Pair = (one, None)
+    for update in scheme.restart:
+        restarted = advance(over(update, 0.0, 1.0), restarted, memo)
+    y, other = restarted
+    assert other is not None
+    return torch.stack(columns, -1), torch.stack((y, other), -1).unsqueeze(-1)
+
+
+class _Linear:
+    """y' = rate * y for many rates at once."""
+
+    adds_up = True
+
+    def __init__(self, rate: Tensor) -> None:
+        self.rate = rate
+
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        return self.rate * x
+
+    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
+        return value, t1 - t0
