@@ -194,8 +194,8 @@ def segments_of(problem: Problem, stepper: Stepper) -> Segments:
     every = problem.anchor_every
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
-    allowed = problem.restarts if problem.scheme.reversible else None
-    return Segments(allowed, stepper.num_total, every, problem.scheme.gap_order)
+    restarts = problem.restarts if problem.scheme.reversible else None
+    return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
 
 
 def accepted(segments: Segments, modes: Modes, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
