@@ -135,8 +135,8 @@ def fixed_point(
         >>> from revsolve import fixed_point
         >>> x = torch.tensor([0.5], requires_grad=True)
         >>> z = fixed_point(lambda z, x: 0.5 * torch.tanh(z) + x, torch.zeros(1), args=x, tol=1e-6)
-        >>> z, torch.autograd.grad(z, x)[0]
-        (tensor([0.8439], grad_fn=<ToCopyBackward0>), tensor([1.3576]))
+        >>> z.detach(), torch.autograd.grad(z, x)[0]
+        (tensor([0.8439]), tensor([1.3576]))
     """
     packing, criterion = checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
     arguments = args if isinstance(args, tuple) else (args,)
