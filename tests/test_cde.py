@@ -170,6 +170,7 @@ class Watched(Control):
 
     interval = property(lambda self: self.path.interval)
     grid_points = property(lambda self: self.path.grid_points)
+    knots = property(lambda self: self.path.knots)
     jump_times = property(lambda self: self.path.jump_times)
     tensors = property(lambda self: self.path.tensors)
 

@@ -237,9 +237,9 @@ def test_export_of_a_fixed_grid(method: Any, strict: bool) -> None:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"
 )
-@pytest.mark.parametrize("door", ["odeint", "sdeint", "fixed_point"])
+@pytest.mark.parametrize("door", ["odeint", "sdeint", "cdeint", "fixed_point"])
 def test_export_of_the_front_doors(door: str, device: torch.device) -> None:
-    """All but `cdeint`, whose paths are looked up by numbers; the Brownian path is part of the program."""
+    """The Brownian path, and the path that drives, are part of the program."""
     module, y0 = MODULES[door](device=device), make_y0(device=device).detach()
     program = torch.export.export(module, (y0,))
     other = torch.sin(y0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -26,15 +27,14 @@ Tolerance = float | Tensor | None
 
 def check_path(control: Control, packing: Packing, times: list[float], t: Tensor) -> None:
     """Raise unless the path covers the times and its values fit the state: same batch, dtype and device."""
-    knots = control.grid_points.detach()
-    if not bool((knots.diff() > 0).all()):
-        i = int((knots.diff() > 0).int().argmin())
-        raise ValueError(
-            f"the knots of X must be strictly increasing, but knot {i + 1} at {knots[i + 1]} follows knot {i} at {knots[i]}: "
-            "sort its data by time."
-        )
-    first, last = control.interval.tolist()
-    check_inside(min(times), max(times), (first, last), t, control.interval)
+    knots = control.knots
+    for i, (before, after) in enumerate(pairwise(knots)):
+        if not before < after:
+            raise ValueError(
+                f"the knots of X must be strictly increasing, but knot {i + 1} at {after} follows knot {i} at {before}: "
+                "sort its data by time."
+            )
+    check_inside(min(times), max(times), (knots[0], knots[-1]), t, control.interval)
     value = control.evaluate(times[0])
     if isinstance(value, Tensor) != packing.lone or (not packing.lone and len(value) != len(packing.shapes)):
         states, paths = (1 if packing.lone else len(packing.shapes)), (1 if isinstance(value, Tensor) else len(value))

@@ -152,7 +152,7 @@ class _Equation:
         self.packing = Packing(self.z0, "z0")
         self.x0 = self.packing.pack(self.z0)
         self.kinks: Sequence[float] = self.control.jump_times.tolist() if self.form == "derivative" else []
-        knots = self.control.grid_points.tolist()
+        knots = self.control.knots
         self.knots: Sequence[float] = knots if len(knots) > 2 else []
         self.drive: type[Drive] = Increments if self.form == "increment" else Slopes
         self.rates = whole(cde_term(self.func, self.packing, Slopes(self.control)))
@@ -204,7 +204,7 @@ class _Equation:
         return sorted(ends & {*range(len(steps))})
 
     def end(self, times: list[float]) -> float:
-        first, last = self.control.interval.tolist()
+        first, last = self.control.knots[0], self.control.knots[-1]
         end = last if times[1] > times[0] else first
         if not abs(end - times[0]) > 0 or (end > times[0]) != (times[1] > times[0]):
             raise ValueError(f"the path ends at t = {end}, where the solve would begin: give one over a longer time.")

@@ -64,6 +64,10 @@ class TupleControl(Control):
         return torch.cat([control.grid_points for control in self.controls]).unique()
 
     @property
+    def knots(self) -> list[float]:
+        return sorted({t for control in self.controls for t in control.knots})
+
+    @property
     def jump_times(self) -> Tensor:
         return torch.cat([control.jump_times for control in self.controls]).unique()
 
@@ -113,6 +117,10 @@ class ForeignControl(Control):
     @property
     def grid_points(self) -> Tensor:
         return getattr(self.path, "grid_points", self._interval)
+
+    @property
+    def knots(self) -> list[float]:
+        return self.grid_points.detach().tolist()
 
     @property
     def jump_times(self) -> Tensor:

@@ -34,6 +34,11 @@ class Control(ABC):
 
     @property
     @abstractmethod
+    def knots(self) -> list[float]:
+        """The same as numbers."""
+
+    @property
+    @abstractmethod
     def jump_times(self) -> Tensor:
         """The times strictly inside the interval at which dX/dt may jump, increasing; possibly none."""
 
@@ -87,6 +92,10 @@ class PiecewisePath(Control):
     @property
     def grid_points(self) -> Tensor:
         return self._knots
+
+    @property
+    def knots(self) -> list[float]:
+        return self._times
 
     @property
     def jump_times(self) -> Tensor:
