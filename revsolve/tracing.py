@@ -6,6 +6,7 @@ encoder's output used inside a lambda) that the field took from outside. What th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -48,6 +49,17 @@ class _Witness(TorchDispatchMode):
                 self._look(x)
 
 
+class _UnseenWitness(_Witness):
+    """One that torch.compile leaves alone, for fields that it compiles."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def traced(
     call: Callable[[], Tensor], held: Sequence[Tensor], own: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,7 +68,7 @@ def traced(
     constants = [(x, x._version) for x in held if not (x.requires_grad or x.is_inference())]
     with torch.enable_grad():
         birthday = _sequence_number()
-        with _Witness() as witness:
+        with _UnseenWitness() if "torch._dynamo" in sys.modules else _Witness() as witness:
             value = call()
     leaves, outside = boundary([value], birthday)
     found = {id(x): x for x in held if x.requires_grad}
