@@ -20,7 +20,7 @@ from revsolve.equation import densely, solution_at, until_event
 from revsolve.event_steps import EVENT_OPTIONS, FAR
 from revsolve.field_term import FieldTerm
 from revsolve.packing import Clock, Packing
-from revsolve.problem import check_times, prepare
+from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
@@ -192,9 +192,7 @@ class _Equation:
         problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
         problem.explain = explain(term.value)
         if self.compile:
-            from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
-
-            compiled(problem, self.compile, self.x0, t)
+            by_programs(problem, self.compile, self.x0, t)
         return problem
 
     def results(self, xs: Tensor, num_dims: int) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from revsolve.compiled.driven import Source
 from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
 from revsolve.core.march import Problem, Stats
@@ -146,6 +147,15 @@ def prepare(
         buffers=lent,
         first_value=first_value if repeatable is term and lent is None else None,
     )
+
+
+def by_programs(
+    problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: Source | None = None
+) -> None:
+    """Let the problem be solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
+    from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
+
+    compiled(problem, given, x0, moving, source)
 
 
 def _repeatable(

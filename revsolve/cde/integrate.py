@@ -26,7 +26,7 @@ from revsolve.equation import densely, solution_at, until_event, with_kinks
 from revsolve.event_steps import EVENT_OPTIONS
 from revsolve.packing import Packing
 from revsolve.per_sample import ClockOfEach
-from revsolve.problem import check_times, prepare
+from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
@@ -180,9 +180,7 @@ class _Equation:
         rates = term if isinstance(inner.drive.control, PathOfEach) else self.rates
         problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
         if self.compile:
-            from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
-
-            compiled(problem, self.compile, self.x0, t, source_of(inner))
+            by_programs(problem, self.compile, self.x0, t, source_of(inner))
         return problem
 
     def results(self, xs: Tensor, num_dims: int) -> Any:

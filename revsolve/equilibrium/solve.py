@@ -20,7 +20,7 @@ from revsolve.equilibrium.convergence import Convergence, refuse_batched
 from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.packing import Packing
-from revsolve.problem import check_choice, check_options, prepare
+from revsolve.problem import by_programs, check_choice, check_options, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.reversible import relaxation
 from revsolve.transforms.levels import transformed
@@ -215,11 +215,9 @@ def _iterate(
         f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
     )
     if compile:
-        from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
-
         if isinstance(beta, Tensor):
             raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
-        compiled(problem, compile, x0)
+        by_programs(problem, compile, x0)
     y = solve(problem, x0, None)[0]
     return y, problem.stats
 

@@ -17,7 +17,7 @@ from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock
 from revsolve.per_sample import ClockOfEach, points_for_each, refuse_options
-from revsolve.problem import check_options, prepare, values_hidden
+from revsolve.problem import by_programs, check_options, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
@@ -161,13 +161,11 @@ def sdeint(
         term.on_demand = False
     problem.explain = _explain(rates)
     if compile:
-        from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
-
         if area or isinstance(clock, ClockOfEach):
             raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
         inner = term.term if isinstance(term, LogRatioTerm) else term
         source = Source(inner, "path", lambda t, t0, t1: path(t0, t1))
-        compiled(problem, compile, x0, source=source)
+        by_programs(problem, compile, x0, source=source)
     ys = _results(solve(problem, x0, None), logqp)
     if not full_output:
         return ys
