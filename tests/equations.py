@@ -38,6 +38,14 @@ class Network(nn.Module):
         return self.net(y) * torch.cos(t) - 0.5 * y
 
 
+# Three samples: different lengths, one backwards, one that waits.
+TIMES_OF_EACH = ((0.0, 1.0, 0.2), (0.5, 0.8, 0.2), (1.3, 0.1, 0.9), (1.4, -0.3, 0.9))
+
+
+def times_of_each() -> Tensor:
+    return torch.tensor(TIMES_OF_EACH, dtype=torch.float64, requires_grad=True)
+
+
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_()
 

@@ -7,21 +7,15 @@ import torch
 from torch import Tensor
 
 from revsolve import HermitePath, LinearPath, cdeint, odeint
-from tests.equations import Network, leaf, worst_difference
+from tests.equations import Network, leaf, times_of_each, worst_difference
 
 EXACT = 1e-12
-# Three samples: different lengths, one backwards, one that waits.
-TIMES = ((0.0, 1.0, 0.2), (0.5, 0.8, 0.2), (1.3, 0.1, 0.9), (1.4, -0.3, 0.9))
 OWN: dict[str, Any] = {"options": {"steps_of_each": True}, "rtol": 1e-3, "atol": 1e-4}
-
-
-def times() -> Tensor:
-    return torch.tensor(TIMES, dtype=torch.float64, requires_grad=True)
 
 
 def gradients(**way: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    network, rate, y0, t = Network().double(), leaf(), leaf(3, 3), times()
+    network, rate, y0, t = Network().double(), leaf(), leaf(3, 3), times_of_each()
 
     def func(t: Tensor, y: Tensor) -> Tensor:
         return 5 * network.net(y) * torch.cos(5 * t)[:, None] - rate**2 * y
@@ -40,7 +34,7 @@ def test_gradient_is_direct(method: str) -> None:
 def test_gradient_of_a_controlled_equation_is_direct() -> None:
     def found(gradient: str | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        x, z0, t = torch.randn(3, 5, 2, dtype=torch.float64).requires_grad_(), leaf(3, 4), times()
+        x, z0, t = torch.randn(3, 5, 2, dtype=torch.float64).requires_grad_(), leaf(3, 4), times_of_each()
         matrix = torch.randn(4, 8, dtype=torch.float64).requires_grad_()
         X = HermitePath(x, torch.linspace(-0.5, 1.5, 5, dtype=torch.float64))
         zs = cdeint(X, lambda t, z: torch.tanh(z @ matrix).view(3, 4, 2), z0, t, gradient=gradient, **OWN)
@@ -81,7 +75,7 @@ def swing(t: Tensor, y: Tensor) -> Tensor:
 
 
 def test_closed_form() -> None:
-    t, y0 = times(), leaf(3, 2)
+    t, y0 = times_of_each(), leaf(3, 2)
     ys = odeint(swing, y0, t, rtol=1e-9, atol=1e-10, options={"steps_of_each": True})
     wanted = y0 * torch.exp(torch.sin(t) - torch.sin(t[0]))[..., None]
     assert torch.allclose(ys, wanted, atol=1e-8)
@@ -91,8 +85,8 @@ def test_closed_form() -> None:
 
 def test_on_every_device(device: torch.device) -> None:
     y0 = torch.ones(3, 2, dtype=torch.float64, device=device, requires_grad=True)
-    ys = odeint(swing, y0, times().detach().to(device), **OWN)
-    wanted = torch.exp(torch.sin(times()) - torch.sin(times()[0]))[..., None].expand(4, 3, 2)
+    ys = odeint(swing, y0, times_of_each().detach().to(device), **OWN)
+    wanted = torch.exp(torch.sin(times_of_each()) - torch.sin(times_of_each()[0]))[..., None].expand(4, 3, 2)
     assert ys.device.type == device.type
     assert torch.allclose(ys.cpu(), wanted, atol=1e-2)
     assert torch.allclose(torch.autograd.grad(ys[-1].sum(), y0)[0].cpu(), wanted[-1], atol=1e-2)
@@ -100,15 +94,17 @@ def test_on_every_device(device: torch.device) -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2, 2)])
 def test_states_of_any_shape(shape: tuple[int, ...]) -> None:
-    ys = odeint(lambda t, y: -y, torch.ones(shape), times().detach().float(), **OWN)
-    wanted = torch.exp(-(times() - times()[0])).float().view(4, 3, *[1] * (len(shape) - 1)).expand(4, *shape)
+    ys = odeint(lambda t, y: -y, torch.ones(shape), times_of_each().detach().float(), **OWN)
+    wanted = (
+        torch.exp(-(times_of_each() - times_of_each()[0])).float().view(4, 3, *[1] * (len(shape) - 1)).expand(4, *shape)
+    )
     assert torch.allclose(ys, wanted, atol=1e-2)
 
 
 def test_a_field_that_draws_random_numbers() -> None:
     """The draw follows from the number of the step, which undoing it repeats."""
     y0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
-    ys = odeint(lambda t, y: -y * (1 + 0.1 * torch.rand(3, 2)), y0, times().detach(), method="rev_bosh3", **OWN)
+    ys = odeint(lambda t, y: -y * (1 + 0.1 * torch.rand(3, 2)), y0, times_of_each().detach(), method="rev_bosh3", **OWN)
     (grad,) = torch.autograd.grad(ys.sum(), y0)  # a mismatch would be a warning, and thus an error here
     assert bool(grad.isfinite().all())
 
@@ -134,7 +130,13 @@ RAISES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_messages(case: str) -> None:
     changed, kind, message = RAISES[case]
     options = {"steps_of_each": True}
-    arguments = {"func": swing, "y0": torch.ones(3, 2), "t": times().detach().float(), "options": options, **changed}
+    arguments = {
+        "func": swing,
+        "y0": torch.ones(3, 2),
+        "t": times_of_each().detach().float(),
+        "options": options,
+        **changed,
+    }
     with pytest.raises(kind, match=message):
         odeint(**arguments)
 

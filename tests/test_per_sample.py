@@ -9,23 +9,17 @@ from torch import Tensor
 
 from revsolve import odeint
 from revsolve.schemes.names import scheme
-from tests.equations import Network, leaf, worst_difference
+from tests.equations import Network, leaf, times_of_each, worst_difference
 
 EXACT = 1e-12
-# Three samples: different lengths, one backwards, one that waits.
-TIMES = ((0.0, 1.0, 0.2), (0.5, 0.8, 0.2), (1.3, 0.1, 0.9), (1.4, -0.3, 0.9))
 FIXED: dict[str, Any] = {"options": {"step_size": 0.11}}
 LOOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 METHODS = ["rev_rk4", "rev_bosh3", "reversible_heun", "reversible_heun4", "rk4", "dopri8"]
 
 
-def times() -> Tensor:
-    return torch.tensor(TIMES, dtype=torch.float64, requires_grad=True)
-
-
 def gradients(**way: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    network, rate, y0, t = Network().double(), leaf(), leaf(3, 3), times()
+    network, rate, y0, t = Network().double(), leaf(), leaf(3, 3), times_of_each()
 
     def func(t: Tensor, y: Tensor) -> Tensor:
         return network.net(y) * torch.cos(t)[:, None] - rate**2 * y
@@ -57,7 +51,7 @@ def swing(t: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ["rev_rk4", "rk4", "dopri8", "rev_dopri5"])
 def test_closed_form(method: str) -> None:
-    t, y0 = times(), leaf(3, 2)
+    t, y0 = times_of_each(), leaf(3, 2)
     ys = odeint(swing, y0, t, method=method, options={"step_size": 0.01})
     wanted = y0 * torch.exp(torch.sin(t) - torch.sin(t[0]))[..., None]
     # RK4 with steps of 0.01 errs by 1e-10.
@@ -95,7 +89,7 @@ EVERY: dict[bool, Any] = {True: 3, False: None}
 
 
 def test_on_every_device(device: torch.device) -> None:
-    t = times()
+    t = times_of_each()
     ys = odeint(
         swing, torch.ones(3, 2, dtype=torch.float64, device=device), t, method="rev_rk4", options={"step_size": 0.02}
     )
@@ -107,7 +101,7 @@ def test_on_every_device(device: torch.device) -> None:
 
 
 def test_a_repeated_time_holds_the_state() -> None:
-    t = times().detach()
+    t = times_of_each().detach()
     ys = odeint(swing, torch.rand(3, 2, dtype=torch.float64), t, method="rev_rk4", **FIXED)
     assert torch.equal(ys[0, 2], ys[1, 2]) and torch.equal(ys[2, 2], ys[3, 2])
 
@@ -119,13 +113,13 @@ def test_the_field_receives_a_time_for_each_sample() -> None:
         seen.append((t.shape, t.dtype))
         return -y
 
-    odeint(func, torch.ones(3, 2, 2), times().detach(), method="rk4", **FIXED)
+    odeint(func, torch.ones(3, 2, 2), times_of_each().detach(), method="rk4", **FIXED)
     assert set(seen) == {(torch.Size([3]), torch.float32)}
 
 
 def test_no_sample_takes_longer_steps_than_asked_for() -> None:
     solution = odeint(
-        swing, torch.rand(3, 2, dtype=torch.float64), times().detach(), method="rk4", full_output=True, **FIXED
+        swing, torch.rand(3, 2, dtype=torch.float64), times_of_each().detach(), method="rk4", full_output=True, **FIXED
     )
     # The longest of each interval: 0.5, 0.8, 0.4 and steps of 0.11.
     assert solution.stats.num_steps == 5 + 8 + 4
@@ -157,6 +151,6 @@ RAISES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", RAISES)
 def test_messages(case: str) -> None:
     changed, message = RAISES[case]
-    arguments = {"y0": torch.ones(3, 2), "t": times().detach(), "method": "rev_rk4", **changed}
+    arguments = {"y0": torch.ones(3, 2), "t": times_of_each().detach(), "method": "rev_rk4", **changed}
     with pytest.raises(ValueError, match=message):
         odeint(swing, **arguments)
