@@ -61,6 +61,18 @@ def test_with_and_without_restarts(method: str, restarts: int | None) -> None:
     assert difference("module", method=method, restarts=restarts, **FIXED) < EXACT
 
 
+def backward_evaluations(method: str, compile: Any) -> int:  # noqa: A002
+    y0, t = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.tensor(FORWARD, dtype=torch.float64)
+    solution = odeint(lambda t, y: torch.sin(y), y0, t, method=method, full_output=True, compile=compile, **FIXED)
+    solution.ys.sum().backward()
+    return solution.stats.num_backward_evaluations
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_undoing_evaluates_as_often_as_without_programs(method: str) -> None:
+    assert backward_evaluations(method, RECORDED) == backward_evaluations(method, False) > 0
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_every_kind_of_state(equation: str) -> None:
     assert difference(equation, method="rev_heun2", **FIXED) < EXACT

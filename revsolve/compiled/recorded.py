@@ -182,7 +182,7 @@ class _Recorder(Tape):
 
 def split(scheme: Scheme) -> tuple[Updates, Updates]:
     """The updates of a step, as those that belong to the end of the step before in a program, and the rest."""
-    ahead = 1 if scheme.joins and scheme.updates[0].increment is not None else 0
+    ahead = 1 if scheme.run is not None and scheme.updates[0].increment is not None else 0
     return scheme.updates[:ahead], scheme.updates[ahead:]
 
 

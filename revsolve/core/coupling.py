@@ -22,9 +22,8 @@ from revsolve.core.tape import Grads, Memo, Tape
 
 Pair = tuple[Tensor, Tensor | None]
 Combination = list[tuple[Scalar, Tensor]]  # sum of weight * tensor
-Move = tuple[
-    "CouplingUpdate", Time, Time, "Time | None"
-]  # an update, its span, and where it evaluates if that is not told
+# An update, its span, and where it evaluates if the update does not say so itself.
+Move = tuple["CouplingUpdate", Time, Time, "Time | None"]
 
 
 class Increment(Protocol):
@@ -83,9 +82,9 @@ class Scheme:
     order is that of the solution, error_order that of the embedded solution (None: no error estimate). A scheme whose
     `restart` is empty is a plain method: its z is not used and its steps cannot be undone. `staggered` says that z is a
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
-    step from a restart that measure grows to the order h ** gap_order. `joins` says that the update which ends a step and the
-    one which begins the next differ in their spans alone, and ask for the same evaluation, at the time between them. `run` may
-    do better still: the moves of consecutive steps between the given times, fewer than the updates of each of them.
+    step from a restart that measure grows to the order h ** gap_order. `run` gives the moves of consecutive steps between the
+    given times, fewer than their updates, where the update that ends a step and the one that begins the next differ in their
+    spans alone and ask for the same evaluation, if any.
     """
 
     name: str
@@ -95,7 +94,6 @@ class Scheme:
     error_order: int | None = None
     staggered: bool = False
     gap_order: int = 2
-    joins: bool = False
     run: Callable[[Sequence[Time]], list[Move]] | None = field(default=None, compare=False)
 
     @property
@@ -107,14 +105,7 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     """The updates of the steps from each of the times to the next, in order; in fewer moves if the term adds up."""
     if adds_up and scheme.run is not None and len(times) > 2:
         return scheme.run(times)
-    out: list[Move] = []
-    for t0, t1 in pairwise(times):
-        step = [over(update, t0, t1) for update in scheme.updates]
-        if adds_up and scheme.joins and out:
-            update, start, _, _ = out.pop()
-            step[0] = (update, start, step[0][2], t0)
-        out += step
-    return out
+    return [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
 
 
 def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
@@ -124,7 +115,7 @@ def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
 
 def frozen(term: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
     """The increment of the term over t0 -> t1 with the field frozen at one time."""
-    return term.summands(term.value(at, x), t0, t1)
+    return term.parts(term.value(at, x), t0, t1)
 
 
 def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = None) -> Pair:

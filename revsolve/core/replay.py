@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.capture import Draws, capturing
-from revsolve.core.tape import Term
+from revsolve.core.tape import Term, Wrapped
 
 
 class Ambient:
@@ -42,16 +42,15 @@ class Ambient:
             self.entered.pop().__exit__(*error)
 
 
-class Noisy:
+class Noisy(Wrapped):
     """A term whose field draws random numbers: the draw becomes a function of the time, the same however often it is asked.
 
     The seed is drawn once per solve; the surrounding random state is left as it was found.
     """
 
     def __init__(self, term: Term, seed: int, devices: list[torch.device]) -> None:
-        self.term, self.seed, self.devices = term, seed, devices
-        self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.summands, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
+        super().__init__(term)
+        self.seed, self.devices = seed, devices
 
     def value(self, t: Time, x: Tensor) -> Any:
         with torch.random.fork_rng(self.devices):
@@ -139,13 +138,12 @@ class Unchanged:
                 )
 
 
-class Frozen:
+class Frozen(Wrapped):
     """A term whose field keeps a state in buffers that its values depend on: every evaluation of a solve finds the same state."""
 
     def __init__(self, term: Term, buffers: Buffers) -> None:
-        self.term, self.buffers = term, buffers
-        self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.summands, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
+        super().__init__(term)
+        self.buffers = buffers
 
     def value(self, t: Time, x: Tensor) -> Any:
         with self.buffers:

@@ -30,15 +30,19 @@ class Term(Protocol):
         ...
 
 
-class Memo:
-    """A term that keeps its latest evaluation, because the next update may ask for the same one."""
-
-    __slots__ = ("adds_up", "apart", "is_rate", "latest", "num_evaluations", "product", "term")
+class Wrapped:
+    """What a term is besides its values, for those that are terms around another one."""
 
     def __init__(self, term: Term) -> None:
-        self.term = term
-        self.product, self.adds_up = term.product, getattr(term, "adds_up", False)
-        self.apart, self.is_rate = getattr(term, "summands", None), getattr(term, "is_rate", False)
+        self.term, self.product, self.summands = term, term.product, getattr(term, "summands", None)
+        self.adds_up, self.is_rate = getattr(term, "adds_up", False), getattr(term, "is_rate", False)
+
+
+class Memo(Wrapped):
+    """A term that keeps its latest evaluation, because the next update may ask for the same one."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
         self.num_evaluations = 0
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
@@ -63,11 +67,14 @@ class Memo:
         self.latest = (x, t, value if torch.is_grad_enabled() else value.detach())
         return leaf, value
 
-    def summands(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
-        if self.apart is not None:
-            return self.apart(value, t0, t1)
+    def weighted(self, value: Any, t0: Time, t1: Time) -> tuple[float, Tensor]:
+        """The product as (weight, k), with a number as weight."""
         k, scale = self.product(value, t0, t1)
-        return [(1.0, scaled_add(None, k, scale))] if isinstance(scale, Tensor) else [(scale, k)]
+        return (1.0, scaled_add(None, k, scale)) if isinstance(scale, Tensor) else (scale, k)
+
+    def parts(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
+        """The product as the term's summands, or as one."""
+        return [self.weighted(value, t0, t1)] if self.summands is None else self.summands(value, t0, t1)
 
 
 class Tape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, moment, scaled_add
+from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import Combination, frozen
 from revsolve.core.tape import Memo
 from revsolve.schemes.tableau import Tableau
@@ -47,7 +47,7 @@ class RungeKutta:
             xi = x
             for j, a in row:
                 xi = torch.add(xi, stages[j], alpha=a * scale)
-            k, scale = _product(term, moment(t0, t1, c), xi, t0, t1)
+            scale, k = term.weighted(term.value(moment(t0, t1, c), xi), t0, t1)
             stages.append(k)
         parts: Combination = [(b * scale, stages[i]) for i, b in self._weights]
         errors: Combination = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []
@@ -89,11 +89,6 @@ class FieldValue:
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         return frozen(term, x, 0.0, t0, t1), []
-
-
-def _product(term: Memo, t: Time, x: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
-    k, scale = term.product(term.value(t, x), t0, t1)
-    return (scaled_add(None, k, scale), 1.0) if isinstance(scale, Tensor) else (k, scale)
 
 
 def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:

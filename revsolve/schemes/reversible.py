@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, moment
-from revsolve.core.coupling import CouplingUpdate, Move, Scheme
+from revsolve.core.coupling import CouplingUpdate, Move, Scheme, over
 from revsolve.schemes.increment import FieldValue, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau
 
@@ -90,12 +90,12 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         ValueError: the fractions of the composition do not add up to 1.
     """
     updates = _compose((HALF_KICK, REFLECT, replace(HALF_KICK, increment=OneEvaluation(1.0))), composition)
-    weights = [(a + b) / 2 for a, b in itertools.pairwise([0.0, *composition, 0.0])]
-    for i, error in enumerate(_embedded(weights, _partial_sums(composition))):
+    weights, nodes = [(a + b) / 2 for a, b in itertools.pairwise([0.0, *composition, 0.0])], _partial_sums(composition)
+    for i, error in enumerate(_embedded(weights, nodes)):
         kick = updates[2 * i]
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
-    name, nodes = _composed_name("reversible_heun", order), _partial_sums(composition)
+    name = _composed_name("reversible_heun", order)
     gap_order = order + 1 if _is_halved(composition) else 2
     run = functools.partial(_two_step, nodes)
     return Scheme(name, tuple(updates), (COPY,), order, error_order, gap_order=gap_order, run=run)
@@ -146,7 +146,20 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, min(len(composition), ERROR_NODES) - 1)
     name = _composed_name("alf", order)
-    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, True, joins=True)
+    run = functools.partial(_joined_drifts, updates)
+    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, staggered=True, run=run)
+
+
+def _joined_drifts(updates: Sequence[CouplingUpdate], times: Sequence[Time]) -> list[Move]:
+    """The updates of several steps; the drift that ends a step and the one that begins the next are one over both spans."""
+    out: list[Move] = []
+    for t0, t1 in itertools.pairwise(times):
+        step = [over(update, t0, t1) for update in updates]
+        if out:
+            drift, start, _, _ = out.pop()
+            step[0] = (drift, start, step[0][2], None)
+        out += step
+    return out
 
 
 def leapfrog() -> Scheme:
