@@ -18,7 +18,7 @@ from revsolve.compiled.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.engine import certify, mismatch
-from revsolve.core.march import Problem, accepted, last_step, non_finite, segments_of, size_of
+from revsolve.core.march import Problem, accepted, conclude, last_step, segments_of, size_of
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import FixedGrid, Grid
@@ -67,12 +67,7 @@ class Compiled:
                 grid.restarts.add(start)
             if store is not None:
                 store(start, begin if start else (y0, None))
-        if not bool(torch.isfinite(pair[0]).all()):
-            raise non_finite(problem, grid, y0)
-        problem.grid, stats = grid, problem.stats
-        stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-        stats.num_restarts = max(0, len(grid.restarts) - 1)
-        stats.num_evaluations = memo.num_evaluations + ahead.num_evaluations
+        conclude(problem, stepper, pair[0], y0, memo.num_evaluations + ahead.num_evaluations)
         return ahead.ys, pair
 
     def undo(

@@ -143,13 +143,18 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
             grid.restarts.add(start)
         if store is not None:
             store(start, begin if start else (y0, None))
-    if not (problem.values_hidden or capturing()) and not bool(torch.isfinite(pair[0]).all()):
+    conclude(problem, stepper, pair[0], y0, memo.num_evaluations)
+    return ys, pair
+
+
+def conclude(problem: Problem, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
+    """Raise unless the last state is finite; note what was done."""
+    grid, stats = stepper.grid, problem.stats
+    if not (problem.values_hidden or capturing()) and not bool(torch.isfinite(y).all()):
         raise non_finite(problem, grid, y0)
     problem.grid = grid
-    stats = problem.stats
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
-    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), memo.num_evaluations
-    return ys, pair
+    stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), num_evaluations
 
 
 def replay(
