@@ -5,7 +5,9 @@ The front doors `odeint` and `cdeint` say how their equations become a term and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +25,23 @@ from revsolve.own_steps import check_own_steps, steps_of_each
 from revsolve.packing import Clock, Packing
 from revsolve.per_sample import ClockOfEach, check_times_of_each, steps_for_each
 from revsolve.problem import check_times, values_hidden
+from revsolve.progress import AcceptedStep
 from revsolve.solution import Solution
 from revsolve.steps import Tolerances, adapts
+
+
+@dataclass
+class Way:
+    """How an equation is solved, as its front door was told."""
+
+    scheme: Scheme
+    options: dict[str, Any]
+    tolerances: Tolerances
+    gradient: str | None
+    restarts: Any
+    progress: bool
+    callback: Callable[[AcceptedStep], Any] | None
+    compile: Any
 
 
 class Equation(Protocol):
@@ -36,6 +53,7 @@ class Equation(Protocol):
     scheme: Scheme
     options: dict[str, Any]
     tolerances: Tolerances
+    compile: Any
     kinks: Sequence[float]
     knots: Sequence[float]
 
@@ -107,8 +125,16 @@ def densely(equation: Equation, t: Any) -> Solution:
     return Solution(torch.as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
 
 
+def densely_again(equation: Any, steps: list[float], t: Any) -> Callable[[], Solution]:
+    """What takes the same steps again, for the solution in between."""
+    options = {"grid_constructor": lambda *_: steps}
+    over = replace(equation, options=options, tolerances=(None, None), progress=False, callback=None)
+    return functools.partial(densely, over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
+
+
 def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
     """The states where each sample has observation times of its own, t of shape (T, batch)."""
+    _refuse_programs(equation)
     times = check_times_of_each(t, y0)
     clock = ClockOfEach(t, equation.x0)
     kinks = equation.kinks_of_each(clock)
@@ -131,6 +157,7 @@ def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
 
 def until_event(equation: Equation, t: Any, event_fn: Callable[..., Any]) -> tuple[Tensor, Solution]:
     """The time of the event, and the solution at the times t[0] and then."""
+    _refuse_programs(equation)
     if values_hidden():
         raise RuntimeError(
             "an event is found by looking at numbers, which torch.func transforms and torch.compile hide: differentiate with "
@@ -167,6 +194,13 @@ def with_kinks(equation: Equation) -> dict[str, Any]:
     if not equation.kinks or not adapts(equation.scheme, options, equation.tolerances):
         return options
     return {**options, "jump_t": [*options.get("jump_t", ()), *equation.kinks]}
+
+
+def _refuse_programs(equation: Equation) -> None:
+    if equation.compile:
+        raise ValueError(
+            "compile= is for the same fixed steps of all samples: leave it out with event_fn or 2-D times."
+        )
 
 
 def _clock(equation: Equation, t: Any, start: float, end: float) -> Clock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from revsolve.core.engine import solve
 from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.equation import densely, solution_at, until_event
+from revsolve.equation import Way, densely_again, solution_at, until_event
 from revsolve.event_steps import EVENT_OPTIONS, FAR
 from revsolve.field_term import FieldTerm
 from revsolve.packing import Clock, Packing
@@ -24,7 +24,7 @@ from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import Tolerances, choose_steps, explain, scheme_and_options
+from revsolve.steps import choose_steps, explain, scheme_and_options
 
 
 def odeint(
@@ -91,12 +91,9 @@ def odeint(
         tensor([0.3679])
     """
     known = EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each")
-    solve_options = scheme_and_options(method, options, known)
-    equation = _Equation(func, y0, args, *solve_options, (rtol, atol), gradient, restarts, progress, callback, compile)
-    if compile and (event_fn is not None or (isinstance(t, Tensor) and t.ndim == 2)):
-        raise ValueError(
-            "compile= is for the same fixed steps of all samples: leave it out with event_fn or 2-D times."
-        )
+    scheme, settings = scheme_and_options(method, options, known)
+    way = (scheme, settings, (rtol, atol), gradient, restarts, progress, callback, compile)
+    equation = _Equation(*way, func, y0, args)
     if event_fn is not None:
         event_t, solution = until_event(equation, t, event_fn)
         return event_t, solution if full_output else solution.ys
@@ -151,20 +148,10 @@ def odeint_event(
 
 
 @dataclass
-class _Equation:
-    """All of a solve but its times."""
-
+class _Equation(Way):
     func: Callable[..., Any]
     y0: Any
     args: Any
-    scheme: Scheme
-    options: dict[str, Any]
-    tolerances: Tolerances
-    gradient: str | None
-    restarts: Any
-    progress: bool
-    callback: Callable[[AcceptedStep], Any] | None
-    compile: Any = False
     kinks: Sequence[float] = ()
     knots: Sequence[float] = ()
 
@@ -218,10 +205,7 @@ class _Equation:
         steps = times if problem.grid is None else problem.grid.times
         again = None
         if len(steps) > 1 and not self.options.get("jump_t"):
-            ends = t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]]
-            options = {"grid_constructor": lambda *_: steps}
-            over = replace(self, options=options, tolerances=(None, None), progress=False, callback=None)
-            again = functools.partial(densely, over, ends)
+            again = densely_again(self, steps, t)
         return Solution(torch.as_tensor(t), self.packing.unpack(xs), problem.stats, steps, again=again)
 
 

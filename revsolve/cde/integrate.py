@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from revsolve.core.march import Problem, Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.drivers.control import Control, as_control
-from revsolve.equation import densely, solution_at, until_event, with_kinks
+from revsolve.equation import Way, densely_again, solution_at, until_event, with_kinks
 from revsolve.event_steps import EVENT_OPTIONS
 from revsolve.packing import Packing
 from revsolve.per_sample import ClockOfEach
@@ -30,7 +29,7 @@ from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import Tolerances, adapts, choose_steps, explain, scheme_and_options
+from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
 
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
@@ -113,13 +112,8 @@ def cdeint(
     scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
     tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
     gradient = choose_gradient(adjoint, gradient)
-    equation = _Equation(
-        func, as_control(X), z0, scheme, form, settings, tolerances, gradient, restarts, progress, callback, compile
-    )
-    if compile and (event_fn is not None or (isinstance(t, Tensor) and t.ndim == 2)):
-        raise ValueError(
-            "compile= is for the same fixed steps of all samples: leave it out with event_fn or 2-D times."
-        )
+    way = (scheme, settings, tolerances, gradient, restarts, progress, callback, compile)
+    equation = _Equation(*way, func, as_control(X), z0, form)
     if event_fn is not None:
         check_path(equation.control, equation.packing, check_times(t)[:1], t)
         event_t, solution = until_event(equation, t, event_fn)
@@ -132,21 +126,11 @@ def cdeint(
 
 
 @dataclass
-class _Equation:
-    """All of a solve but its times."""
-
+class _Equation(Way):
     func: Any
     control: Control
     z0: Any
-    scheme: Scheme
     form: str
-    options: dict[str, Any]
-    tolerances: Tolerances
-    gradient: str | None
-    restarts: Any
-    progress: bool
-    callback: Callable[[AcceptedStep], Any] | None
-    compile: Any = False
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.z0, "z0")
@@ -228,7 +212,5 @@ class _Equation:
         xs = solve(problem, self.x0, moving)
         assert problem.grid is not None
         steps = problem.grid.times
-        over = replace(self, options={"grid_constructor": lambda *_: steps}, tolerances=(None, None))
-        over.progress, over.callback = False, None
-        again = functools.partial(densely, over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
+        again = densely_again(self, steps, t)
         return Solution(torch.as_tensor(t), self.results(xs, 1), problem.stats, steps, again=again)
