@@ -278,6 +278,11 @@ def test_sdeint(noise: str, kind: str, logqp: bool, method: str, restarts: Any) 
     assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
 
 
+def test_noise_of_longer_segments_finds_another_program() -> None:
+    for restarts in (3, None):
+        test_sdeint("diagonal", "stratonovich", False, "rev_midpoint", restarts)
+
+
 @pytest.mark.parametrize("path", [LinearPath, NaturalCubicPath])
 @pytest.mark.parametrize(
     ("method", "options"),

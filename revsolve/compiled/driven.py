@@ -76,7 +76,7 @@ class Driver:
 class Undriven:
     """In the place of a `Driver` where nothing drives the term: a table of nothing."""
 
-    first = torch.zeros(0)
+    first, most = torch.zeros(0), 0
 
     def table(self, start: int, stop: int) -> Tensor:
         return torch.zeros(1)

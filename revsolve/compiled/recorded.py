@@ -39,7 +39,7 @@ class Setting:
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
-        states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs))
+        states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
         autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
         self.programs = PROGRAMS.made((problem.scheme, way, text, *autocast, *states))
 
