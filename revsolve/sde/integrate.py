@@ -11,13 +11,14 @@ from torch import Tensor
 from revsolve.compiled.driven import Source
 from revsolve.core.coupling import Scheme
 from revsolve.core.engine import solve
+from revsolve.core.march import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.drivers.foreign_brownian import as_brownian
-from revsolve.grids import ADAPTIVE_OPTIONS, adaptive_grid, explain_field, fixed_grid, given_grid
+from revsolve.grids import adaptive_grid, explain_field, fixed_grid, given_grid
 from revsolve.packing import Clock
 from revsolve.per_sample import ClockOfEach, points_for_each, refuse_options
-from revsolve.problem import by_programs, check_options, prepare, values_hidden
+from revsolve.problem import by_programs, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
@@ -31,13 +32,11 @@ from revsolve.sde.arguments import (
     noise_shape,
     refuse_events,
 )
-from revsolve.sde.coefficients import Coefficients, coefficients
+from revsolve.sde.coefficients import coefficients
 from revsolve.sde.ito import shift_of
-from revsolve.sde.methods import default_restarts, needs_area, sde_scheme, solves_ito
+from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
-
-STEPS = ("first_step", "min_step")  # are called dt and dt_min here
 
 
 def sdeint(
@@ -119,118 +118,118 @@ def sdeint(
     refuse_events(event_fn)
     check_state(y0)
     check_steps(dt, dt_min, adaptive)
-    clock: Any = Clock(y0.dtype, y0.device)
-    if isinstance(ts, Tensor) and ts.ndim == 2:
-        times, clock = increasing_for_each(ts, y0, bm), ClockOfEach(ts, y0)
-    else:
-        times = increasing(ts)
-    start = clock(times[0])
-    sde = as_sde(sde, lambda f: _at_start(f, start, y0), y0)
-    path_shape = None if bm is None else tuple(as_brownian(bm).shape)
-    parts = coefficients(sde, names, path_shape[-1] if path_shape else None)
-    scheme, settings = _scheme_and_options(method, parts, options, adaptive)
-    if isinstance(clock, ClockOfEach):
-        refuse_options(settings)
-    if logqp and parts.prior is None:
-        raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
-    f0, g0 = _at_start(parts.f_and_g, start, y0)
-    size = noise_shape(parts, f0, g0, y0, path_shape)
-
-    terms = _Terms(parts, scheme, clock, start, y0, logqp)
-    unit = torch.ones(size, dtype=y0.dtype, device=y0.device)
-    rates = terms.over(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)
-    x0 = terms.start
-    if adaptive:
-        speed = clock.fastest if isinstance(clock, ClockOfEach) else 1.0
-        first, least = dt / speed, dt_min / speed
-        make = adaptive_grid(times, {**settings, "first_step": first, "min_step": least}, rtol, atol, scheme, rates, x0)
-        knots: dict[str, Any] = {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, times)))}
-    else:
-        make = _fixed_steps(times, clock, dt, scheme)
-        knots = {"grid": make().grid.times} if len(times) > 1 else {}
-    area = needs_area(scheme)
-    path = new_path(times, size, y0, area, **knots) if bm is None else given_path(bm, times, size, y0, area)
+    equation = _Equation(sde, y0, ts, bm, names, logqp)
+    equation.choose_scheme(method, options, adaptive)
+    make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
+    path = equation.motion(bm, knots)
+    times, scheme = equation.times, equation.scheme
     if len(times) == 1:
-        return _results(x0[None], logqp)
-    term = terms.over(path, on_demand=area and not values_hidden())
-    make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], terms.state_of)
-    if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
-        restarts = default_restarts(scheme)
-    problem = prepare(term, x0, None, (times[0], times[1]), terms.owners(sde), scheme, make, gradient, restarts)
-    if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
-        term.on_demand = False
-    problem.explain = _explain(rates)
-    if compile:
-        if area or isinstance(clock, ClockOfEach):
-            raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-        inner = term.term if isinstance(term, LogRatioTerm) else term
-        source = Source(inner, "path", lambda t, t0, t1: path(t0, t1))
-        by_programs(problem, compile, x0, source=source)
-    ys = _results(solve(problem, x0, None), logqp)
+        return _results(equation.x0[None], logqp)
+    make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
+    problem = equation.problem(path, make, gradient, restarts, compile)
+    ys = _results(solve(problem, equation.x0, None), logqp)
     if not full_output:
         return ys
     assert problem.grid is not None
     return Solution(torch.as_tensor(ts), ys, problem.stats, problem.grid.times)
 
 
-class _Terms:
-    """The terms of one equation, over whatever path; with a prior, their state has the log-ratio as one more entry."""
+class _Equation:
+    """All of a solve but its steps and its Brownian motion; with a prior, the state has the log-ratio as one more entry."""
 
-    def __init__(self, parts: Coefficients, scheme: Scheme, clock: Any, start: Tensor, y0: Tensor, logqp: bool) -> None:
-        self.parts, self.clock, self.logqp = parts, clock, logqp
-        self.start = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
-        self.shift = None
-        if parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
-            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(start, y)[1], y0)
+    def __init__(self, sde: Any, y0: Tensor, ts: Any, bm: Any, names: Mapping[str, str] | None, logqp: bool) -> None:
+        self.clock: Any = Clock(y0.dtype, y0.device)
+        if isinstance(ts, Tensor) and ts.ndim == 2:
+            self.times, self.clock = increasing_for_each(ts, y0, bm), ClockOfEach(ts, y0)
+        else:
+            self.times = increasing(ts)
+        self.y0, self.logqp, self.start = y0, logqp, self.clock(self.times[0])
+        self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
+        self.sde = as_sde(sde, self._at_start, y0)
+        self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
+        self.parts = coefficients(self.sde, names, self.path_shape[-1] if self.path_shape else None)
 
-    def over(self, path: Path, on_demand: bool = False) -> SDETerm | LogRatioTerm:
+    def choose_scheme(
+        self, method: str | Tableau | Scheme | None, options: Mapping[str, Any] | None, adaptive: bool
+    ) -> None:
+        """Settle what depends on the method. Raises ValueError where it does not fit the equation, or f and g are not shaped
+        like the state."""
+        parts = self.parts
+        self.scheme, self.settings = scheme_and_options(method, parts, options, adaptive)
+        if isinstance(self.clock, ClockOfEach):
+            refuse_options(self.settings)
+        if self.logqp and parts.prior is None:
+            raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
+        f0, g0 = self._at_start(parts.f_and_g)
+        self.size = noise_shape(parts, f0, g0, self.y0, self.path_shape)
+        self.area, self.shift = needs_area(self.scheme), None
+        if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
+            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(self.start, y)[1], self.y0)
+        unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
+        self.rates = self.term(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)
+
+    def term(self, path: Path, on_demand: bool = False) -> SDETerm | LogRatioTerm:
+        """The term that this path drives."""
         noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, ClockOfEach) else path
         term = SDETerm(self.parts, noise, self.clock, self.shift, on_demand and not self.logqp)
         return LogRatioTerm(term, self.parts) if self.logqp else term
 
+    def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
+        """Steps, and what a Brownian motion needs to know of them."""
+        if isinstance(self.clock, ClockOfEach):
+            make = given_grid(self.times, points_for_each(self.clock.t, dt))
+        else:
+            make = fixed_grid(self.times, dt, self.scheme.name)
+        return make, {"grid": make().grid.times} if len(self.times) > 1 else {}
+
+    def adaptive_steps(
+        self, dt: float, dt_min: float, rtol: float, atol: float
+    ) -> tuple[Callable[[], Stepper], dict[str, Any]]:
+        """Steps, and what a Brownian motion needs to know of them."""
+        speed = self.clock.fastest if isinstance(self.clock, ClockOfEach) else 1.0
+        first, least = dt / speed, dt_min / speed
+        options = {**self.settings, "first_step": first, "min_step": least}
+        make = adaptive_grid(self.times, options, rtol, atol, self.scheme, self.rates, self.x0)
+        return make, {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, self.times)))}
+
+    def motion(self, bm: Any, knots: dict[str, Any]) -> Path:
+        """The Brownian motion given, or a new one."""
+        if bm is None:
+            return new_path(self.times, self.size, self.y0, self.area, **knots)
+        return given_path(bm, self.times, self.size, self.y0, self.area)
+
+    def problem(
+        self, path: Path, make: Callable[[], Stepper], gradient: str | None, restarts: Any, programs: Any
+    ) -> Problem:
+        """What the engine takes."""
+        scheme, span = self.scheme, (self.times[0], self.times[1])
+        if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
+            restarts = default_restarts(scheme)
+        term = self.term(path, on_demand=self.area and not values_hidden())
+        problem = prepare(term, self.x0, None, span, self._owners(), scheme, make, gradient, restarts)
+        if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
+            term.on_demand = False
+        problem.explain = _explain(self.rates)
+        if programs:
+            if self.area or isinstance(self.clock, ClockOfEach):
+                raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
+            inner = term.term if isinstance(term, LogRatioTerm) else term
+            source = Source(inner, "path", lambda t, t0, t1: path(t0, t1))
+            by_programs(problem, programs, self.x0, source=source)
+        return problem
+
     def state_of(self, x: Tensor) -> Tensor:
         return x[..., :-1] if self.logqp else x
 
-    def owners(self, sde: Any) -> tuple[Any, ...]:
+    def _owners(self) -> tuple[Any, ...]:
         fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if self.logqp else None)
-        return sde, *(field for field in fields if field is not None)
+        return self.sde, *(field for field in fields if field is not None)
 
-
-def _fixed_steps(times: list[float], clock: Any, dt: float, scheme: Scheme) -> Callable[[], Stepper]:
-    if isinstance(clock, ClockOfEach):
-        return given_grid(times, points_for_each(clock.t, dt))
-    return fixed_grid(times, dt, scheme.name)
-
-
-def _at_start(field: Callable[[Tensor, Tensor], Any], start: Tensor, y0: Tensor) -> Any:
-    """A first value, to look at its shape; random numbers that it draws are given back."""
-    with torch.no_grad(), torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []):
-        return field(start, y0.detach())
-
-
-def _scheme_and_options(
-    method: str | Tableau | Scheme | None, parts: Coefficients, options: Mapping[str, Any] | None, adaptive: bool
-) -> tuple[Scheme, dict[str, Any]]:
-    given = dict(options or {})
-    scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
-    known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
-    for name in given:
-        if name == "dense":
-            raise ValueError(
-                "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "
-                "ask for more times ts, or solve again over the same BrownianPath."
-            )
-        if name in STEPS:
-            raise ValueError(f"option {name!r} is the argument {('dt', 'dt_min')[STEPS.index(name)]} of sdeint.")
-        if not adaptive:
-            raise ValueError(f"option {name!r} is for adaptive steps, but these are fixed: pass adaptive=True.")
-    if adaptive and scheme.error_order is None:
-        raise ValueError(
-            f"{scheme.name!r} has no error estimate to adapt steps by: use 'reversible_heun', 'rev_heun_euler', 'rev_slowrk' "
-            "or another embedded method."
-        )
-    return scheme, given
+    def _at_start(self, field: Callable[[Tensor, Tensor], Any]) -> Any:
+        """A first value, to look at its shape; random numbers that it draws are given back."""
+        y0 = self.y0
+        with torch.no_grad(), torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []):
+            return field(self.start, y0.detach())
 
 
 def _results(xs: Tensor, logqp: bool) -> Any:

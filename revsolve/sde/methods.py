@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.restarts import Restarts
+from revsolve.grids import ADAPTIVE_OPTIONS
+from revsolve.problem import check_options
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
 from revsolve.schemes.tableau import TABLEAUS, Tableau
+from revsolve.sde.coefficients import Coefficients
 
 ALIASES = {"heun": "heun2", "rev_heun": "rev_heun2"}  # torchsde's name
 ELSEWHERE = {
@@ -18,6 +23,8 @@ ELSEWHERE = {
     "euler_heun": "'reversible_heun' and 'heun2' have its strong order or more",
     "log_ode": "the methods here have strong order 1/2 for noise that does not commute: take 'reversible_heun'",
 }
+
+STEPS = ("first_step", "min_step")  # are called dt and dt_min here
 
 
 def sde_method_names() -> list[str]:
@@ -36,6 +43,32 @@ def sde_scheme(method: str | Tableau | Scheme | None, noise_type: str, sde_type:
     gap_order = 1 if found.name == "reversible_heun" else max(1, (found.order + 1) // 2)
     error_order = None if found.error_order is None else 1
     return replace(found, gap_order=gap_order, error_order=error_order)
+
+
+def scheme_and_options(
+    method: str | Tableau | Scheme | None, parts: Coefficients, options: Mapping[str, Any] | None, adaptive: bool
+) -> tuple[Scheme, dict[str, Any]]:
+    """The scheme, and the options without those that went into it. Raises ValueError where they do not go together."""
+    given = dict(options or {})
+    scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
+    known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
+    check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
+    for name in given:
+        if name == "dense":
+            raise ValueError(
+                "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "
+                "ask for more times ts, or solve again over the same BrownianPath."
+            )
+        if name in STEPS:
+            raise ValueError(f"option {name!r} is the argument {('dt', 'dt_min')[STEPS.index(name)]} of sdeint.")
+        if not adaptive:
+            raise ValueError(f"option {name!r} is for adaptive steps, but these are fixed: pass adaptive=True.")
+    if adaptive and scheme.error_order is None:
+        raise ValueError(
+            f"{scheme.name!r} has no error estimate to adapt steps by: use 'reversible_heun', 'rev_heun_euler', 'rev_slowrk' "
+            "or another embedded method."
+        )
+    return scheme, given
 
 
 def default_restarts(scheme: Scheme) -> Restarts:
