@@ -71,8 +71,8 @@ def odeint(
             `event_fn(t, y)` crosses zero. A zero at t[0] does not count, nor does one that is left again within a step.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
-        compile: make machine code of the steps and of their undoing, once for each field, method and shape, for fixed steps on
-            the CPU: True, or a dict with "options" or "mode" of `torch.compile`, or "backend": "eager" to look for errors.
+        compile: make machine code of the steps and of their undoing, once for each field, method and shape, on the CPU:
+            True, or a dict with "options" or "mode" of `torch.compile`, or "backend": "eager" to look for errors.
 
     Returns:
         The states at the times t: like y0, with a leading dimension T. With event_fn, the time of the event, and the two states

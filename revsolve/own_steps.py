@@ -69,9 +69,9 @@ class StepsOfEach:
             self._check_progress(i, start)
             end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
             self.pace[n:] = [(i, start.to(self.clock.t.device), end.to(self.clock.t.device))]
-            after, error = step(pair, (float(n), float(n + 1)), restart, True)
-            assert error is not None
-            ratio, length = self._ratios(error, pair[0], after[0]), (end - start) * span
+            after, ratio = step(pair, (float(n), float(n + 1)), restart, self._ratios)
+            assert ratio is not None
+            length = (end - start) * span
             factor, good = self._factors(ratio, grow), ratio <= 1.0
             if bool(good.all()):
                 self._accept(i, end, length * factor, ratio)

@@ -135,6 +135,20 @@ def loop(
     return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
 
 
+def once(
+    step: Callable[..., tuple[Tensor, ...]], changing: Sequence[Tensor], constant: Sequence[Tensor], way: Compiler
+) -> Callable[..., Any]:
+    """The program that does `step(*changing, *constant)` one time."""
+    fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    apart = [torch.empty_like(x) for x in changing]  # one tensor given twice would be taken for one
+    example = [fakes.from_tensor(x, static_shapes=True) for x in (*apart, *constant)]
+    with torch.no_grad(), _explained(way), tracing(TracingContext(fakes)):
+        body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
+        hidden = _lift_constants(body, fakes)
+        run = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
+    return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
+
+
 def _while(
     more: fx.GraphModule,
     body: fx.GraphModule,

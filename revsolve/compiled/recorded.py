@@ -6,7 +6,7 @@ Where a method evaluates the field at the end of a step and again at the start o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ class Setting:
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
         states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
-        autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-        self.programs = PROGRAMS.made((problem.scheme, way, text, *autocast, *states))
+        self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
 
     def program(
         self, step: Callable[..., Any], ahead: bool, carried: list[Tensor], constant: list[Tensor], changed: range
@@ -88,7 +87,7 @@ class Ahead:
         stop, times, due, ys, first, table, *outside = inputs[size:]
         t0, t1, t2 = (_at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair: Pair = (y, z)
-        memo = _Memo(setting.term)
+        memo = Recalled(setting.term)
         with torch.no_grad(), Swap(setting.outside, outside), setting.driver:
             for update in setting.rest:
                 setting.driver.turn(update, _row(table, n - first))
@@ -158,7 +157,7 @@ class Back:
         return n - 1, *(x.detach().clone() for x in (*pair, *grads) if x is not None)
 
 
-class _Memo(Memo):
+class Recalled(Memo):
     """A memo that compares no numbers, for a recording has none."""
 
     def value(self, t: Time, x: Tensor) -> Any:
@@ -173,7 +172,7 @@ class _Recorder(Tape):
 
     def __init__(self, term: Term, tensors: Sequence[Tensor], narrow: torch.dtype | None) -> None:
         super().__init__(term, tensors, lambda outputs, own: None, narrow)
-        self.memo, self.audit_due = _Memo(term), False
+        self.memo, self.audit_due = Recalled(term), False
         self.found: list[Tensor | None] = [None for _ in tensors]
 
     def add_up(self, grads: Sequence[Tensor | None]) -> None:
@@ -184,6 +183,11 @@ def split(scheme: Scheme) -> tuple[Updates, Updates]:
     """The updates of a step, as those that belong to the end of the step before in a program, and the rest."""
     ahead = 1 if scheme.run is not None and scheme.updates[0].increment is not None else 0
     return scheme.updates[:ahead], scheme.updates[ahead:]
+
+
+def surroundings() -> list[Hashable]:
+    """What else decides what a recorded field does: autocast."""
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
 
 
 def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:

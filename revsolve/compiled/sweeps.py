@@ -6,22 +6,24 @@ The same grid, restarts and updates: only what lies between two restarts is a pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
 from revsolve.compiled.programs import Compiler, compiler
 from revsolve.compiled.recorded import Ahead, Back, Setting, Updates
 from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.engine import certify, mismatch
-from revsolve.core.march import Problem, accepted, conclude, last_step, segments_of, size_of
+from revsolve.core.march import Problem, accepted, conclude, last_step, march, segments_of, size_of
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
-from revsolve.core.stepper import FixedGrid, Grid
+from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Memo, Tape
 
 
@@ -36,7 +38,8 @@ class Compiled:
     ) -> tuple[Tensor, Pair]:
         """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
         stepper, memo = problem.make_stepper(), Memo(problem.term)
-        assert isinstance(stepper, FixedGrid)
+        if not isinstance(stepper, FixedGrid):
+            return self._adapted(problem, y0.contiguous(), store)
         pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
         if problem.first_value is not None:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
@@ -69,6 +72,13 @@ class Compiled:
                 store(start, begin if start else (y0, None))
         conclude(problem, stepper, pair[0], y0, memo.num_evaluations + ahead.num_evaluations)
         return ahead.ys, pair
+
+    def _adapted(self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None) -> tuple[Tensor, Pair]:
+        """The same with steps that follow their error, each attempted by a program."""
+        ys, pair = march(problem, y0, store, functools.partial(Attempts, self.way))
+        if store is not None and problem.grid is not None:
+            self.setting = Setting(problem, problem.grid, y0, self.way, Undriven())
+        return torch.stack(ys), pair
 
     def undo(
         self,
@@ -119,7 +129,7 @@ def compiled(
     way = compiler(given)
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
-    _check(problem, x0)
+    _check(problem, x0, source)
     if x0.is_complex() and way.backend == "inductor":
         raise ValueError(
             "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
@@ -127,7 +137,7 @@ def compiled(
     problem.compiled = Compiled(way, source)
 
 
-def _check(problem: Problem, x0: Tensor) -> None:
+def _check(problem: Problem, x0: Tensor, source: Source | None) -> None:
     """Raise ValueError unless this can be compiled."""
     instead = "leave out compile="
     if problem.values_hidden or problem.rule is not None:
@@ -142,8 +152,10 @@ def _check(problem: Problem, x0: Tensor) -> None:
         raise ValueError(
             f"gradient='direct' keeps every operation, which a program does not: use another, or {instead}."
         )
-    if not isinstance(problem.make_stepper(), FixedGrid):
+    stepper = problem.make_stepper()
+    problem.make_stepper = lambda: stepper  # its first step has been chosen
+    if not isinstance(stepper, FixedGrid if source else (FixedGrid, Adaptive)):
         raise ValueError(
-            "compile= needs fixed steps that nobody watches: give options={'step_size': ...}, no tolerances, no progress and no "
-            f"callback, or {instead}."
+            "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
+            f"options={{'step_size': ...}} or dt, no progress and no callback, or {instead}."
         )

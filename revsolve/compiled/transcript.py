@@ -7,7 +7,7 @@ a changed attribute, mode or closure finds another program, and a new module tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,14 +57,17 @@ class Transcript(TorchDispatchMode):
         return self.names[id(x)]
 
 
-def transcript(term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor) -> tuple[tuple[Hashable, ...], list[Tensor]]:
-    """What one evaluation at (t, x), and its product over t -> t1, do; and the tensors from outside that they use.
+def transcript(
+    term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor, also: Callable[[Tensor], Any] = lambda x: None
+) -> tuple[tuple[Hashable, ...], list[Tensor]]:
+    """What one evaluation at (t, x), its product over t -> t1, and `also` at x do; and the tensors from outside that they use.
 
     `drive` is what the term is driven by over t -> t1, no tensor from outside.
     """
     with torch.no_grad(), Transcript([x, drive]) as written:
         value = term.value(t, x)
         term.product(value, t, t1)
+        also(x)
     return tuple(written.lines), written.outside
 
 

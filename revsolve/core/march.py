@@ -18,7 +18,7 @@ from revsolve.core.coupling import Pair, Scheme, advance, moves, over
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
-from revsolve.core.stepper import Grid, Stepper
+from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
 
 
@@ -75,6 +75,10 @@ class Judged(Protocol):
     def parasitic(self, pair: Pair, h: float) -> Tensor: ...
 
 
+class Walking(Step, Judged, Protocol):
+    """Takes steps that can be judged."""
+
+
 class Walk:
     """Takes steps, and remembers the pair with which the latest call began (after a restart)."""
 
@@ -82,20 +86,20 @@ class Walk:
         self.scheme, self.memo = scheme, memo
 
     def __call__(
-        self, pair: Pair, times: Sequence[Time], restart: bool, with_error: bool = False
+        self, pair: Pair, times: Sequence[Time], restart: bool, measure: Measure | None = None
     ) -> tuple[Pair, Tensor | None]:
-        error: list[Tensor] | None = [] if with_error else None
-        latest = self.memo.latest
+        error: list[Tensor] | None = None if measure is None else []
+        latest, y = self.memo.latest, pair[0]
         if restart:
             for update in self.scheme.restart:
                 pair = advance(over(update, times[0], times[1]), pair, self.memo)
         self.begun = pair
         for move in moves(self.scheme, times, self.memo.adds_up):
             pair = advance(move, pair, self.memo, error)
-        if not error:
+        if measure is None or not error:
             return pair, None
         self.before_attempt = latest
-        return pair, sum(error[1:], start=error[0])
+        return pair, measure(sum(error[1:], start=error[0]), y, pair[0])
 
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
@@ -108,7 +112,12 @@ class Walk:
         return size_of(((z - before) * h if self.scheme.staggered else y - z).detach())
 
 
-def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[list[Tensor], Pair]:
+def march(
+    problem: Problem,
+    y0: Tensor,
+    store: Callable[[int, Pair], None] | None = None,
+    walking: Callable[[Scheme, Memo], Walking] = Walk,
+) -> tuple[list[Tensor], Pair]:
     """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, and the last pair."""
     stepper, memo = problem.make_stepper(), Memo(problem.term)
     pair: Pair = (problem.widened(y0), None)
@@ -116,7 +125,7 @@ def march(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | Non
         memo.num_evaluations = 1
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.first_value)
         problem.first_value = None
-    walk, grid = Walk(problem.scheme, memo), stepper.grid
+    walk, grid = walking(problem.scheme, memo), stepper.grid
     segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:

@@ -13,16 +13,18 @@ from torch import Tensor
 from revsolve.core.coupling import Pair
 from revsolve.core.tape import Memo
 
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an error estimate, given y before and after the step
+
 LONGEST_RUN = 64  # what is kept for each step of a run is let go after it
 
 
 class Step(Protocol):
-    """Takes the steps from each of the times to the next, after a restart where asked for."""
+    """Takes the steps from each of the times to the next, after a restart where asked for; measures their error if told how."""
 
     memo: Memo
 
     def __call__(
-        self, pair: Pair, times: Sequence[float], restart: bool, with_error: bool = False
+        self, pair: Pair, times: Sequence[float], restart: bool, measure: Measure | None = None
     ) -> tuple[Pair, Tensor | None]: ...
 
     def forget_attempt(self) -> None: ...
@@ -217,9 +219,9 @@ class Adaptive:
             target = self.targets[self.next_target]
             lands = abs(target - t0) <= self.h * (1 + 1e-9)
             t1 = target if lands else t0 + self.direction * self.h
-            after, error = step(pair, (t0, t1), restart, True)
-            assert error is not None
-            ratio = self._ratio(error, pair[0], after[0])
+            after, measured = step(pair, (t0, t1), restart, self._ratio)
+            assert measured is not None
+            ratio = float(measured)
             factor = self._factor(ratio, grown)
             h = abs(t1 - t0)
             if ratio <= 1.0 or (h <= self.control.min_step * (1 + 1e-9) and math.isfinite(ratio)):
@@ -246,9 +248,9 @@ class Adaptive:
         atol, rtol = self.control.loosest
         return atol + rtol * size
 
-    def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> float:
+    def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
         size = y0.detach().abs().maximum(y1.detach().abs())
-        return float(self.control.norm(error / (self.control.atol + self.control.rtol * size)))
+        return self.control.norm(error / (self.control.atol + self.control.rtol * size))
 
     def _factor(self, ratio: float, grow: float) -> float:
         c, k = self.control, self.control.error_order + 1
