@@ -19,7 +19,7 @@ from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
 from revsolve.core.march import Problem, size_of
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Memo, Tape, Term
+from revsolve.core.tape import Grads, Memo, Tape, Term
 
 LEAST_TIMES = (
     64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
@@ -116,9 +116,11 @@ class Back:
         self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
         self.grad_ys, self.outside = grad_ys.contiguous(), [x.detach() for x in setting.outside]
 
-    def __call__(self, pair: Pair, grads: list[Tensor | None], start: int, stop: int) -> Pair:
+    def __call__(self, pair: Pair, grads: Grads, start: int, stop: int) -> Pair:
         """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
-        filled = [torch.zeros_like(pair[0], dtype=self.setting.narrow) if g is None else g for g in grads]
+        filled = [
+            torch.zeros_like(pair[0], dtype=self.setting.narrow) if g is None else g for g in (grads[0], grads[1])
+        ]
         y, z = pair
         assert z is not None
         setting, carried, first, last = self.setting, [y, z, *filled], torch.tensor(start), torch.tensor(stop)
@@ -126,7 +128,7 @@ class Back:
         constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
         count = len(constant)
         program = setting.program(self.step, False, carried, constant, range(count - len(self.sums), count))
-        _, y, z, *grads[:] = program.run(last, *carried, first, *constant)
+        _, y, z, grads[0], grads[1] = program.run(last, *carried, first, *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return y, z
 
@@ -138,14 +140,14 @@ class Back:
         leaves = [x.detach() for x in outside]
         tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted], setting.narrow)
         pair: Pair = (y, z)
-        grads: list[Tensor | None] = [grad_y, grad_z]
+        grads = Grads(grad_y, grad_z)
         with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
             for update in reversed(setting.lead):
                 setting.driver.turn(update, _row(table, n - first))
                 pair = pull_back(over(update, t1, t2), pair, grads, tape)
             row = _at(due, n)
             found = grad_ys.index_select(0, row.clamp(min=0).reshape(1))[0]
-            grads[0] = accumulate(grads[0], torch.where(row >= 0, found, torch.zeros_like(found)))
+            grads.add(0, torch.where(row >= 0, found, torch.zeros_like(found)))
             for update in reversed(setting.rest):
                 setting.driver.turn(update, _row(table, n - 1 - first))
                 pair = pull_back(over(update, t0, t1), pair, grads, tape)
@@ -154,7 +156,7 @@ class Back:
             if grad is not None:
                 total.add_(grad.detach())
         counts.append(tape.memo.num_evaluations)
-        return n - 1, *(x.detach().clone() for x in (*pair, *grads) if x is not None)
+        return n - 1, *(x.detach().clone() for x in (*pair, grads[0], grads[1]) if x is not None)
 
 
 class Recalled(Memo):

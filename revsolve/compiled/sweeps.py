@@ -17,14 +17,13 @@ from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
 from revsolve.compiled.programs import Compiler, compiler
 from revsolve.compiled.recorded import Ahead, Back, Setting, Updates
-from revsolve.core.arithmetic import accumulate
 from revsolve.core.coupling import Pair, advance, over, pull_back
 from revsolve.core.engine import certify, mismatch
 from revsolve.core.march import Problem, accepted, conclude, last_step, march, segments_of, size_of
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
-from revsolve.core.tape import Memo, Tape
+from revsolve.core.tape import Grads, Memo, Tape
 
 
 class Compiled:
@@ -92,7 +91,7 @@ class Compiled:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
         mismatches: list[Tensor] = []
         setting, back = self.setting, Back(self.setting, grad_ys)
-        grads: list[Tensor | None] = [None, None]
+        grads = Grads()
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         end = size_of(pair[0])
         for start in sorted(marks, reverse=True):
@@ -113,7 +112,8 @@ class Compiled:
         for total, (_, i) in zip(back.sums, setting.wanted, strict=True):
             tape.sums[i] += total
         certify(problem, mismatches)
-        return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0], {}
+        grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
+        return grads[0], {}
 
 
 def _advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:

@@ -185,8 +185,8 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
             tape.watch(update.source, source, grads)
             tape.add(keep * before, grad)
         if not equals(mix, 0.0):
-            grads[update.source] = scaled_add(grads[update.source], grad, mix)
-        grads[update.target] = None if equals(keep, 0.0) else linear(value_of(keep), grad, 0.0, grad)
+            grads.add(update.source, grad, mix)
+        grads.scale(update.target, value_of(keep))
     return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
 
 

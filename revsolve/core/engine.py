@@ -24,7 +24,7 @@ from revsolve.core.coupling import Pair, moves, over, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
 from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Tape
+from revsolve.core.tape import Grads, Tape
 
 NOTHING = nullcontext()
 
@@ -108,14 +108,14 @@ def undo(
 ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
     scheme = problem.scheme
-    grads: list[Tensor | None] = [None, None]
+    grads = Grads()
     mismatches: list[Tensor] = []
     clock = _Clock(grid, tape, moving)
     pair = marks.pop(grid.num_steps)
     end = size_of(pair[0])
     for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
         if (i := grid.output(stop)) is not None:
-            grads[0] = accumulate(grads[0], grad_ys[i])
+            grads.add(0, grad_ys[i])
         times = clock(start, stop)
         for move in reversed(moves(scheme, times, tape.memo.adds_up)):
             pair = pull_back(move, pair, grads, tape)
@@ -131,7 +131,7 @@ def undo(
             pair, end, tape.audit_due = stored, size, True
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
-        grads[0] = accumulate(grads[0], grad_ys[i])
+        grads.add(0, grad_ys[i])
     certify(problem, mismatches)
     return grads[0], clock.close()
 

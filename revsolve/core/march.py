@@ -159,7 +159,7 @@ def march(
 def conclude(problem: Problem, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
     """Raise unless the last state is finite; note what was done."""
     grid, stats = stepper.grid, problem.stats
-    if not (problem.values_hidden or capturing()) and not bool(torch.isfinite(y).all()):
+    if not (problem.values_hidden or capturing()) and not math.isfinite(size_of(y.detach())):
         raise non_finite(problem, grid, y0)
     problem.grid = grid
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected

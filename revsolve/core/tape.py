@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
-from revsolve.core.arithmetic import Scalar, Time, accumulate, scaled_add
+from revsolve.core.arithmetic import Scalar, Time, accumulate, equals, linear, scaled_add
 
-Grads = list[Tensor | None]
 ENGINE = getattr(graph, "_engine_run_backward", None)  # not public, so it may go one day
 
 
@@ -77,6 +76,41 @@ class Memo(Wrapped):
         return [self.weighted(value, t0, t1)] if self.summands is None else self.summands(value, t0, t1)
 
 
+class Grads:
+    """The cotangents of y and z, None for zero. A factor of one waits until something is added to it: one pass over it less."""
+
+    def __init__(self, y: Tensor | None = None, z: Tensor | None = None) -> None:
+        self.totals, self.factors = [y, z], [1.0, 1.0]
+
+    def __getitem__(self, member: int) -> Tensor | None:
+        total, factor = self.totals[member], self.factors[member]
+        if total is not None and factor != 1.0:
+            self[member] = total = linear(factor, total, 0.0, total)
+        return total
+
+    def __setitem__(self, member: int, total: Tensor | None) -> None:
+        self.totals[member], self.factors[member] = total, 1.0
+
+    def scale(self, member: int, factor: Scalar) -> None:
+        total = self[member]
+        if equals(factor, 0.0) or total is None:
+            self[member] = None
+        elif isinstance(factor, Tensor):
+            self[member] = factor * total
+        else:
+            self.factors[member] = factor
+
+    def add(self, member: int, grad: Tensor | None, weight: Scalar = 1.0) -> None:
+        """Add weight * grad."""
+        if grad is None:
+            return
+        total, factor = self.totals[member], self.factors[member]
+        if total is None or factor == 1.0:
+            self[member] = scaled_add(total, grad, weight)
+        else:
+            self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
+
+
 class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
@@ -137,7 +171,7 @@ class Tape:
             if self._looks_new(got) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
-            grads[self.member] = accumulate(grads[self.member], got[0])
+            grads.add(self.member, got[0])
             for time, grad in zip(self.times, got[1:], strict=False):
                 self.times[time] = accumulate(self.times[time], grad)
             self.add_up(got[1 + len(self.times) :])

@@ -12,7 +12,7 @@ from torch import Tensor
 from revsolve import method_names
 from revsolve.core.arithmetic import linear
 from revsolve.core.coupling import CouplingUpdate, Pair, advance, over, pull_back
-from revsolve.core.tape import Memo, Tape
+from revsolve.core.tape import Grads, Memo, Tape
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.names import scheme
 
@@ -58,7 +58,7 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(over(update, t0, t0 + h), pair, [None, None], tape)
+            pair = pull_back(over(update, t0, t0 + h), pair, Grads(), tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)
@@ -81,14 +81,14 @@ def test_one_update(keep: float, mix: float, gain: float, t0: float, h: float, r
     wanted = torch.autograd.grad(after, [*pair, *numbers], cotangents)
 
     tape = Tape(term, numbers, no_audit)
-    grads: list[Tensor | None] = list(cotangents)
+    grads = Grads(*cotangents)
     with torch.enable_grad():
         undone = pull_back(over(update, t0, t0 + h), tuple(x.detach() for x in after), grads, tape)
         tape.flush(grads)
     size = 1 + max(float(x.detach().abs().max()) for x in after) / abs(keep)
     torch.testing.assert_close(undone[0].detach(), pair[0].detach(), rtol=0, atol=1e-14 * size)
     torch.testing.assert_close(undone[1].detach(), pair[1].detach(), rtol=0, atol=0)
-    torch.testing.assert_close([*grads, *tape.sums], list(wanted), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close([grads[0], grads[1], *tape.sums], list(wanted), rtol=1e-11, atol=1e-11)
 
 
 def test_plain_numbers_are_as_good_as_tensors() -> None:
@@ -104,7 +104,7 @@ def test_plain_numbers_are_as_good_as_tensors() -> None:
 def test_an_overwritten_member_is_restored_not_undone() -> None:
     copy = CouplingUpdate(1, 0, keep=0.0, mix=1.0)
     y, z, grad_y, grad_z = torch.randn(4, 3).unbind()
-    grads: list[Tensor | None] = [grad_y, grad_z]
+    grads = Grads(grad_y, grad_z)
     tape = Tape(Field(torch.ones(())), (), no_audit)
     pair = pull_back(over(copy, 0.0, 0.1), (y, y), grads, tape, restored=z)
     assert pair == (y, z)
@@ -117,7 +117,7 @@ def test_undoing_evaluates_once_per_evaluation(name: str) -> None:
     term = Field(torch.tensor(0.7, dtype=torch.float64))
     pair = started(name, torch.ones(2, dtype=torch.float64), 0.0, 0.1, Memo(term))
     forward, backward = Memo(term), Tape(term, (), no_audit)
-    grads: list[Tensor | None] = [torch.ones(2, dtype=torch.float64)] * 2
+    grads = Grads(*torch.ones(2, 2, dtype=torch.float64))
     for update in scheme(name).updates:
         pair = advance(over(update, 0.0, 0.1), pair, forward)
     with torch.enable_grad():
