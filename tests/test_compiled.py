@@ -104,11 +104,6 @@ def test_statistics_and_restarts_are_those_of_the_eager_solve(gradient: str) -> 
     assert got.stats.num_restarts > 3
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_plain_methods_march_compiled_and_are_recomputed_as_ever(method: str) -> None:
-    assert difference("module", method=method, **FIXED) < EXACT
-
-
 def test_dense_output() -> None:
     y0, t = torch.ones(3, dtype=torch.float64), torch.linspace(0.0, 1.0, 7, dtype=torch.float64)
     settings: dict[str, Any] = {"method": "rev_rk4", "options": {"step_size": 0.1, "dense": True}}

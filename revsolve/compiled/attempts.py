@@ -67,9 +67,9 @@ class Attempts:
         (t0, t1), y = times, inputs[2]
         text, outside = transcript(self.memo.term, t0, y, t1, torch.zeros(0), lambda x: measure(x, x, x))
         states = [(x.shape, x.stride(), x.dtype) for x in inputs]
-        made = PROGRAMS.made(("attempt", self.scheme, self.way, text, *surroundings(), *states))
+        made = PROGRAMS.made((self.scheme, self.way, text, *surroundings(), *states))
         self.outside = [x.detach() for x in outside]
-        if True not in made:
+        if "attempt" not in made:
             counts: list[int] = []
 
             def step(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -77,8 +77,8 @@ class Attempts:
                     return self._step(counts, measure, form, *tensors[: len(inputs)])
 
             run = once(step, inputs, self.outside, self.way)
-            made[True] = Program(run, counts[-1])
-        self.program = made[True]
+            made["attempt"] = Program(run, counts[-1])
+        self.program = made["attempt"]
 
     def _step(
         self, counts: list[int], measure: Measure, form: Any, t0: Tensor, t1: Tensor, y: Tensor, *rest: Tensor

@@ -80,9 +80,9 @@ class Programs:
     """Programs, ahead and back, by what they do; those used longest ago are dropped where there are too many."""
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, dict[bool, Program]] = {}
+        self.known: dict[Hashable, dict[Hashable, Program]] = {}
 
-    def made(self, key: Hashable) -> dict[bool, Program]:
+    def made(self, key: Hashable) -> dict[Hashable, Program]:
         """The programs of this key that there are: further ones are put there."""
         found = self.known.pop(key, None) or {}
         self.known[key] = found

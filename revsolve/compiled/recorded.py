@@ -43,14 +43,36 @@ class Setting:
         self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
 
     def program(
-        self, step: Callable[..., Any], ahead: bool, carried: list[Tensor], constant: list[Tensor], changed: range
+        self,
+        name: Hashable,
+        step: Callable[..., Any],
+        ahead: bool,
+        carried: list[Tensor],
+        constant: list[Tensor],
+        changed: range,
     ) -> Program:
-        """The program that repeats the step, made now unless there is one."""
-        if ahead not in self.programs:
+        """The program of this name, which repeats the step; made now unless there is one."""
+        if name not in self.programs:
             counts: list[int] = []
             run = loop(lambda *inputs: step(counts, *inputs), ahead, carried, constant, changed, self.way)
-            self.programs[ahead] = Program(run, counts[-1])
-        return self.programs[ahead]
+            self.programs[name] = Program(run, counts[-1])
+        return self.programs[name]
+
+    def zeros(self) -> list[Tensor]:
+        """For the gradients of the tensors that the field uses; half precision ones in float32."""
+        used = [self.outside[i] for i, _ in self.wanted]
+        return [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
+
+    def hand_over(self, sums: list[Tensor], tape: Tape) -> None:
+        """Add the gradients of the tensors that the field uses to those on the tape."""
+        for total, (_, i) in zip(sums, self.wanted, strict=True):
+            tape.sums[i] += total
+
+    def cotangent(self, due: Tensor, grad_ys: Tensor, n: Tensor) -> Tensor:
+        """That of the output after n steps, zero where none is due."""
+        output = at(due, n)
+        found = row(grad_ys, output.clamp(min=0))
+        return torch.where(output >= 0, found, torch.zeros_like(found))
 
     def narrowed(self, y: Tensor) -> Tensor:
         return y if self.narrow is None else y.to(self.narrow)
@@ -73,7 +95,7 @@ class Ahead:
         setting, number = self.setting, torch.tensor(start)
         table = setting.driver.table(start, stop)
         constant = [setting.times, setting.due, self.ys, number, table, *self.outside]
-        program = setting.program(self.step, True, carried, constant, range(2, 3))
+        program = setting.program("ahead", self.step, True, carried, constant, range(2, 3))
         _, self.gap, *after = program.run(number, *carried, torch.tensor(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
@@ -85,23 +107,23 @@ class Ahead:
         setting, size = self.setting, 2 if self.setting.scheme.reversible else 1
         y, z = inputs[0], inputs[1] if size == 2 else None
         stop, times, due, ys, first, table, *outside = inputs[size:]
-        t0, t1, t2 = (_at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
+        t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair: Pair = (y, z)
         memo = Recalled(setting.term)
         with torch.no_grad(), Swap(setting.outside, outside), setting.driver:
             for update in setting.rest:
-                setting.driver.turn(update, _row(table, n - first))
+                setting.driver.turn(update, row(table, n - first))
                 pair = advance(over(update, t0, t1), pair, memo)
             if z is not None and pair[1] is not None:
                 gap = size_of(
                     (pair[1] - z) * (t1 - t0).to(gap.dtype) if setting.scheme.staggered else pair[0] - pair[1]
                 )
-            row = _at(due, n + 1)
-            place = row.clamp(min=0).reshape(1)
+            output = at(due, n + 1)
+            place = output.clamp(min=0).reshape(1)
             y = setting.narrowed(pair[0])
-            ys.index_copy_(0, place, torch.where(row >= 0, y[None], ys.index_select(0, place)))
+            ys.index_copy_(0, place, torch.where(output >= 0, y[None], ys.index_select(0, place)))
             for update in setting.lead:  # after the last step over no time at all
-                setting.driver.turn(update, _row(table, n + 1 - first))
+                setting.driver.turn(update, row(table, n + 1 - first))
                 pair = advance(over(update, t1, t2), pair, memo)
         counts.append(memo.num_evaluations)
         return n + 1, gap.clone(), *(x.clone() for x in pair if x is not None)
@@ -112,9 +134,8 @@ class Back:
 
     def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
         self.setting, self.num_evaluations = setting, 0
-        used = [setting.outside[i] for i, _ in setting.wanted]
-        self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
-        self.grad_ys, self.outside = grad_ys.contiguous(), [x.detach() for x in setting.outside]
+        self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
+        self.outside = [x.detach() for x in setting.outside]
 
     def __call__(self, pair: Pair, grads: Grads, start: int, stop: int) -> Pair:
         """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
@@ -127,7 +148,7 @@ class Back:
         table = setting.driver.table(start, stop)
         constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
         count = len(constant)
-        program = setting.program(self.step, False, carried, constant, range(count - len(self.sums), count))
+        program = setting.program("back", self.step, False, carried, constant, range(count - len(self.sums), count))
         _, y, z, grads[0], grads[1] = program.run(last, *carried, first, *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return y, z
@@ -135,7 +156,7 @@ class Back:
     def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting = self.setting
         y, z, grad_y, grad_z, first, end, times, due, grad_ys, table, *others = inputs
-        t0, t1, t2 = (_at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
+        t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
         outside, sums = others[: len(setting.outside)], others[len(setting.outside) :]
         leaves = [x.detach() for x in outside]
         tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted], setting.narrow)
@@ -143,13 +164,11 @@ class Back:
         grads = Grads(grad_y, grad_z)
         with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
             for update in reversed(setting.lead):
-                setting.driver.turn(update, _row(table, n - first))
+                setting.driver.turn(update, row(table, n - first))
                 pair = pull_back(over(update, t1, t2), pair, grads, tape)
-            row = _at(due, n)
-            found = grad_ys.index_select(0, row.clamp(min=0).reshape(1))[0]
-            grads.add(0, torch.where(row >= 0, found, torch.zeros_like(found)))
+            grads.add(0, setting.cotangent(due, grad_ys, n))
             for update in reversed(setting.rest):
-                setting.driver.turn(update, _row(table, n - 1 - first))
+                setting.driver.turn(update, row(table, n - 1 - first))
                 pair = pull_back(over(update, t0, t1), pair, grads, tape)
             tape.flush(grads)
         for total, grad in zip(sums, tape.found, strict=True):
@@ -181,6 +200,28 @@ class _Recorder(Tape):
         self.found = [accumulate(total, grad) for total, grad in zip(self.found, grads, strict=True)]
 
 
+def advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:
+    """The pair after updates of step n."""
+    for update in updates:
+        pair = advance(over(update, grid.times[n], grid.times[n + 1]), pair, memo)
+    return pair
+
+
+def pulled_before(setting: Setting, grid: Grid, n: int, pair: Pair, stored: Pair, grads: Grads, tape: Tape) -> Tensor:
+    """Carry cotangents from behind the restart, if any, and the lead of step n to the stored pair before them; y as undone."""
+    t0, t1 = grid.times[n : n + 2]
+    with torch.enable_grad():
+        for update in reversed(setting.lead):
+            pair = pull_back(over(update, t0, t1), pair, grads, tape)
+        undone = pair[0]
+        if n in grid.restarts:
+            pair = (stored[0], pair[1])
+            for update in reversed(setting.scheme.restart):
+                pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=stored[1])
+        tape.flush(grads)
+    return undone
+
+
 def split(scheme: Scheme) -> tuple[Updates, Updates]:
     """The updates of a step, as those that belong to the end of the step before in a program, and the rest."""
     ahead = 1 if scheme.run is not None and scheme.updates[0].increment is not None else 0
@@ -202,9 +243,11 @@ def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:
     return times, due
 
 
-def _row(table: Tensor, n: Tensor) -> Tensor:
+def row(table: Tensor, n: Tensor) -> Tensor:
+    """Row n, or the last one."""
     return table.index_select(0, n.clamp(max=len(table) - 1).reshape(1))[0]
 
 
-def _at(values: Tensor, n: Tensor) -> Tensor:
+def at(values: Tensor, n: Tensor) -> Tensor:
+    """Entry n."""
     return values.index_select(0, n.reshape(1)).reshape(())

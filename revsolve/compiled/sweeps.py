@@ -16,8 +16,9 @@ from torch import Tensor
 from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
 from revsolve.compiled.programs import Compiler, compiler
-from revsolve.compiled.recorded import Ahead, Back, Setting, Updates
-from revsolve.core.coupling import Pair, advance, over, pull_back
+from revsolve.compiled.recorded import Ahead, Back, Setting, advanced, pulled_before
+from revsolve.compiled.repeated import recompute
+from revsolve.core.coupling import Pair
 from revsolve.core.engine import certify, mismatch
 from revsolve.core.march import Problem, accepted, conclude, last_step, march, segments_of, size_of
 from revsolve.core.modes import Modes
@@ -53,14 +54,14 @@ class Compiled:
             restart = problem.scheme.reversible and (segments.resets or start == 0)
             segments.begin(start)
             if restart:
-                pair = _advanced(problem.scheme.restart, pair, grid, start, memo)
+                pair = advanced(problem.scheme.restart, pair, grid, start, memo)
             first = start + 1 if segments.judged else start
             if segments.judged:
-                pair = ahead(_advanced(self.setting.lead, pair, grid, start, memo), start, first)
+                pair = ahead(advanced(self.setting.lead, pair, grid, start, memo), start, first)
                 segments.start(float(ahead.gap), abs(last_step(grid, first)))
             stepper.num_steps = min(start + segments.length, grid.num_steps)
             if first < stepper.num_steps:
-                pair = ahead(_advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
+                pair = ahead(advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
             if segments.judged and not accepted(segments, modes, ahead, stepper, start, pair):
                 pair = begin
                 stepper.rewind(start)
@@ -96,30 +97,28 @@ class Compiled:
         end = size_of(pair[0])
         for start in sorted(marks, reverse=True):
             pair = back(pair, grads, start, stop)
-            stored, (t0, t1) = marks.pop(start), grid.times[start : start + 2]
+            stored = marks.pop(start)
             size = size_of(stored[0])
-            with torch.enable_grad():
-                for update in reversed(setting.lead):
-                    pair = pull_back(over(update, t0, t1), pair, grads, tape)
-                mismatches.append(mismatch(pair[0], stored[0], size, end))
-                if start in grid.restarts:
-                    pair = (stored[0], pair[1])
-                    for update in reversed(problem.scheme.restart):
-                        pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=stored[1])
-                tape.flush(grads)
+            undone = pulled_before(setting, grid, start, pair, stored, grads, tape)
+            mismatches.append(mismatch(undone, stored[0], size, end))
             pair, end, stop, tape.audit_due = stored, size, start, True
         tape.memo.num_evaluations += back.num_evaluations
-        for total, (_, i) in zip(back.sums, setting.wanted, strict=True):
-            tape.sums[i] += total
+        setting.hand_over(back.sums, tape)
         certify(problem, mismatches)
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0], {}
 
-
-def _advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:
-    for update in updates:
-        pair = advance(over(update, grid.times[n], grid.times[n + 1]), pair, memo)
-    return pair
+    def recompute(
+        self,
+        problem: Problem,
+        grid: Grid,
+        marks: dict[int, Pair],
+        grad_ys: Tensor,
+        tape: Tape,
+        moving: bool,
+    ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+        """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
+        return recompute(self.setting, problem, grid, marks, grad_ys, tape), {}
 
 
 def compiled(

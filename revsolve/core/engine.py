@@ -90,7 +90,10 @@ class Solved(torch.autograd.Function):
         marks = dict(zip(ctx.steps, zip(saved[split::2], saved[split + 1 :: 2], strict=True), strict=True))
         del saved
         ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
-        method = recompute if problem.gradient != "reversible" else problem.compiled.undo if problem.compiled else undo
+        sweeps, undoes = problem.compiled, problem.gradient == "reversible"
+        method = undo if undoes else recompute
+        if sweeps:
+            method = sweeps.undo if undoes else sweeps.recompute
         within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
         with ctx.ambient, problem.buffers or NOTHING, within as leaves:
             tape = Tape(problem.term, leaves, problem.audit, problem.narrow)
