@@ -14,7 +14,7 @@ from sizes import Size
 from revsolve import odeint
 
 SIZE = Size(2, 2, 4, 4) if tiny() else Size(1000, 8, 64, 40)
-ROUNDS = 7
+ROUNDS = 15
 AGAINST = (("rev_rk4", "rk4"), ("rev_rk4", "rev_rk4"), ("alf4", "alf4"), ("reversible_heun", "reversible_heun"))
 
 
