@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
-from revsolve.compiled.programs import PROGRAMS, CompilationError
+from revsolve.compiled.programs import PROGRAMS, CompilationError, Compiler
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, worst_difference
@@ -90,6 +91,20 @@ def test_damped_schemes(method: Any) -> None:
 )
 def test_compiled_is_direct(method: str) -> None:
     assert difference("module", method=method, compile=True, **FIXED) < EXACT
+
+
+@needs_compiler
+@quiet
+def test_own_tanh() -> None:
+    """Within five roundings of float32, at most 1, and NaN where it is asked for."""
+    x = torch.cat(
+        [torch.linspace(-12.0, 12.0, 100_001), torch.logspace(-20, 0, 1001), torch.tensor([torch.nan, torch.inf])]
+    )
+    recorded = make_fx(lambda x: (torch.tanh(x),))(x)
+    (got,) = Compiler()(recorded, [x])(x)
+    wanted = torch.tanh(x.double())
+    torch.testing.assert_close(got.double(), wanted, rtol=5 * 2.0**-24, atol=0.0, equal_nan=True)
+    assert got.nan_to_num().abs().max() == 1.0
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from revsolve.compiled.transcript import CompilationError
-from revsolve.compiled.wrapper import staying_memory
+from revsolve.compiled.wrapper import own_code
 
 Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
 OPTIONS = ("backend", "mode", "options")
@@ -47,7 +47,7 @@ class Compiler:
         if self.backend == "eager":
             return loop
         options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
-        with staying_memory():
+        with own_code():
             return torch._inductor.compile(loop, list(example), options=options)
 
 

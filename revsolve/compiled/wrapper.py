@@ -1,7 +1,8 @@
-"""What inductor writes around the kernels of a loop: here, memory is asked for in front of the loop instead of in every step.
+"""What inductor writes for a loop, but for two things: where memory is asked for, and tanh.
 
 Inductor's own C++ gives every step new tensors for all that it computes, and new handles for all that it reads: for small
-states ten times the time of the kernels.
+states ten times the time of the kernels. Here that happens in front of the loop. Its tanh takes a third of the time of a solve
+through a small network: here it is a rational function.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch._inductor.codegen import common
+from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.codegen.wrapper import (
     AllocateLine,
@@ -19,8 +22,12 @@ from torch._inductor.codegen.wrapper import (
     ReinterpretLine,
     ReuseLine,
 )
+from torch._inductor.virtualized import V
 
 LOOP = "while (1) {"
+# tanh(x) = x P(x^2) / Q(x^2), fitted for a relative error of 2e-8 up to 9; from there on it is 1 in float32.
+ABOVE = (1.335463976e-8, 2.060906507e-5, 3.495587022e-3, 0.1338102470, 1.0)
+BELOW = (7.776548935e-7, 3.285633048e-4, 2.587697795e-2, 0.4671434030, 1.0)
 
 
 class Wrapper(CppWrapperCpu):
@@ -75,13 +82,37 @@ class Wrapper(CppWrapperCpu):
         self.lines = ahead + behind
 
 
+def tanh(x: Any) -> str:
+    """C++ for the tanh of a vector; in float32, within five roundings, in a fraction of the time of the vector library."""
+    if x.dtype is not torch.float32 or not isinstance(V.graph.wrapper_code, Wrapper):
+        return TANH(x)
+    above, below = (_horner([f"V({c}f)" for c in polynomial]) for polynomial in (ABOVE, BELOW))
+    bounded = "at::vec::clamp({}, V({}f), V({}f))".format
+    return (
+        f"[](auto given) {{ using V = decltype(given); const V x = {bounded('given', -9.0, 9.0)}, u = x * x; "
+        f"return {bounded(f'x * {above} / {below}', -1.0, 1.0)}; }}({x})"
+    )
+
+
+TANH = CppVecOverrides.tanh
+
+
+def _horner(coefficients: list[str]) -> str:
+    out, *rest = coefficients
+    for c in rest:
+        out = f"at::vec::fmadd({out}, u, {c})"
+    return out
+
+
 @contextmanager
-def staying_memory() -> Iterator[None]:
-    """Loops compiled meanwhile keep their memory from step to step."""
+def own_code() -> Iterator[None]:
+    """What is compiled meanwhile is written so."""
     common.init_backend_registration()
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Wrapper)
+    CppVecOverrides.tanh = staticmethod(tanh)  # type: ignore[method-assign]
     try:
         yield
     finally:
         common.device_codegens["cpu"] = usual
+        CppVecOverrides.tanh = staticmethod(TANH)  # type: ignore[method-assign]
