@@ -52,14 +52,14 @@ class ValueTerm:
 
     def __init__(self, f: Callable[[Any], Any], packing: Packing, dtype: torch.dtype) -> None:
         self.f, self.packing, self.dtype = f, packing, dtype
-        self.checked = False
+        self.alike = False
 
     def value(self, t: Time, x: Tensor) -> Tensor:
         state = self.packing.unpack(x.to(self.packing.dtypes[0]) if self.packing.lone else x)
         out = self.f(state)
-        if not self.checked or (self.packing.lone and (out.shape != state.shape or out.dtype != state.dtype)):
+        if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):
             self.packing.check_like(out, "f")
-            self.checked = True
+            self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
         return self.packing.pack(out).to(self.dtype)
 
     def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
