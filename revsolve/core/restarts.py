@@ -42,7 +42,8 @@ class Restarts:
 
 
 ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
-FIRST_LENGTH = 3
+FIRST_LENGTH = 8
+DOUBLING, CAREFUL = 1.0, 0.5  # how much longer a segment may be than the last: until one went too far, and since
 TOO_FAR = 1.5  # a segment this many times as long as the modes at its end allow is solved again
 
 
@@ -74,7 +75,7 @@ class Segments:
         if self.judged:
             self.longest = max(self.longest, self.shortest)
             self.length = max(self.shortest, min(FIRST_LENGTH, self.longest))
-            self.ceiling = self.longest
+            self.ceiling, self.pace = self.longest, DOUBLING
             self.last: tuple[int, float] | None = None
 
     def begin(self, num_steps: int) -> None:
@@ -98,11 +99,11 @@ class Segments:
         natural = max(self.per_step, tolerance / weight)
         self.reach = reach
         if n > max(self.shortest, TOO_FAR * reach):
-            self.last = None
+            self.last, self.pace = None, CAREFUL
             self.length = max(self.shortest, n // 2)
             return False
         if n > self.shortest and not left <= natural * self._limit(n):
-            self.last = None
+            self.last, self.pace = None, CAREFUL
             self.ceiling = self.length = max(self.shortest, min(n // 2, self._fitting(n, left, natural)))
             return False
         self.ceiling += 1 + self.ceiling // 8
@@ -115,7 +116,7 @@ class Segments:
 
     def _fitting(self, n: int, left: float, natural: float) -> int:
         """The longest segment whose parasitic part stays within its limit, if it grows as it did over the last n steps."""
-        longest = min(self.longest, self.ceiling, n + max(1, n // 2))
+        longest = min(self.longest, self.ceiling, n + max(1, int(self.pace * n)))
         per_step = (left / natural) ** (1.0 / n) if natural > 0.0 else math.inf if left > 0.0 else 1.0
         fitting = self.shortest
         while fitting < longest and per_step ** (fitting + 1) <= self._limit(fitting + 1):
