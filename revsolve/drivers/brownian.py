@@ -115,6 +115,8 @@ class BrownianPath:
     def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return W(tb) - W(ta), or (W, H): see the class."""
+        if not return_H and (known := self._steps.known(ta, tb)) is not None:
+            return known
         if exported():  # the path is a constant of the program
             with _disable_current_modes():
                 return self(ta, tb, return_H)  # type: ignore[call-overload]
@@ -129,7 +131,7 @@ class BrownianPath:
         step = bisect_left(steps.knots, low, 0, steps.last)
         if steps.knots[step] == low and steps.knots[step + 1] == high:
             block, row = steps.block(step)
-            W = block.forward[row] if a <= b else block.backward[row]
+            W = block.known[a, b]
             return (W, block.areas[row]) if return_H else W
         if not return_H and step + 2 < len(steps.knots) and (steps.knots[step], steps.knots[step + 2]) == (low, high):
             W = steps.two(step)

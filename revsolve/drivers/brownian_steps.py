@@ -22,9 +22,9 @@ class Block(NamedTuple):
 
     spans: Spans
     forward: tuple[Tensor, ...]
-    backward: tuple[Tensor, ...]
     areas: tuple[Tensor, ...]
     pairs: list[Tensor]  # each step and the next one together, once they are asked for
+    known: dict[tuple[float, float], Tensor]  # W by its times: of these, and of each step backward
 
 
 class Steps:
@@ -43,6 +43,13 @@ class Steps:
         number, row = divmod(step, self._block_steps)
         return self._blocks.get(number) or self._draw(number), row
 
+    def known(self, ta: float, tb: float) -> Tensor | None:
+        """Return W over a step, or two, of the blocks that are kept."""
+        for block in self._blocks.values():
+            if (W := block.known.get((ta, tb))) is not None:
+                return W
+        return None
+
     def whole(self, step: int) -> Spans:
         """Return one step."""
         block, row = self.block(step)
@@ -54,7 +61,7 @@ class Steps:
         if row + 1 == len(block.forward):
             following, first = self.block(step + 1)
             return block.forward[row] + following.forward[first]
-        return (block.pairs or self._paired(block))[row]
+        return (block.pairs or self._paired(block, step - row))[row]
 
     def between(self, start: int, stop: int) -> list[Spans]:
         """Return the steps from number `start` up to `stop`, those of a block joined, so that few are held."""
@@ -75,18 +82,24 @@ class Steps:
         return step, (t - self.knots[step]) / (self.knots[step + 1] - self.knots[step])
 
     @torch.inference_mode(False)
-    def _paired(self, block: Block) -> list[Tensor]:
+    def _paired(self, block: Block, start: int) -> list[Tensor]:
         block.pairs.extend((block.spans.W[:-1] + block.spans.W[1:]).unbind())
+        knots = self.knots[start : start + len(block.forward) + 1]
+        block.known.update(zip(zip(knots, knots[2:], strict=False), block.pairs, strict=True))
         return block.pairs
 
     @torch.inference_mode(False)  # what is kept may meet autograd later
     def _draw(self, number: int) -> Block:
         start = number * self._block_steps
         knots = self.knots[start : start + self._block_steps + 1]
-        widths = [end - begin for begin, end in pairwise(knots)]
+        steps = list(pairwise(knots))
+        widths = [end - begin for begin, end in steps]
         spans = scaled(widths, *self._noise.draw(len(widths), number, 0))
         areas = () if spans.H is None else spans.H.unbind()
         if len(self._blocks) == 2:
             del self._blocks[max(self._blocks, key=lambda kept: abs(kept - number))]
-        self._blocks[number] = Block(spans, spans.W.unbind(), (-spans.W).unbind(), areas, [])
+        forward = spans.W.unbind()
+        known = dict(zip(steps, forward, strict=True))
+        known.update(zip(zip(knots[1:], knots, strict=False), (-spans.W).unbind(), strict=True))
+        self._blocks[number] = Block(spans, forward, areas, [], known)
         return self._blocks[number]
