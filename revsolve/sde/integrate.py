@@ -180,7 +180,9 @@ class _Equation:
             make = given_grid(self.times, points_for_each(self.clock.t, dt))
         else:
             make = fixed_grid(self.times, dt, self.scheme.name)
-        return make, {"grid": make().grid.times} if len(self.times) > 1 else {}
+        grid = make().grid.times
+        self.first_step = tuple(grid[:2])
+        return make, {"grid": grid} if len(grid) > 1 else {}
 
     def adaptive_steps(
         self, dt: float, dt_min: float, rtol: float, atol: float
@@ -188,6 +190,7 @@ class _Equation:
         """Steps, and what a Brownian motion needs to know of them."""
         speed = self.clock.fastest if isinstance(self.clock, ClockOfEach) else 1.0
         first, least = dt / speed, dt_min / speed
+        self.first_step = (self.times[0], min(self.times[0] + first, self.times[-1]))
         options = {**self.settings, "first_step": first, "min_step": least}
         make = adaptive_grid(self.times, options, rtol, atol, self.scheme, self.rates, self.x0)
         return make, {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, self.times)))}
@@ -202,11 +205,11 @@ class _Equation:
         self, path: Path, make: Callable[[], Stepper], gradient: str | None, restarts: Any, programs: Any
     ) -> Problem:
         """What the engine takes."""
-        scheme, span = self.scheme, (self.times[0], self.times[1])
+        scheme = self.scheme
         if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
             restarts = default_restarts(scheme)
         term = self.term(path, on_demand=self.area and not values_hidden())
-        problem = prepare(term, self.x0, None, span, self._owners(), scheme, make, gradient, restarts)
+        problem = prepare(term, self.x0, None, self.first_step, self._owners(), scheme, make, gradient, restarts)
         if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
             term.on_demand = False
         problem.explain = _explain(self.rates)
