@@ -93,24 +93,24 @@ class Clock:
         self.recent: dict[float, Tensor] = {}
 
     def __call__(self, t: float | Tensor) -> Tensor:
-        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self._constant(t)
+        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self.recent.get(t)
+        if now is None:
+            now = self._constant(t)
         return now if self.shift is None else now + self.shift
 
     def lapse(self, t0: Any, t1: Any) -> Any:
         """How much time passes."""
         return t1 - t0
 
-    def _constant(self, t: float) -> Tensor:
-        found = self.recent.get(t)
-        if found is None:
-            if len(self.recent) >= REMEMBERED_TIMES:
-                self.recent.clear()
-            found = torch.full((), t, dtype=self.dtype, device=self.device)
-            if torch.compiler.is_compiling() or not wrapped(
-                found
-            ):  # not that of a transform, which ends before the solve does
-                self.recent[t] = found
-        return found
+    def _constant(self, t: Any) -> Tensor:
+        if len(self.recent) >= REMEMBERED_TIMES:
+            self.recent.clear()
+        made = torch.full((), t, dtype=self.dtype, device=self.device)
+        if torch.compiler.is_compiling() or not wrapped(
+            made
+        ):  # not that of a transform, which ends before the solve does
+            self.recent[t] = made
+        return made
 
 
 def _check_leaf(leaf: Any, name: str) -> None:

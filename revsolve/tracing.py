@@ -169,7 +169,7 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
 
 def held_tensors(func: Any, depth: int = 3) -> Iterator[Tensor]:
     """Tensors that a callable holds, those of modules included: its own, its closure's, its bound object's, a partial's."""
-    for thing in _things_held(func, depth):
+    for thing in _distinct(_things_held(func, depth)):
         yield from (*thing.parameters(), *thing.buffers()) if isinstance(thing, nn.Module) else (thing,)
 
 
@@ -179,9 +179,14 @@ def held_modules(func: Any, depth: int = 3) -> Iterator[nn.Module]:
     owners = [owner for holder in holders for owner in (holder, getattr(holder, "__self__", None))]
     plain = [owner for owner in owners if not (callable(owner) or isinstance(owner, ModuleType))]
     attributes = [x for owner in plain for x in getattr(owner, "__dict__", {}).values()]
-    for thing in (*_things_held(func, depth), *attributes):
+    for thing in _distinct([*_things_held(func, depth), *attributes]):
         if isinstance(thing, nn.Module):
             yield from thing.modules()
+
+
+def _distinct(things: Iterable[Any]) -> Iterable[Any]:
+    """Each of them once; a bound method and a closure may hold the same module."""
+    return {id(thing): thing for thing in things}.values()
 
 
 def _things_held(func: Any, depth: int) -> Iterator[Tensor | nn.Module]:

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import graph
+from torch.autograd import Variable
 
 from revsolve.core.arithmetic import Scalar, Time, accumulate, equals, linear, scaled_add
 
-ENGINE = getattr(graph, "_engine_run_backward", None)  # not public, so it may go one day
+ENGINE = getattr(Variable, "_execution_engine", None)  # not public, so it may go one day
 
 
 class Term(Protocol):
@@ -130,7 +130,7 @@ class Tape:
         self.tensors = tuple(tensors)
         self.audit = audit
         self.audit_due = True
-        self.looks: set[tuple[Any, ...]] = set()
+        self.looks: set[tuple[int, ...]] = set()
         self.num_nodes = 0
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
@@ -148,7 +148,8 @@ class Tape:
     def watch(self, member: int, source: Tensor, grads: Grads) -> Tensor:
         """The leaf that stands for `source` in what is recorded next."""
         if self.source is not source:
-            self.flush(grads)
+            if self.source is not None:
+                self.flush(grads)
             self.member, self.source = member, source
             self.leaf = (source.detach() if self.narrow is None else source.detach().to(self.narrow)).requires_grad_()
         assert self.leaf is not None
@@ -168,7 +169,8 @@ class Tape:
             assert self.member is not None and self.leaf is not None
             inputs = (self.leaf, *self.times, *self.tensors)
             got = vector_jacobian_product(self.outputs, inputs, self.cotangents)
-            if self._looks_new(got) or self.audit_due:
+            unused = [i for i, grad in enumerate(got) if grad is None]
+            if self._looks_new(unused) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
             grads.add(self.member, got[0])
@@ -177,11 +179,11 @@ class Tape:
             self.add_up(got[1 + len(self.times) :])
         self._forget()
 
-    def _looks_new(self, grads: Sequence[Tensor | None]) -> bool:
+    def _looks_new(self, unused: Sequence[int]) -> bool:
         """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
         node = self.outputs[-1].grad_fn
         latest = 0 if node is None else node._sequence_nr()
-        look = (latest - self.num_nodes, *[grad is None for grad in grads])
+        look = (latest - self.num_nodes, *unused)
         self.num_nodes = latest
         if look in self.looks:
             return False
@@ -204,4 +206,4 @@ def vector_jacobian_product(
     """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
     if ENGINE is None:
         return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return ENGINE(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)
+    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)

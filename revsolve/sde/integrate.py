@@ -181,7 +181,7 @@ class _Equation:
         else:
             make = fixed_grid(self.times, dt, self.scheme.name)
         grid = make().grid.times
-        self.first_step = tuple(grid[:2])
+        self.first_step = (grid[0], grid[min(1, len(grid) - 1)])
         return make, {"grid": grid} if len(grid) > 1 else {}
 
     def adaptive_steps(
