@@ -106,7 +106,7 @@ def test_schemes_of_the_user(method: Any) -> None:
 GRIDS: dict[str, dict[str, Any]] = {
     "step to each time": {},
     "steps that do not divide": {"step_size": 0.17},
-    "given points": {"grid_constructor": lambda func, y0, t: torch.tensor([0.0, 0.05, 0.4, 0.9, 1.3])},
+    "given points": {"grid_constructor": lambda func, y0, t: t.new_tensor([0.0, 0.05, 0.4, 0.9, 1.3])},
 }
 
 
