@@ -204,6 +204,7 @@ def main() -> None:
     cell, x = Cell(), torch.randn(BATCH, CHANNELS, SIZE, SIZE, requires_grad=True)
     truth = exact(cell, x)
     images = torch.randn(MEMORY_BATCH, CHANNELS, MEMORY_SIZE, MEMORY_SIZE, requires_grad=True)
+    direction(images.shape)  # drawn before memory is counted
     calls: dict[str, Callable[[], object]] = {"bare cell": lambda: bare(cell, x)}
     for name in CONTENDERS:
         calls[name] = functools.partial(gradient, name, cell, x)
