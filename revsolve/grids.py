@@ -61,8 +61,10 @@ def knot_grid(times: list[float], knots: Sequence[float], resolution: float) -> 
 
 def distance(s: float, ordered: list[float]) -> float:
     """From s to the nearest of the increasing numbers `ordered`."""
-    i = bisect.bisect(ordered, s)
-    return min(abs(s - other) for other in ordered[max(0, i - 1) : i + 1])
+    if not torch.compiler.is_compiling():  # which knows no bisection
+        i = bisect.bisect(ordered, s)
+        ordered = ordered[max(0, i - 1) : i + 1]
+    return min(abs(s - other) for other in ordered)
 
 
 def given_grid(times: list[float], points: list[float]) -> Callable[[], Stepper]:
@@ -90,6 +92,11 @@ def adaptive_grid(
 ) -> Callable[[], Stepper]:
     """Steps that meet the tolerances and land on every output time, and on `step_t` and `jump_t`."""
     assert scheme.error_order is not None
+    if torch.compiler.is_dynamo_compiling():
+        raise ValueError(
+            "adaptive steps are chosen by looking at numbers, which torch.compile hides: fix the steps, say with "
+            "options={'step_size': 0.1}, or solve outside of what is compiled."
+        )
     if capturing():
         raise ValueError(
             "a CUDA graph cannot capture adaptive steps, which look at their error: take a fixed options={'step_size': ...}."

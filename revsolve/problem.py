@@ -36,6 +36,8 @@ def check_times(t: Any, name: str = "t") -> list[float]:
             raise ValueError(
                 f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}."
             )
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(f"torch.compile hides the numbers in {name}: give a list of times instead of a tensor.")
         if t.is_cuda and capturing():
             raise ValueError(
                 f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."

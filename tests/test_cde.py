@@ -172,6 +172,7 @@ class Watched(Control):
     grid_points = property(lambda self: self.path.grid_points)
     knots = property(lambda self: self.path.knots)
     jump_times = property(lambda self: self.path.jump_times)
+    jumps = property(lambda self: self.path.jumps)
     tensors = property(lambda self: self.path.tensors)
 
     def evaluate(self, t: Any) -> Tensor:

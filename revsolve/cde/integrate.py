@@ -135,7 +135,7 @@ class _Equation(Way):
     def __post_init__(self) -> None:
         self.packing = Packing(self.z0, "z0")
         self.x0 = self.packing.pack(self.z0)
-        self.kinks: Sequence[float] = self.control.jump_times.tolist() if self.form == "derivative" else []
+        self.kinks: Sequence[float] = self.control.jumps if self.form == "derivative" else []
         knots = self.control.knots
         self.knots: Sequence[float] = knots if len(knots) > 2 else []
         self.drive: type[Drive] = Increments if self.form == "increment" else Slopes

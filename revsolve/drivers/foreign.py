@@ -72,6 +72,10 @@ class TupleControl(Control):
         return torch.cat([control.jump_times for control in self.controls]).unique()
 
     @property
+    def jumps(self) -> list[float]:
+        return self.jump_times.tolist()
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for control in self.controls for tensor in control.tensors)
 
@@ -125,6 +129,10 @@ class ForeignControl(Control):
     @property
     def jump_times(self) -> Tensor:
         return self.grid_points[:0] if self.smooth else self.grid_points[1:-1]
+
+    @property
+    def jumps(self) -> list[float]:
+        return self.jump_times.tolist()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

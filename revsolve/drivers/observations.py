@@ -45,6 +45,11 @@ def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] 
         TypeError: `x` is not a floating-point tensor.
         ValueError: wrong shapes, infinite values, times out of order, lengths out of range, a channel without a value.
     """
+    if torch.compiler.is_dynamo_compiling():
+        raise ValueError(
+            "a path looks for missing values in its data, which torch.compile hides: make it outside of what is compiled, and "
+            "hand it in."
+        )
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, but it is {found}: convert it first.")

@@ -44,6 +44,11 @@ class Control(ABC):
 
     @property
     @abstractmethod
+    def jumps(self) -> list[float]:
+        """The same as numbers."""
+
+    @property
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor that the path reads, so that whoever differentiates through it can name them."""
 
@@ -82,6 +87,7 @@ class PiecewisePath(Control):
         self._knots, self._coefficients, self._differences = knots, coefficients, differences
         self._jump_times = jump_times.detach()
         self._times: list[float] = knots.detach().tolist()
+        self._jumps: list[float] = self._jump_times.tolist()
         self._row = {t: i for i, t in enumerate(self._times)}
         self._ends = self._times[0], self._times[-1]
 
@@ -100,6 +106,10 @@ class PiecewisePath(Control):
     @property
     def jump_times(self) -> Tensor:
         return self._jump_times
+
+    @property
+    def jumps(self) -> list[float]:
+        return self._jumps
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -162,8 +172,10 @@ class PiecewisePath(Control):
         if span is not None:
             low, high = sorted((number(span[0]), number(span[1])))
             where, after = min(max(where, low), high), where <= low
-        search = bisect_right if after else bisect_left
-        piece = search(self._times, where, 1, len(self._times) - 1) - 1
+        if torch.compiler.is_compiling():  # which knows no bisection
+            piece = sum(t < where or (after and t == where) for t in self._times[1:-1])
+        else:
+            piece = (bisect_right if after else bisect_left)(self._times, where, 1, len(self._times) - 1) - 1
         if _has_grad(t) or self._knots.requires_grad:
             return piece, t - self._knots[piece]
         return piece, where - self._times[piece]
@@ -174,7 +186,7 @@ class PiecewisePath(Control):
         times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)
         knots = self._knots.to(times.device, torch.promote_types(self._knots.dtype, times.dtype))
         where = times.detach().to(knots.dtype).contiguous()
-        if where.device.type == "cpu":
+        if where.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = where.aminmax()
             check_inside(float(low), float(high), self._ends, self._knots, times)
         inner = knots.detach()[1:-1].contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,22 +143,26 @@ def fixed_point(
         (tensor([0.8439]), tensor([1.3576]))
     """
     packing, criterion = checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
+    if criterion.tol > 0 and torch.compiler.is_dynamo_compiling():
+        raise ValueError(
+            "residuals are numbers, which torch.compile hides: use tol=0 and max_steps, or solve outside of what is compiled."
+        )
     arguments = args if isinstance(args, tuple) else (args,)
     check_choice("method", method, ("reversible", *METHODS))
     unpack = functools.partial(_unpacked, packing)
-    bar = tqdm(total=criterion.max_steps, desc="fixed point", disable=not progress)
+    bar = tqdm(total=criterion.max_steps, desc="fixed point") if progress else None
     report = functools.partial(_report, bar, None if method == "reversible" else callback, unpack)
     convergence = Convergence(criterion, packing, report)
     x0 = packing.pack(z0)
     if method == "reversible":
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # what cotangents are added up in
     term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing, x0.dtype)
-    with bar:
+    with nullcontext() if bar is None else bar:
         if method == "reversible":
             check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
             refuse(method, METHODS, options=options)
             wide = pair_dtype_of(packing, pair_dtype)
-            betas = packed_beta(beta, packing, wide.to_real())
+            betas = packed_beta(beta, packing, wide.to_real() if wide.is_complex else wide)
             watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
             y, stats = _iterate(
                 term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch, compile
@@ -241,7 +246,7 @@ def _report(
     y: Tensor,
     residual: float,
 ) -> None:
-    if not bar.disable:
+    if bar is not None:
         bar.update(n - bar.n)
         bar.set_postfix_str(f"residual={residual:.1e}", refresh=False)
     if callback is not None:

@@ -75,7 +75,7 @@ def _num_vertices(tree: Tree) -> int:
 
 @cache
 def _density(tree: Tree) -> int:
-    return _num_vertices(tree) * math.prod(map(_density, tree))
+    return _num_vertices(tree) * math.prod([_density(t) for t in tree])
 
 
 def _stage_weights(a: Matrix, order: int) -> dict[Tree, list[float]]:

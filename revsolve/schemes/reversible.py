@@ -248,6 +248,6 @@ def _embedded(weights: Sequence[float], nodes: Sequence[float]) -> list[float]:
     """Error weights: the multiple of a divided difference over spread nodes that drops one of them from the quadrature."""
     count = min(len(nodes), ERROR_NODES)
     spread = [round(i * (len(nodes) - 1) / (count - 1)) for i in range(count)]
-    difference = {i: 1 / math.prod(nodes[i] - nodes[j] for j in spread if j != i) for i in spread}
-    scale = min((weights[i] / difference[i] for i in spread), key=abs)
+    difference = {i: 1 / math.prod([nodes[i] - nodes[j] for j in spread if j != i]) for i in spread}
+    scale = sorted([weights[i] / difference[i] for i in spread], key=abs)[0]  # torch.compile knows no min by key
     return [scale * difference.get(i, 0.0) for i in range(len(nodes))]

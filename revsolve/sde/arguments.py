@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.drivers.brownian import BrownianPath, clamped
+from revsolve.drivers.drawn import DrawnPath
 from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
 from revsolve.per_sample import check_times_of_each
 from revsolve.problem import check_times
@@ -130,6 +131,21 @@ def new_path(times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, 
         shape = size if number is None else (num_samples, *size)
         path = BrownianPath(times[0], end, shape, dtype=y0.dtype, device=y0.device, levy_area=levy_area, **steps)
     return path if number is None else functools.partial(_of_one, path, number)
+
+
+def followed_path(bm: Any, size: tuple[int, ...], y0: Tensor, area: bool, grid: Sequence[float] = (0.0, 1.0)) -> Path:
+    """A Brownian motion that torch.compile can follow. Raises where there is none."""
+    if bm is not None:
+        raise ValueError(
+            "torch.compile cannot follow how a Brownian path draws its noise: leave out bm=, and the compiled program draws it, "
+            "or solve outside of what is compiled."
+        )
+    if area:
+        raise ValueError(
+            "methods with space-time area need noise that torch.compile cannot follow: use another, say 'reversible_heun', or "
+            "solve outside of what is compiled."
+        )
+    return DrawnPath(grid, size, y0.dtype, y0.device)
 
 
 def _of_one(path: Path, number: Tensor, ta: float, tb: float, return_H: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from revsolve.sde.arguments import (
     as_sde,
     check_state,
     check_steps,
+    followed_path,
     given_path,
     increasing,
     increasing_for_each,
@@ -197,6 +199,8 @@ class _Equation:
 
     def motion(self, bm: Any, knots: dict[str, Any]) -> Path:
         """The Brownian motion given, or a new one."""
+        if torch.compiler.is_dynamo_compiling():
+            return followed_path(bm, self.size, self.y0, self.area, **knots)
         if bm is None:
             return new_path(self.times, self.size, self.y0, self.area, **knots)
         return given_path(bm, self.times, self.size, self.y0, self.area)
@@ -231,7 +235,9 @@ class _Equation:
     def _at_start(self, field: Callable[[Tensor, Tensor], Any]) -> Any:
         """A first value, to look at its shape; random numbers that it draws are given back."""
         y0 = self.y0
-        with torch.no_grad(), torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []):
+        devices = [y0.device] if y0.device.type == "cuda" else []
+        drops = torch.compiler.is_dynamo_compiling()  # what is not used, draws too
+        with torch.no_grad(), nullcontext() if drops else torch.random.fork_rng(devices):
             return field(self.start, y0.detach())
 
 

@@ -81,7 +81,7 @@ def of_every_sample(x: Tensor) -> Tensor:
 
 def wrapped(x: Tensor) -> bool:
     """Whether a transform follows x."""
-    return _functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
 
 
 def core(x: Tensor, level: int) -> Tensor:
