@@ -148,6 +148,12 @@ def test_programs_are_found_again() -> None:
     assert len(PROGRAMS.known) == made + 1
 
 
+def test_a_field_that_no_state_changes() -> None:
+    """There is no product with its Jacobian for restarts to learn from."""
+    y = through(lambda t, y: torch.ones_like(y) * torch.cos(t), torch.zeros(2, dtype=torch.float64))[-1]
+    torch.testing.assert_close(y, torch.sin(torch.ones_like(y)), rtol=1e-3, atol=0.0)
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()

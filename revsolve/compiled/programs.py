@@ -46,9 +46,22 @@ class Compiler:
     def __call__(self, loop: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
         if self.backend == "eager":
             return loop
+        from torch._inductor.compile_fx import (
+            compile_fx,
+            compile_fx_inner,
+        )  # warns of things in torch that are deprecated
+
         options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
+        made: list[Callable[[list[Tensor]], Any]] = []
+
+        def keep(*args: Any, **settings: Any) -> Any:
+            made.append(compile_fx_inner(*args, **settings))
+            return made[-1]
+
         with own_code():
-            return torch._inductor.compile(loop, list(example), options=options)
+            run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
+        # What is around it is for graphs that alias or need gradients; from a cache on disk it may come as a whole.
+        return (lambda *inputs: made[-1](list(inputs))) if made else run
 
 
 def compiler(given: Any) -> Compiler:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
+from revsolve.compiled.looked import Looked
 from revsolve.compiled.programs import Compiler, compiler
 from revsolve.compiled.recorded import Ahead, Back, Setting, advanced, pulled_before
 from revsolve.compiled.repeated import recompute
@@ -44,11 +45,11 @@ class Compiled:
         if problem.first_value is not None:
             memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
             problem.first_value = None
-        grid, segments, modes = stepper.grid, segments_of(problem, stepper), Modes(problem.scheme, memo)
+        grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
         driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, grid, y0, self.way, driver)
-        ahead = Ahead(self.setting, grid, y0)
+        ahead, modes = Ahead(self.setting, grid, y0), Modes(problem.scheme, memo, Looked(self.setting, memo))
         while not stepper.done:
             start, begin = stepper.num_steps, pair
             restart = problem.scheme.reversible and (segments.resets or start == 0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import cmath
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that cos
 TRIPLED = 3.0  # how far, where z is of lower order than y
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
 
+Transposed = Callable[[Time, Tensor, Tensor], Tensor | None]
+
 
 class Modes:
     """Power iteration, one product a restart. The two latest directions tell two rates, which may be a complex pair.
@@ -34,8 +37,9 @@ class Modes:
     In their span, the Jacobian is the matrix of least squares: for a symmetric one, these are two steps of Lanczos' method.
     """
 
-    def __init__(self, scheme: Scheme, memo: Memo) -> None:
+    def __init__(self, scheme: Scheme, memo: Memo, transposed: Transposed | None = None) -> None:
         self.scheme, self.memo = scheme, memo
+        self.transposed = transposed or partial(transposed_product, memo)
         self.rates: tuple[complex, ...] = ()
         self.latest: Tensor | None = None  # both of length 1; the product of `before` is stretch * latest
         self.before: Tensor | None = None
@@ -46,17 +50,12 @@ class Modes:
         """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
         if not self.memo.is_rate:
             return []
-        leaf, value = self.memo.recorded(t, y)
-        if not value.requires_grad:
-            return []
         if self.latest is None:
             self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
-        v, keep = self.latest, torch.is_grad_enabled()
-        cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
-        (w,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=keep, allow_unused=True)
+        v, w = self.latest, self.transposed(t, y, self.latest)
         if w is None:
             return []
-        self.product = w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
+        self.product = w
         before = v if self.before is None else self.before
         return [(before * v).sum(), (before * w).sum(), (v * w).sum(), (w * w).sum()]
 
@@ -83,6 +82,16 @@ class Modes:
         steps = [MARGIN * h * rate for rate in self.rates]
         undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
         return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
+
+
+def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor) -> Tensor | None:
+    """The product of v and the Jacobian of the term at (t, y), None if there is none; the memo keeps the value there."""
+    leaf, value = memo.recorded(t, y)
+    if not value.requires_grad:
+        return None
+    cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
+    (w,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=torch.is_grad_enabled(), allow_unused=True)
+    return None if w is None else (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
 
 
 def _some_direction(y: Tensor) -> Tensor:
