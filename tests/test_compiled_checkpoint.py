@@ -23,11 +23,6 @@ def test_recorded_is_direct(method: str) -> None:
     assert difference("module", method=method, **FIXED) < EXACT
 
 
-@pytest.mark.parametrize("method", ["bosh3", "rev_bosh3", "reversible_heun"])
-def test_adaptive_steps(method: str) -> None:
-    assert difference("module", method=method, rtol=1e-4, atol=1e-4) < EXACT
-
-
 @pytest.mark.parametrize("restarts", [None, 1, 3])
 @pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun"])
 def test_with_and_without_restarts(method: str, restarts: int | None) -> None:
