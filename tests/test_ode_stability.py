@@ -26,24 +26,33 @@ REQUIRED = (
     "kepler0.5",
     "kepler0.7",
 )
-HARD = ("decay10", "van_der_pol2", "kepler0.3", "forced_relaxation", "fitzhugh_nagumo", "heat")
+HARD = (
+    "decay10",
+    "van_der_pol2",
+    "kepler0.3",
+    "forced_relaxation",
+    "fitzhugh_nagumo",
+    "brusselator",
+    "roessler",
+    "heat",
+)
 LONG = {"heat", "kepler0", "kepler0.3", "kepler0.5", "kepler0.7"}
-# What each is when it is restarted at every step; alf4 and reversible_heun4 are held against RK4 at equal steps. The error of
-# leapfrog has four times the midpoint rule's coefficient of f''(f, f), 1/6 against 1/24, and Heun's is -1/12: on Kepler
-# orbits, where the midpoint rule's errors nearly cancel, leapfrog does as well as Heun.
+# What each is when it is restarted at every step; alf4 and reversible_heun4 are held against RK4 at equal steps.
 BASES = {
-    "reversible_heun": ("heun2",),
-    "alf": ("midpoint",),
-    "leapfrog": ("midpoint", "heun2"),
-    "alf4": ("rk4",),
-    "reversible_heun4": ("rk4",),
-    **{f"rev_{name}": (name,) for name in TABLEAUS},
+    "reversible_heun": "heun2",
+    "alf": "midpoint",
+    "leapfrog": "midpoint",
+    "alf4": "rk4",
+    "reversible_heun4": "rk4",
+    **{f"rev_{name}": name for name in TABLEAUS},
 }
+# Every step of leapfrog but the first after a restart is one of the midpoint rule over twice its length, at half the price of
+# that: its base. Only on Kepler orbits is it not within 3x of the midpoint rule at equal steps as well.
+DOUBLED = {("leapfrog", f"kepler{eccentricity}") for eccentricity in (0.3, 0.5, 0.7)}
 QUICK = {"reversible_heun", "alf", "leapfrog", "alf4", "rev_dopri5", "rev_euler"}
+SLOW = {("alf4", "heat"), ("alf4", "brusselator"), ("rev_dopri5", "brusselator"), ("rev_dopri5", "roessler")}
 OTHERS = [
-    pytest.param(
-        method, name, marks=[] if method in QUICK and (name != "heat" or method != "alf4") else [pytest.mark.slow]
-    )
+    pytest.param(method, name, marks=[] if method in QUICK and (method, name) not in SLOW else [pytest.mark.slow])
     for method in method_names()
     if scheme(method).reversible and method != "rev_rk4"
     for name in HARD
@@ -53,8 +62,8 @@ CLOSE = {torch.float64: 1e-8, torch.float32: 1e-4}
 REMOTE = math.inf  # the error of a solve that ends in an error message
 
 
-def solved(problem: Classical, method: str, dtype: torch.dtype, **solve: Any) -> Tensor:
-    options = {"step_size": problem.step}
+def solved(problem: Classical, method: str, dtype: torch.dtype, stretch: int = 1, **solve: Any) -> Tensor:
+    options = {"step_size": stretch * problem.step}
     return odeint(problem.field, problem.start(dtype), problem.times(), method=method, options=options, **solve)
 
 
@@ -84,7 +93,7 @@ def base_error(problem: Classical, method: str, dtype: torch.dtype) -> float:
     """That of the plain method; of a composition without one, that of itself restarted at every step."""
     if method not in BASES:
         return error(problem, method, dtype, restarts=1)
-    return max(error(problem, base, dtype) for base in BASES[method])
+    return error(problem, BASES[method], dtype, stretch=2 if (method, problem.name) in DOUBLED else 1)
 
 
 @DTYPES
@@ -94,6 +103,22 @@ def test_so_are_the_others(method: str, name: str, dtype: torch.dtype) -> None:
     problem = CLASSICAL[name]
     allowed = 3 * max(base_error(problem, method, dtype), rounding(problem, dtype))
     assert error(problem, method, dtype) <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kepler0", "kepler0.5", "kepler0.7"])
+def test_leapfrog_does_on_orbits_what_midpoint_does_with_doubled_steps(name: str) -> None:
+    problem, dtype = CLASSICAL[name], torch.float64
+    assert error(problem, "leapfrog", dtype) <= 3 * error(problem, "midpoint", dtype, stretch=2)
+
+
+def test_heun3_is_lucky_on_a_circular_orbit() -> None:
+    """There its leading errors nearly cancel, and it has a 36th of the error of its sisters; the pair, which carries the error
+    of a step backwards along the flow within a segment, has theirs. With short segments it has the luck as well."""
+    problem, dtype = CLASSICAL["kepler0"], torch.float64
+    lucky, sister, pair = (error(problem, method, dtype) for method in ("heun3", "ralston3", "rev_heun3"))
+    assert 3 * lucky < pair < 1.5 * sister
+    assert error(problem, "rev_heun3", dtype, restarts=8) < 3 * lucky
 
 
 def at_rest(t: Tensor, y: Tensor) -> Tensor:

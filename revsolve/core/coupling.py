@@ -10,6 +10,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -99,6 +100,11 @@ class Scheme:
     @property
     def reversible(self) -> bool:
         return bool(self.restart)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether what z carries of its own changes sign with every step."""
+        return bool(math.prod(value_of(update.keep) for update in self.updates if update.target == 1) < 0)
 
 
 def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:

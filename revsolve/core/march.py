@@ -134,6 +134,7 @@ def march(
         segments.begin(start)
         while not stepper.done and stepper.num_steps - start < segments.length:
             n, limit = stepper.num_steps, start + segments.length
+            limit = min(limit, stepper.num_total or limit)
             if segments.judged and n == start:  # the first step is looked at
                 limit = n + 1
             elif segments.judged and problem.scheme.staggered and n + 1 < limit:  # and what the last one changes
@@ -209,7 +210,7 @@ def segments_of(problem: Problem, stepper: Stepper) -> Segments:
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
     restarts = problem.restarts if problem.scheme.reversible else None
-    return Segments(restarts, stepper.num_total, every, problem.scheme.gap_order)
+    return Segments(restarts, stepper.num_total, every, problem.scheme)
 
 
 def accepted(segments: Segments, modes: Modes, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:

@@ -10,6 +10,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from revsolve.core.coupling import Scheme
+
 
 @dataclass(frozen=True)
 class Restarts:
@@ -20,7 +22,8 @@ class Restarts:
     Args:
         interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
         longest: never go further than this many steps (None: 32, or the square root of the number of steps if more).
-        growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left.
+        growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left; where it is of no
+            higher order than the error, so that steps do not add to it, n counts as 5 at most.
         budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
 
     Raises:
@@ -44,6 +47,8 @@ class Restarts:
 ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
 FIRST_LENGTH = 8
 DOUBLING, CAREFUL = 1.0, 0.5  # how much longer a segment may be than the last: until one went too far, and since
+SETTLED = 5  # that many steps' growth is all that is allowed to a parasitic part to which steps do not add
+RISE = 1.25  # by so much a segment may be longer for each that was accepted since one had to be solved again
 TOO_FAR = 1.5  # a segment this many times as long as the modes at its end allow is solved again
 
 
@@ -52,18 +57,20 @@ class Segments:
 
     Decisions take two numbers a segment: the parasitic part that its first step left, and the one at its end. The latter is
     judged against the former, and against what the first step of the next segment leaves, for a decaying solution allows less
-    and less; the growth per step seen so tells how long the next segment may be.
+    and less; the growth per step seen so tells how long the next segment may be. Where what z carries of its own changes sign
+    with every step, segments are even: after an odd number of steps a restart would cost compositions an order.
     """
 
-    def __init__(self, restarts: Restarts | None, num_steps: int | None, every: int | None, gap_order: int) -> None:
-        self.resets, self.gap_order = restarts is not None, gap_order
+    def __init__(self, restarts: Restarts | None, num_steps: int | None, every: int | None, scheme: Scheme) -> None:
+        self.resets, self.gap_order = restarts is not None, scheme.gap_order
         self.judged = restarts is not None and restarts.interval is None
+        self.alternates, self.adds_up = self.judged and scheme.alternates, scheme.gap_order > scheme.order
         self.open_ended = restarts is None and every is None and num_steps is None
-        self.shortest, self.length = 1, every or num_steps or 1
+        self.shortest, self.wanted = 1, every or num_steps or 1
         if restarts is not None:
             self.growth = restarts.growth
             root = math.isqrt(num_steps) if num_steps else 0
-            self.longest = self.length = restarts.interval or restarts.longest or max(32, root)
+            self.longest = self.wanted = restarts.interval or restarts.longest or max(32, root)
             if restarts.budget is not None and num_steps is None:
                 raise ValueError(
                     f"Restarts(budget={restarts.budget}) needs a fixed grid, where the number of steps is known. "
@@ -71,23 +78,29 @@ class Segments:
                 )
             if restarts.budget is not None and num_steps:
                 self.shortest = -(-num_steps // restarts.budget)
-        self.per_step, self.reach = 0.0, self.length
+        self.per_step, self.reach = 0.0, self.wanted
         if self.judged:
             self.longest = max(self.longest, self.shortest)
-            self.length = max(self.shortest, min(FIRST_LENGTH, self.longest))
-            self.ceiling, self.pace = self.longest, DOUBLING
+            self.wanted = max(self.shortest, min(FIRST_LENGTH, self.longest))
+            self.ceiling, self.pace = float(self.longest), DOUBLING
             self.last: tuple[int, float] | None = None
+
+    @property
+    def length(self) -> int:
+        """That of the segment that has begun, in steps."""
+        n = self.wanted
+        return n - n % 2 if self.alternates and n > max(1, self.shortest) else n
 
     def begin(self, num_steps: int) -> None:
         if self.open_ended:  # about as many steps in a segment as there are segments
-            self.length = max(1, math.isqrt(num_steps))
+            self.wanted = max(1, math.isqrt(num_steps))
 
     def start(self, gap: float, h: float) -> None:
         """Take note of the parasitic part that a first step of length h left; this settles the segment's length."""
         per_step = gap / h**self.gap_order
         if self.last is not None:
             n, left = self.last
-            self.length = min(self._fitting(n, left, min(per_step, self.per_step)), max(self.shortest, self.reach))
+            self.wanted = min(self._fitting(n, left, min(per_step, self.per_step)), max(self.shortest, self.reach))
         self.per_step = per_step
 
     def accept(self, gap: float, times: list[float], tolerance: float, rounding: float, reach: int) -> bool:
@@ -100,23 +113,24 @@ class Segments:
         self.reach = reach
         if n > max(self.shortest, TOO_FAR * reach):
             self.last, self.pace = None, CAREFUL
-            self.length = max(self.shortest, n // 2)
+            self.wanted = max(self.shortest, n // 2)
             return False
         if n > self.shortest and not left <= natural * self._limit(n):
             self.last, self.pace = None, CAREFUL
-            self.ceiling = self.length = max(self.shortest, min(n // 2, self._fitting(n, left, natural)))
+            self.wanted = max(self.shortest, min(n // 2, self._fitting(n, left, natural)))
+            self.ceiling = float(self.wanted)
             return False
-        self.ceiling += 1 + self.ceiling // 8
+        self.ceiling = min(RISE * self.ceiling, self.longest)
         self.last = (n, left)
         self.per_step = natural
         return True
 
     def _limit(self, n: int) -> float:
-        return 1.0 + self.growth * (n - 1)
+        return 1.0 + self.growth * ((n if self.adds_up else min(n, SETTLED)) - 1)
 
     def _fitting(self, n: int, left: float, natural: float) -> int:
         """The longest segment whose parasitic part stays within its limit, if it grows as it did over the last n steps."""
-        longest = min(self.longest, self.ceiling, n + max(1, int(self.pace * n)))
+        longest = min(self.longest, int(self.ceiling), n + max(1 + self.alternates, int(self.pace * n)))
         per_step = (left / natural) ** (1.0 / n) if natural > 0.0 else math.inf if left > 0.0 else 1.0
         fitting = self.shortest
         while fitting < longest and per_step ** (fitting + 1) <= self._limit(fitting + 1):

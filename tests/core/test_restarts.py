@@ -11,6 +11,7 @@ from torch import Tensor
 
 from revsolve import Restarts, Solution, odeint
 from revsolve.core.restarts import Segments
+from revsolve.schemes.names import scheme
 
 
 def decay(t: Tensor, y: Tensor) -> Tensor:
@@ -75,12 +76,12 @@ POLICIES = st.builds(
     policy=POLICIES,
     num_steps=st.integers(1, 300),
     rate=st.floats(0.5, 3.0),
-    gap_order=st.integers(2, 6),
+    method=st.sampled_from(["rev_rk4", "rev_euler", "alf", "reversible_heun4"]),
     reach=st.integers(1, 256),
 )
-def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: float, gap_order: int, reach: int) -> None:
+def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: float, method: str, reach: int) -> None:
     """Whatever the parasitic part does, lengths stay within bounds, and a segment of the least length is always accepted."""
-    segments = Segments(policy, num_steps, None, gap_order)
+    segments = Segments(policy, num_steps, None, scheme(method))
     done = tried = 0
     while done < num_steps:
         n = min(segments.length, num_steps - done)
@@ -92,10 +93,42 @@ def test_segments_end_for_any_growth(policy: Restarts, num_steps: int, rate: flo
     assert tried <= 4 * num_steps
 
 
+def lengths(method: str, gap: float, num_segments: int) -> list[tuple[int, bool]]:
+    """Those of the first segments, which end with this parasitic part, 1e-3 being natural, and whether they are accepted."""
+    segments, found = Segments(Restarts(), 1000, None, scheme(method)), []
+    for _ in range(num_segments):
+        segments.start(1e-3, 1.0)
+        n = segments.length
+        found.append((n, segments.accept(gap, list(range(n + 1)), 0.0, 0.0, 256)))
+    return found
+
+
+@pytest.mark.parametrize("method", ["reversible_heun", "alf", "leapfrog", "alf4_s3", "reversible_heun4_s5"])
+def test_segments_are_even_where_z_changes_its_sign_with_every_step(method: str) -> None:
+    assert {n % 2 for n, _ in lengths(method, 1e-3, 12)} == {0}
+    assert {n % 2 for n, _ in lengths("rev_rk4", 1e-3, 12)} == {0, 1}
+
+
+@pytest.mark.parametrize("method", ["rev_rk4", "reversible_heun", "alf"])
+def test_what_fails_again_and_again_is_seldom_tried_again(method: str) -> None:
+    """Nothing but single steps is accepted here: two are taken in vain for every four that stand."""
+    found = lengths(method, 1.0, 200)
+    taken, again = (sum(n for n, accepted in found if accepted is kind) for kind in (True, False))
+    assert 0 < again <= taken / 2 + 4
+
+
+@pytest.mark.parametrize(("method", "fits"), [("rev_rk4", True), ("reversible_heun4", True), ("alf", False)])
+def test_a_part_to_which_steps_do_not_add_may_not_grow_with_their_number(method: str, fits: bool) -> None:
+    """Thirty times what the first step left, after 20 steps."""
+    segments = Segments(Restarts(longest=20, growth=2.0), 20, None, scheme(method))
+    segments.start(1e-3, 1.0)
+    assert segments.accept(3e-2, list(range(21)), 0.0, 0.0, 256) is fits
+
+
 @given(gap=st.sampled_from([0.0, math.inf, math.nan, 1e-300, 1e300]), length=st.integers(1, 40))
 def test_segments_survive_extreme_gaps(gap: float, length: int) -> None:
     """A gap that is not finite asks for shorter segments; the shortest is accepted, for the march reports it."""
-    segments = Segments(Restarts(longest=length), 100, None, 2)
+    segments = Segments(Restarts(longest=length), 100, None, scheme("alf"))
     segments.start(gap, 0.1)
     while not segments.accept(gap, [0.1 * i for i in range(segments.length + 1)], 0.0, 0.0, 256):
         segments.start(gap, 0.1)
