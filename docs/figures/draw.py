@@ -3,12 +3,14 @@
 import bouncing_ball
 import diagrams
 import plots
+import states_stored
 
 if __name__ == "__main__":
     plots.stability_regions()
     plots.parasitic_growth()
     plots.reconstruction()
     plots.memory_and_stability()
+    states_stored.states_stored()
     bouncing_ball.bouncing_ball()
     diagrams.layers()
     diagrams.choice()

@@ -23,7 +23,7 @@ class Restarts:
         interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
         longest: never go further than this many steps (None: 32, or the square root of the number of steps if more).
         growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left; where it is of no
-            higher order than the error, so that steps do not add to it, n counts as 5 at most.
+            higher order than the error, so that steps do not add to it, n counts as 3 at most.
         budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
 
     Raises:
@@ -47,7 +47,7 @@ class Restarts:
 ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
 FIRST_LENGTH = 8
 DOUBLING, CAREFUL = 1.0, 0.5  # how much longer a segment may be than the last: until one went too far, and since
-SETTLED = 5  # that many steps' growth is all that is allowed to a parasitic part to which steps do not add
+SETTLED = 3  # that many steps' growth is all that is allowed to a parasitic part to which steps do not add
 RISE = 1.25  # by so much a segment may be longer for each that was accepted since one had to be solved again
 TOO_FAR = 1.5  # a segment this many times as long as the modes at its end allow is solved again
 
