@@ -15,7 +15,7 @@ from torch import Tensor
 from revsolve.compiled.driven import Driver, Undriven
 from revsolve.compiled.programs import PROGRAMS, Compiler, Program, loop
 from revsolve.compiled.transcript import Swap, transcript
-from revsolve.core.arithmetic import Time, accumulate
+from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
 from revsolve.core.march import Problem, size_of
 from revsolve.core.stepper import Grid
@@ -196,8 +196,11 @@ class _Recorder(Tape):
         self.memo, self.audit_due = Recalled(term), False
         self.found: list[Tensor | None] = [None for _ in tensors]
 
-    def add_up(self, grads: Sequence[Tensor | None]) -> None:
-        self.found = [accumulate(total, grad) for total, grad in zip(self.found, grads, strict=True)]
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        self.found = [
+            total if grad is None else scaled_add(total, grad, weight)
+            for total, grad in zip(self.found, grads, strict=True)
+        ]
 
 
 def advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:

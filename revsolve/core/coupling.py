@@ -181,18 +181,21 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
     before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
     grad = grads[update.target]
     if grad is not None:
-        # weighted before the vector-Jacobian product, as autograd would: narrow fields round alike
-        scaled: dict[Scalar, Tensor] = {1.0: grad}
-        for weight, k in weighted:
-            if weight not in scaled:
-                scaled[weight] = grad * weight
-            tape.add(k, scaled[weight])
+        if len(weighted) == 1:
+            tape.add(weighted[0][1], grad, weighted[0][0])
+        else:
+            scaled: dict[Scalar, Tensor] = {1.0: grad}
+            for weight, k in weighted:
+                if weight not in scaled:
+                    scaled[weight] = grad.mul(weight)
+                tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
             tape.watch(update.source, source, grads)
             tape.add(keep * before, grad)
         if not equals(mix, 0.0):
             grads.add(update.source, grad, mix)
-        grads.scale(update.target, value_of(keep))
+        if not equals(keep, 1.0):
+            grads.scale(update.target, value_of(keep))
     return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
 
 

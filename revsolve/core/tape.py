@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from revsolve.core.arithmetic import Scalar, Time, accumulate, equals, linear, scaled_add
+from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
 
 ENGINE = getattr(Variable, "_execution_engine", None)  # not public, so it may go one day
 
@@ -144,6 +144,7 @@ class Tape:
         self.memo.latest = (None, None, None)
         self.outputs: list[Tensor] = []
         self.cotangents: list[Tensor] = []
+        self.weight = 1.0  # of them all
 
     def watch(self, member: int, source: Tensor, grads: Grads) -> Tensor:
         """The leaf that stands for `source` in what is recorded next."""
@@ -155,8 +156,14 @@ class Tape:
         assert self.leaf is not None
         return self.leaf
 
-    def add(self, output: Tensor, cotangent: Tensor) -> None:
-        """Record that `cotangent` belongs to `output`."""
+    def add(self, output: Tensor, cotangent: Tensor, weight: Scalar = 1.0) -> None:
+        """Record that weight * cotangent belongs to `output`. A lone one is weighted when its products are added up."""
+        if not self.outputs and weight.__class__ is float:
+            self.weight = weight
+        else:
+            cotangent = scaled_add(None, cotangent, weight)
+            self.cotangents = [scaled_add(None, x, self.weight) for x in self.cotangents]
+            self.weight = 1.0
         if self.outputs and self.outputs[-1] is output:
             self.cotangents[-1] = self.cotangents[-1] + cotangent
         elif output.requires_grad:
@@ -173,10 +180,11 @@ class Tape:
             if self._looks_new(unused) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
-            grads.add(self.member, got[0])
+            grads.add(self.member, got[0], self.weight)
             for time, grad in zip(self.times, got[1:], strict=False):
-                self.times[time] = accumulate(self.times[time], grad)
-            self.add_up(got[1 + len(self.times) :])
+                if grad is not None:
+                    self.times[time] = scaled_add(self.times[time], grad, self.weight)
+            self.add_up(got[1 + len(self.times) :], self.weight)
         self._forget()
 
     def _looks_new(self, unused: Sequence[int]) -> bool:
@@ -190,14 +198,14 @@ class Tape:
         self.looks.add(look)
         return True
 
-    def add_up(self, grads: Sequence[Tensor | None]) -> None:
-        """Add gradients of `tensors` to their sums."""
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add weight * gradients of `tensors` to their sums."""
         sums = self.sums
         if any(grad is None for grad in grads):
             sums = [total for total, grad in zip(sums, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         if sums:
-            torch._foreach_add_(sums, grads)  # type: ignore[arg-type]
+            torch._foreach_add_(sums, grads, alpha=weight)  # type: ignore[call-overload]
 
 
 def vector_jacobian_product(
