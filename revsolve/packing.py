@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.transforms.levels import wrapped
 
-REMEMBERED_TIMES = 512  # the backward pass asks for those of the forward pass again
+REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
 
 
 class Packing:

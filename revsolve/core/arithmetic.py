@@ -27,7 +27,7 @@ def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar, factor: Scalar = 1.0
         weight, factor = factor * weight, 1.0
     if not isinstance(weight, Tensor):
         if x is None:
-            return k if weight == 1.0 else k * weight
+            return k if weight == 1.0 else k.mul(weight)  # two thirds of the time of the operator
         return torch.add(x, k, alpha=weight)
     if x is not None and x.dtype == k.dtype == weight.dtype:
         return torch.addcmul(x, k, weight, value=factor)
@@ -47,14 +47,16 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
         out = None if target is None else target if equals(keep, 1.0) else keep * target
         return out if equals(mix, 0.0) else scaled_add(out, source, mix)
     if target is None:
-        return None if mix == 0.0 else source if mix == 1.0 else source * mix
+        return None if mix == 0.0 else source if mix == 1.0 else source.mul(mix)
     if mix == 0.0:
-        return target if keep == 1.0 else -target if keep == -1.0 else target * keep
+        return target if keep == 1.0 else -target if keep == -1.0 else target.mul(keep)
     if keep == 1.0:
         return torch.add(target, source, alpha=mix)
     if abs(keep + mix - 1.0) < 1e-14:
         return source.lerp_(target, keep) if own else torch.lerp(source, target, keep)
-    return torch.add(target * keep, source, alpha=mix)
+    if keep == -1.0:
+        return -torch.add(target, source, alpha=-mix)
+    return torch.add(target.mul(keep), source, alpha=mix)
 
 
 def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

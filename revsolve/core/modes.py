@@ -78,6 +78,8 @@ class Modes:
         scheme, and by undoing it, which amplifies rounding errors. `numbers` are the values of what `look` returned."""
         if numbers:
             self._learn(*numbers)
+        if not self.rates:
+            return FARTHEST
         faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
         steps = [MARGIN * h * rate for rate in self.rates]
         undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
