@@ -45,7 +45,7 @@ class Restarts:
 
 
 ROUNDING = 100.0  # parasitic parts below so many roundings of the state are no reason to restart
-FIRST_LENGTH = 8
+FIRST_LENGTH = 4
 DOUBLING, CAREFUL = 1.0, 0.5  # how much longer a segment may be than the last: until one went too far, and since
 SETTLED = 3  # that many steps' growth is all that is allowed to a parasitic part to which steps do not add
 RISE = 1.25  # by so much a segment may be longer for each that was accepted since one had to be solved again
