@@ -107,6 +107,14 @@ def test_own_tanh() -> None:
     assert got.nan_to_num().abs().max() == 1.0
 
 
+@needs_compiler
+@quiet
+def test_an_unknown_version_of_torch_compiles_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "9.0.0")
+    monkeypatch.setattr(PROGRAMS, "known", {})
+    assert difference("module", method="rev_heun2", compile=True, **FIXED) < EXACT
+
+
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
 def test_statistics_and_restarts_are_those_of_the_eager_solve(gradient: str) -> None:
     y0, t = torch.ones(3, dtype=torch.float64), torch.linspace(0.0, 20.0, 9, dtype=torch.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from revsolve.compiled.transcript import CompilationError
-from revsolve.compiled.wrapper import own_code
 
 Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
 OPTIONS = ("backend", "mode", "options")
 BACKENDS = ("inductor", "eager")
 MOST_PROGRAMS = 256
+WRITTEN_FOR = ("2.13.", "2.14.")  # versions of torch that `wrapper` has been tried with
 SMALL = 1024  # multiplications
 
 
@@ -58,10 +58,19 @@ class Compiler:
             made.append(compile_fx_inner(*args, **settings))
             return made[-1]
 
-        with own_code():
+        with _own_code():
             run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
         # What is around it is for graphs that alias or need gradients; from a cache on disk it may come as a whole.
         return (lambda *inputs: made[-1](list(inputs))) if made else run
+
+
+def _own_code() -> AbstractContextManager[None]:
+    """Inductor as `wrapper` changes it; as it is in a version of torch whose inside is not known, where solves take longer."""
+    if not torch.__version__.startswith(WRITTEN_FOR):
+        return nullcontext()
+    from revsolve.compiled.wrapper import own_code
+
+    return own_code()
 
 
 def compiler(given: Any) -> Compiler:
