@@ -25,7 +25,7 @@ PATHS: dict[str, Callable[[Tensor], Any]] = {
     "natural": CONTROLS["natural"],
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "adaptive": {"method": "rev_dopri5", "rtol": 1e-11, "atol": 1e-12},
+    "adaptive": {"method": "rev_dopri5", "rtol": 1e-12, "atol": 1e-13},
     "checkpoint": {"method": "dopri8", "rtol": 1e-11, "atol": 1e-12},
     "fixed": {"method": "rev_rk4", "options": {"step_size": 0.005}},
 }

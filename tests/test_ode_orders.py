@@ -13,7 +13,7 @@ from revsolve.schemes.names import scheme
 
 END = 2.0
 # Numbers of steps between which the error is neither rounding nor outside the asymptotic range, by order.
-STEPS = {1: (128, 512), 2: (64, 256), 3: (32, 128), 4: (24, 96), 5: (16, 64), 6: (10, 40), 8: (4, 10)}
+STEPS = {1: (128, 512), 2: (64, 256), 3: (32, 128), 4: (24, 96), 5: (16, 64), 6: (10, 40), 8: (6, 12)}
 ALIASES = {"dop853", "rev_dop853"}
 # Compositions of single substeps keep order 4 between restarts only: a restart after an odd number of steps costs one.
 SINGLE = ["alf4_s3", "alf4_s5", "reversible_heun4_s3", "reversible_heun4_s5"]

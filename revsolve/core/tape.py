@@ -128,6 +128,8 @@ class Tape:
         self.narrow = narrow
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
+        self.one_dtype = narrow is None and not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
         self.audit_due = True
         self.looks: set[tuple[int, ...]] = set()
@@ -157,8 +159,12 @@ class Tape:
         return self.leaf
 
     def add(self, output: Tensor, cotangent: Tensor, weight: Scalar = 1.0) -> None:
-        """Record that weight * cotangent belongs to `output`. A lone one is weighted when its products are added up."""
-        if not self.outputs and weight.__class__ is float:
+        """Record that weight * cotangent belongs to `output`.
+
+        A lone one is weighted when its products are added up: a kernel less. Where the field may compute in fewer digits it is
+        weighted before, as autograd would, so that both round alike.
+        """
+        if not self.outputs and weight.__class__ is float and self.one_dtype and self.dtypes <= {cotangent.dtype}:
             self.weight = weight
         else:
             cotangent = scaled_add(None, cotangent, weight)
