@@ -85,7 +85,7 @@ class Scheme:
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
     step from a restart that measure grows to the order h ** gap_order. `run` gives the moves of consecutive steps between the
     given times, fewer than their updates, where the update that ends a step and the one that begins the next differ in their
-    spans alone and ask for the same evaluation, if any.
+    spans alone and ask for the same evaluation, if any. `longest` bounds the steps between restarts by default.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Scheme:
     error_order: int | None = None
     staggered: bool = False
     gap_order: int = 2
+    longest: int | None = None
     run: Callable[[Sequence[Time]], list[Move]] | None = field(default=None, compare=False)
 
     @property

@@ -21,7 +21,8 @@ class Restarts:
 
     Args:
         interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
-        longest: never go further than this many steps (None: 32, or the square root of the number of steps if more).
+        longest: never go further than this many steps (None: 32, or the square root of the number of steps if more;
+            8 for pairs of order 3).
         growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left; where it is of no
             higher order than the error, so that steps do not add to it, n counts as 3 at most.
         budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
@@ -70,7 +71,7 @@ class Segments:
         if restarts is not None:
             self.growth = restarts.growth
             root = math.isqrt(num_steps) if num_steps else 0
-            self.longest = self.wanted = restarts.interval or restarts.longest or max(32, root)
+            self.longest = self.wanted = restarts.interval or restarts.longest or scheme.longest or max(32, root)
             if restarts.budget is not None and num_steps is None:
                 raise ValueError(
                     f"Restarts(budget={restarts.budget}) needs a fixed grid, where the number of steps is known. "
