@@ -23,9 +23,10 @@ class Restarts:
         interval: restart after exactly so many steps (None: when the parasitic part has grown, see below).
         longest: never go further than this many steps (None: 32, or the square root of the number of steps if more;
             8 for pairs of order 3).
-        growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left; where it is of no
-            higher order than the error, so that steps do not add to it, n counts as 3 at most.
+        growth: the parasitic part after n steps may be 1 + growth * (n - 1) times what the first step left; where steps do not
+            add to it, n counts as 3 at most.
         budget: at most this many stored pairs on a fixed grid; segments become as long as that asks for.
+        adds_up: whether steps add to the parasitic part, as noise does (None: where it is of higher order than the error).
 
     Raises:
         ValueError: a number of steps or pairs below 1 or not whole, or a growth that is not positive.
@@ -35,6 +36,7 @@ class Restarts:
     longest: int | None = None
     growth: float = 2.0
     budget: int | None = None
+    adds_up: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("interval", "longest", "budget"):
@@ -66,6 +68,8 @@ class Segments:
         self.resets, self.gap_order = restarts is not None, scheme.gap_order
         self.judged = restarts is not None and restarts.interval is None
         self.alternates, self.adds_up = self.judged and scheme.alternates, scheme.gap_order > scheme.order
+        if restarts is not None and restarts.adds_up is not None:
+            self.adds_up = restarts.adds_up
         self.open_ended = restarts is None and every is None and num_steps is None
         self.shortest, self.wanted = 1, every or num_steps or 1
         if restarts is not None:
