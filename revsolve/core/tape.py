@@ -128,7 +128,7 @@ class Tape:
         self.narrow = narrow
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
-        self.one_dtype = narrow is None and not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
         self.audit_due = True
