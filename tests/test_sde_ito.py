@@ -59,10 +59,38 @@ def test_additive_noise_needs_none() -> None:
     assert shift_of("additive", matrix, torch.randn(5, 3)) is None
 
 
-def test_a_batch_that_mixes_is_refused() -> None:
-    norm = nn.BatchNorm1d(3)
+MIXES = {
+    "diagonal": nn.BatchNorm1d(3).double(),
+    "scalar": lambda y: (y * y.mean(0)).unsqueeze(-1),
+    "general": lambda y: torch.stack((y * y.mean(0), torch.cos(y)), -1),
+}
+
+
+@pytest.mark.parametrize("noise_type", MIXES)
+def test_a_batch_that_mixes_is_refused(noise_type: str) -> None:
     with pytest.raises(ValueError, match="other samples of the batch"):
-        shift_of("diagonal", norm, torch.randn(5, 3))
+        shift_of(noise_type, MIXES[noise_type], torch.randn(5, 3))
+
+
+def test_samples_of_several_batch_dimensions_must_stay_apart_where_they_have_noise_of_their_own() -> None:
+    rows = lambda y: (y * y.mean(1, keepdim=True)).unsqueeze(-1)  # noqa: E731
+    with pytest.raises(ValueError, match="other samples of the batch"):
+        shift_of("general", rows, torch.randn(5, 4, 3))
+
+
+CUT_OFF = {"diagonal": own, "scalar": column, "general": matrix}
+
+
+@pytest.mark.parametrize("noise_type", CUT_OFF)
+def test_a_diffusion_without_derivative_is_refused(noise_type: str) -> None:
+    sde = SDE(lambda t, y: -y, lambda t, y: CUT_OFF[noise_type](y.detach()), noise_type, "ito")
+    with pytest.raises(ValueError, match=r"changes with y, but autograd finds no derivative.*method='euler'"):
+        sdeint(sde, torch.randn(5, 3), [0.0, 1.0], dt=0.1)
+
+
+def test_a_constant_or_random_diffusion_is_not_refused() -> None:
+    assert shift_of("diagonal", constant, torch.randn(5, 3)) is not None
+    assert shift_of("diagonal", torch.randn_like, torch.randn(5, 3)) is not None
 
 
 @pytest.mark.parametrize("method", ["reversible_heun", "rev_slowrk", "euler"])

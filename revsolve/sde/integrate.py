@@ -67,7 +67,7 @@ def sdeint(
     """Solve `dy = f(t, y) dt + g(t, y) dW` from `y(ts[0]) = y0`, with exact gradients of the discrete solve.
 
     Every method but `euler` solves the Stratonovich equation; an Ito equation is converted to it exactly, by automatic
-    differentiation of g.
+    differentiation of g, or refused where g has no derivative or mixes the samples of a batch.
 
     Args:
         sde: an object with drift `f(t, y)`, diffusion `g(t, y)`, `noise_type` ("diagonal", "scalar", "additive", "general")

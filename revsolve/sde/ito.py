@@ -22,7 +22,10 @@ Shift = Callable[[Tensor, Tensor, bool], Tensor | None]  # of g, the y from whic
 
 
 def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor) -> Shift | None:
-    """The shift for a noise type; None where there is none. Probes the diffusion of diagonal noise near y0."""
+    """The shift for a noise type; None where there is none. Probes the diffusion near y0.
+
+    Raises ValueError where the shift cannot be had: samples of a batch mix, or the diffusion has no derivative.
+    """
     if noise_type == "additive":
         return None
     if transformed():
@@ -30,9 +33,10 @@ def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor)
             "the diffusion of an Ito equation cannot be differentiated inside torch.func transforms: give the SDE in "
             "Stratonovich form, or use method='euler', which needs no derivative."
         )
+    apart = _entries_stay_apart(diffusion, y0, noise_type == "diagonal")
     if noise_type != "diagonal":
         return _of_columns
-    return _of_own_entries if _entries_stay_apart(diffusion, y0) else _of_diagonal_jacobian
+    return _of_own_entries if apart else _of_diagonal_jacobian
 
 
 def _of_own_entries(g: Tensor, y: Tensor, record: bool) -> Tensor | None:
@@ -72,33 +76,61 @@ def _vjp(g: Tensor, y: Tensor, cotangent: Tensor, record: bool) -> Tensor | None
     return torch.autograd.grad(g, y, cotangent, retain_graph=True, create_graph=record, allow_unused=True)[0]
 
 
-def _entries_stay_apart(diffusion: Callable[[Tensor], Tensor], y0: Tensor) -> bool:
-    """Whether each entry of g depends on its own entry of y alone. Raises ValueError if samples of the batch mix.
+def _entries_stay_apart(diffusion: Callable[[Tensor], Tensor], y0: Tensor, diagonal: bool) -> bool:
+    """Whether each entry of a diagonal g depends on its own entry of y alone. Raises ValueError if samples of the batch mix,
+    or if g depends on y without a derivative.
 
     v * (J^T v) is the diagonal of J, and the same for all signs v, exactly where J is diagonal; signs that change only
-    from sample to sample leave it alone where samples do not mix.
+    from sample to sample leave it, and any J^T c, alone where samples do not mix.
     """
     generator = torch.Generator().manual_seed(0)  # a probe must not move the user's random state
 
-    def signs(shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(y0)
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(y0)
 
-    apart = True
+    apart, values = True, []
     for scale in (0.0, 1.0):
-        noise = torch.randn(y0.shape, generator=generator, dtype=torch.float64).to(y0)
         with torch.enable_grad():
-            y = (y0.detach() + scale * noise).requires_grad_()
+            y = (y0.detach() + scale * normal(y0.shape)).requires_grad_()
             g = diffusion(y)
-        v = signs(tuple(y0.shape))
-        sample = signs((len(y0), *(1,) * (y0.ndim - 1))) if y0.ndim > 1 else 1.0
-        seen = [u * got for u in (v, v * sample, signs(tuple(y0.shape))) if (got := _vjp(g, y, u, False)) is not None]
+        seen = _seen_with_signs(g, y, normal, diagonal)
+        values.append(None if seen else g.detach())
         if not seen:
             continue
         tolerance = math.sqrt(torch.finfo(y0.dtype).eps) * max(float(x.abs().max()) for x in seen)
         if float((seen[0] - seen[1]).abs().max()) > tolerance:
             raise ValueError(
-                "the diffusion of one sample depends on other samples of the batch (dimension 0), so the Ito correction would "
-                "need the whole Jacobian: make samples independent, or give the SDE in Stratonovich form."
+                "the diffusion of one sample depends on other samples of the batch, so the Ito correction would need the whole "
+                "Jacobian: make samples independent, or give the SDE in Stratonovich form."
             )
-        apart = apart and float((seen[0] - seen[2]).abs().max()) <= tolerance
+        apart = apart and float((seen[0] - seen[-1]).abs().max()) <= tolerance
+    _refuse_no_derivative(diffusion, y0, *values)
     return apart
+
+
+def _seen_with_signs(g: Tensor, y: Tensor, normal: Callable[[tuple[int, ...]], Tensor], diagonal: bool) -> list[Tensor]:
+    """The same products with the Jacobian for various signs; nothing where there is no Jacobian."""
+    pairs: list[tuple[Tensor | float, Tensor]]
+    if diagonal:
+        v, w = normal(y.shape).sign(), normal(y.shape).sign()
+        sample = normal(y.shape[:1] + (1,) * (y.ndim - 1)).sign() if y.ndim > 1 else 1.0
+        pairs = [(v, v), (v * sample, v * sample), (w, w)]
+    else:
+        c, sample = normal(g.shape), normal((*y.shape[:-1], 1)).sign()
+        pairs = [(1.0, c), (sample, sample.unsqueeze(-1) * c)]
+    return [u * got for u, c in pairs if (got := _vjp(g, y, c, False)) is not None]
+
+
+def _refuse_no_derivative(
+    diffusion: Callable[[Tensor], Tensor], y0: Tensor, here: Tensor | None, there: Tensor | None
+) -> None:
+    """Raise ValueError if g, of which two values without derivatives are given, changes with y and not at random."""
+    if here is None or there is None or torch.equal(here, there):
+        return
+    with torch.no_grad():
+        again = diffusion(y0)
+    if torch.equal(here, again):
+        raise ValueError(
+            "the diffusion changes with y, but autograd finds no derivative, which the Ito correction needs: take out what cuts "
+            "it off (detach, no_grad, numpy, steps), give the SDE in Stratonovich form, or use method='euler'."
+        )
