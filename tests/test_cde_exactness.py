@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from revsolve.cde import cdeint
-from revsolve.drivers.control import HermitePath, LinearPath
+from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.schemes.names import method_names, scheme
 from tests.cde_problems import (
     BACKWARD,
@@ -29,7 +29,9 @@ EXACT = 1e-12
 
 METHODS = [name for name in method_names() if name != "dop853"]
 # Yoshida's substeps leave the step, and with the last step the path.
-REVERSIBLE = [name for name in METHODS if scheme(name).reversible and not name.endswith(("yoshida", "s3"))]
+LEAVING = [name for name in METHODS if name.endswith(("yoshida", "s3"))]
+REVERSIBLE = [name for name in METHODS if scheme(name).reversible and name not in LEAVING]
+INSIDE = (0.9, 2.0, 2.9)
 FEW = ["rev_rk4", "reversible_heun", "alf"]
 FIXED: dict[str, Any] = {"step_size": 0.3}
 KINKED: dict[str, dict[str, Any]] = {"linear": {}}  # where output times move, steps must end at the kinks
@@ -44,6 +46,12 @@ def assert_exact(control: str, times: tuple[float, ...], **solve: Any) -> None:
 @pytest.mark.parametrize("method", REVERSIBLE)
 def test_schemes(method: str, form: str) -> None:
     assert_exact("hermite", FORWARD, method=method, options={"form": form, **FIXED})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", LEAVING)
+def test_schemes_whose_substeps_leave_the_step(method: str, form: str) -> None:
+    assert_exact("hermite", INSIDE, method=method, options={"form": form, **FIXED})
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,7 +89,7 @@ def test_adaptive(control: str, method: str, times: tuple[float, ...], moving: b
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["rev_rk4", "reversible_heun"])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3])
 def test_log_ode(depth: int, method: str, form: str) -> None:
     def solved(gradient: str | None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -95,7 +103,7 @@ def test_log_ode(depth: int, method: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["rev_rk4", "reversible_heun"])
-@pytest.mark.parametrize("path", [LinearPath, HermitePath])
+@pytest.mark.parametrize("path", [LinearPath, HermitePath, NaturalCubicPath])
 def test_stacked(path: Any, method: str, form: str) -> None:
     """The solution of one equation is the control of the next."""
 
