@@ -113,6 +113,16 @@ def test_manual_seed_repeats_the_noise() -> None:
     assert not torch.equal(run(1), run(2))
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_steps_may_be_tensors(adaptive: bool) -> None:
+    def solved(dt: float | Tensor, dt_min: float | Tensor) -> Tensor:
+        settings = {"bm": interval("diagonal"), "adaptive": adaptive}
+        return sdeint((lambda t, y: -y, lambda t, y: 0.3 * y), y0, TS, dt=dt, dt_min=dt_min, **settings)
+
+    y0 = torch.ones(BATCH, DIM)
+    assert torch.equal(solved(torch.tensor(0.1), torch.tensor(0.01)), solved(0.1, 0.01))
+
+
 def test_times_may_be_a_list_and_one_time_is_the_initial_state() -> None:
     sde, y0 = NeuralSDE("diagonal"), torch.randn(BATCH, DIM)
     assert sdeint(sde, y0, [0.0, 0.5], dt=0.1).shape == (2, BATCH, DIM)

@@ -66,8 +66,8 @@ def check_state(y0: Any) -> None:
         raise ValueError(f"y0 has shape {tuple(y0.shape)}, but a state of shape (..., d) is needed: reshape it.")
 
 
-def check_steps(dt: float, dt_min: float, adaptive: bool) -> None:
-    """Raise unless the step lengths are positive, and the shortest is no longer than the first."""
+def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) -> tuple[float, float]:
+    """The step lengths as floats. Raises unless they are positive, and the shortest is no longer than the first."""
     for name, value in (("dt", dt), ("dt_min", dt_min)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
@@ -75,6 +75,7 @@ def check_steps(dt: float, dt_min: float, adaptive: bool) -> None:
             raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")
     if adaptive and dt_min > dt:
         raise ValueError(f"dt_min = {dt_min} is larger than the first step, dt = {dt}: lower dt_min or raise dt.")
+    return float(dt), float(dt_min)
 
 
 def refuse_events(event_fn: Any) -> None:

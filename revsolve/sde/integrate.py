@@ -25,7 +25,7 @@ from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
     as_sde,
     check_state,
-    check_steps,
+    checked_steps,
     followed_path,
     given_path,
     increasing,
@@ -48,11 +48,11 @@ def sdeint(
     *,
     bm: Any = None,
     method: str | Tableau | Scheme | None = None,
-    dt: float = 1e-3,
+    dt: float | Tensor = 1e-3,
     adaptive: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-4,
-    dt_min: float = 1e-5,
+    dt_min: float | Tensor = 1e-5,
     options: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
     logqp: bool = False,
@@ -119,7 +119,7 @@ def sdeint(
     """
     refuse_events(event_fn)
     check_state(y0)
-    check_steps(dt, dt_min, adaptive)
+    dt, dt_min = checked_steps(dt, dt_min, adaptive)
     equation = _Equation(sde, y0, ts, bm, names, logqp)
     equation.choose_scheme(method, options, adaptive)
     make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
