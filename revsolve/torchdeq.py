@@ -24,13 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdeq import add_deq_args, register_deq
-from torchdeq.core import DEQBase
-from torchdeq.solver.stat import SolverStat
-from torchdeq.utils.config import DEQConfig
-from torchdeq.utils.layer_utils import deq_decorator
 
 from revsolve.equilibrium import FixedPoint, fixed_point
+
+try:
+    from torchdeq import add_deq_args, register_deq
+    from torchdeq.core import DEQBase
+    from torchdeq.solver.stat import SolverStat
+    from torchdeq.utils.config import DEQConfig
+    from torchdeq.utils.layer_utils import deq_decorator
+except ImportError as error:
+    raise ImportError("revsolve.torchdeq needs torchdeq: pip install 'revsolve[torchdeq]'.") from error
 
 RESIDUALS = {"abs": "absolute", "rel": "relative"}
 NEVER = 5e-324  # a tolerance that no residual but zero meets

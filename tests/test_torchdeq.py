@@ -1,6 +1,8 @@
 """The core "reversible" of torchdeq beside torchdeq's own."""
 
 import argparse
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -131,3 +133,10 @@ def test_too_few_evaluations_are_said() -> None:
 def test_refusals(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_without_torchdeq_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    monkeypatch.delitem(sys.modules, "revsolve.torchdeq")
+    with pytest.raises(ImportError, match=r"pip install 'revsolve\[torchdeq\]'"):
+        importlib.import_module("revsolve.torchdeq")
