@@ -66,6 +66,11 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("a velocity", {"method": "alf"}, "keeps a velocity, and Brownian motion has none"),
     ("leapfrog", {"method": "leapfrog"}, "keeps a velocity"),
     ("a composition", {"method": "reversible_heun4"}, "composes substeps to raise the order for smooth drivers"),
+    (
+        "additive noise that is not",
+        {"sde": SDE(decay, lambda t, y: torch.cos(y).unsqueeze(-1), "additive")},
+        "noise_type is 'additive', but g changes with y: set it to 'general'",
+    ),
     ("shark for diagonal noise", {"method": "rev_shark"}, "is for additive noise, but noise_type is 'diagonal'"),
     ("a method of torchsde", {"method": "srk"}, "method 'srk' does not exist here: 'rev_shark'"),
     ("an unknown method", {"method": "reversible_hein"}, "did you mean 'reversible_heun'"),
@@ -134,6 +139,12 @@ def test_objects_that_are_no_sde(sde: Bare, message: str) -> None:
 @pytest.mark.parametrize("method", sde_method_names())
 def test_every_name_solves_an_additive_sde(method: str) -> None:
     assert sdeint(ADDITIVE, Y0, [0.0, 0.5], dt=0.25, method=method).shape == (2, 4, 3)
+
+
+def test_products_of_additive_noise_must_not_change_with_the_state_either() -> None:
+    sde = Bare(f=decay, g_prod=lambda t, y, v: y * v, noise_type="additive", sde_type="ito")
+    with pytest.raises(ValueError, match="noise_type is 'additive', but g changes with y"):
+        sdeint(sde, Y0, [0.0, 1.0], bm=path(4, 3), dt=0.25)
 
 
 def test_a_field_that_is_not_finite_is_named() -> None:

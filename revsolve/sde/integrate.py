@@ -34,8 +34,8 @@ from revsolve.sde.arguments import (
     noise_shape,
     refuse_events,
 )
-from revsolve.sde.coefficients import coefficients
-from revsolve.sde.ito import shift_of
+from revsolve.sde.coefficients import coefficients, contraction
+from revsolve.sde.ito import refuse_dependence, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
@@ -168,6 +168,9 @@ class _Equation:
         if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
             self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(self.start, y)[1], self.y0)
         unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
+        if parts.noise_type == "additive" and not values_hidden():
+            noise = contraction(parts.noise_type, parts.product_only)
+            self._at_start(lambda t, y: refuse_dependence(lambda y: noise(parts.f_and_g(t, y)[1], unit), y))
         self.rates = self.term(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)
 
     def term(self, path: Path, on_demand: bool = False) -> SDETerm | LogRatioTerm:

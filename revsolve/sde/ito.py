@@ -39,6 +39,21 @@ def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor)
     return _of_own_entries if apart else _of_diagonal_jacobian
 
 
+def refuse_dependence(diffusion: Callable[[Tensor], Tensor], y0: Tensor) -> None:
+    """Raise ValueError if a diffusion of additive noise has a derivative by y: it would be solved as another equation."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        y = (y0 + torch.randn(y0.shape, generator=generator, dtype=torch.float64).to(y0)).requires_grad_()
+        g = diffusion(y)
+    got = _vjp(g, y, torch.ones_like(g), False)
+    if got is not None and float(got.abs().max()) > math.sqrt(torch.finfo(y0.dtype).eps) * float(
+        g.detach().abs().max()
+    ):
+        raise ValueError(
+            "noise_type is 'additive', but g changes with y: set it to 'general', or to 'diagonal' where g is shaped like y."
+        )
+
+
 def _of_own_entries(g: Tensor, y: Tensor, record: bool) -> Tensor | None:
     got = _vjp(g, y, g if record else g.detach(), record)
     return None if got is None else -0.5 * got
