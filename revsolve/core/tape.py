@@ -92,13 +92,12 @@ class Grads:
         self.totals[member], self.factors[member] = total, 1.0
 
     def scale(self, member: int, factor: Scalar) -> None:
-        total = self[member]
-        if equals(factor, 0.0) or total is None:
+        if equals(factor, 0.0) or self.totals[member] is None:
             self[member] = None
         elif isinstance(factor, Tensor):
-            self[member] = factor * total
+            self[member] = factor * self[member]
         else:
-            self.factors[member] = factor
+            self.factors[member] *= factor
 
     def add(self, member: int, grad: Tensor | None, weight: Scalar = 1.0) -> None:
         """Add weight * grad."""
@@ -107,6 +106,8 @@ class Grads:
         total, factor = self.totals[member], self.factors[member]
         if total is None or factor == 1.0:
             self[member] = scaled_add(total, grad, weight)
+        elif factor == -1.0:  # the sign goes on waiting
+            self.totals[member] = scaled_add(total, grad, weight, -1.0)
         else:
             self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
 
