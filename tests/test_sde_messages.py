@@ -102,6 +102,11 @@ def test_wrong_values(changes: dict[str, Any], message: str) -> None:
         ({"y0": torch.zeros(4, 3, dtype=torch.complex64)}, "real and floating point"),
         ({"sde": SDE(decay, ones(4, 3, dtype=torch.float64))}, "must have the dtype of y0, torch.float32"),
         ({"sde": (decay, 1.0)}, "a tuple must hold two functions"),
+        (
+            {"sde": (decay, lambda t, y: None)},
+            r"the diffusion \(general noise\) must be a tensor, but it is a NoneType",
+        ),
+        ({"dt": "0.25"}, "dt must be a number, but it is '0.25'"),
         ({"bm": 3}, "bm is a int without"),
     ],
 )

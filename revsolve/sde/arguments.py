@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) ->
     for name, value in (("dt", dt), ("dt_min", dt_min)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, but it is {value!r}.")
         if not 0.0 < float(value) < math.inf:
             raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")
     if adaptive and dt_min > dt:
@@ -94,7 +97,7 @@ def as_sde(sde: Any, evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) 
         return sde
     if len(sde) != 2 or not all(map(callable, sde)):
         raise TypeError(f"a tuple must hold two functions, drift f(t, y) and diffusion g(t, y), but it is {sde!r}.")
-    shape = evaluate(sde[1]).shape
+    shape = getattr(evaluate(sde[1]), "shape", None)
     return SDE(*sde, noise_type="diagonal" if shape == y0.shape else "general")
 
 
