@@ -57,7 +57,7 @@ class Dense:
         self.term, self.buffers, self.results = problem.term, problem.buffers or nullcontext(), results
         self.states, self.shift = states, shift
         self.keeps_rates = (
-            problem.values_hidden or problem.rule is not None
+            problem.values_hidden or problem.tangents or problem.rule is not None
         )  # torch.func transforms know no saved-tensor hooks
         self.steps = problem.grid.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)

@@ -28,6 +28,7 @@ from revsolve.problem import check_times, values_hidden
 from revsolve.progress import AcceptedStep
 from revsolve.solution import Solution
 from revsolve.steps import Tolerances, adapts
+from revsolve.transforms.levels import dual_numbers, followed
 
 
 @dataclass
@@ -138,7 +139,7 @@ def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
     times = check_times_of_each(t, y0)
     clock = ClockOfEach(t, equation.x0)
     kinks = equation.kinks_of_each(clock)
-    if kinks and t.requires_grad:
+    if kinks and followed(t):
         raise ValueError(
             f"dX/dt jumps {len(kinks)} times on the way, so that the times of a sample move what its steps see: pass t.detach(), "
             "a path without kinks (HermitePath), or options={'form': 'increment'}."
@@ -158,10 +159,10 @@ def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
 def until_event(equation: Equation, t: Any, event_fn: Callable[..., Any]) -> tuple[Tensor, Solution]:
     """The time of the event, and the solution at the times t[0] and then."""
     _refuse_programs(equation)
-    if values_hidden():
+    if values_hidden() or dual_numbers():
         raise RuntimeError(
-            "an event is found by looking at numbers, which torch.func transforms and torch.compile hide: differentiate with "
-            "torch.autograd, and solve outside of what is compiled."
+            "an event is found by looking at numbers, which torch.func transforms, forward mode and torch.compile hide: "
+            "differentiate with torch.autograd.grad or backward(), and solve outside of what is compiled."
         )
     times = check_times(t)
     if len(times) != 2:
@@ -218,4 +219,4 @@ def _clock(equation: Equation, t: Any, start: float, end: float) -> Clock:
 
 def _shift(t: Any) -> Tensor | None:
     """Zero, with the gradient of the initial time; None where that needs none."""
-    return t[0] - t[0].detach() if isinstance(t, Tensor) and t.requires_grad else None
+    return t[0] - t[0].detach() if isinstance(t, Tensor) and followed(t) else None

@@ -25,6 +25,7 @@ from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 from revsolve.steps import choose_steps, explain, scheme_and_options
+from revsolve.transforms.levels import followed
 
 
 def odeint(
@@ -199,7 +200,7 @@ class _Equation(Way):
         term = self.term(Clock(self.packing.real_dtype, self.packing.device))
         with torch.no_grad():
             make = self.steps(times, term, t)
-        moving = t if isinstance(t, Tensor) and t.requires_grad else None
+        moving = t if isinstance(t, Tensor) and followed(t) else None
         problem = self.problem(term, times, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving) if len(times) > 1 else self.x0[None]
         steps = times if problem.grid is None else problem.grid.times

@@ -22,7 +22,7 @@ from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.free_tensors import by_rule
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
-from revsolve.transforms.levels import batched, transformed
+from revsolve.transforms.levels import batched, dual_numbers, transformed
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
@@ -109,12 +109,14 @@ def prepare(
         restarts = _blind(restarts)
     if values_hidden():
         problem = by_rule(term, x0, span, owners, scheme, make_stepper, gradient, restarts)
-        if problem is None and chosen not in (None, "direct"):
-            raise ValueError(
-                f"gradient={chosen!r} is not possible here, because torch.compile, or a transform of torch.func, differentiates "
-                "the solve itself (docs: Works with): leave it out, or say gradient='direct'."
-            )
-        return problem or Problem(scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True)
+        if problem is None:
+            _refuse_all_but_direct(chosen)
+        return problem or Problem(
+            scheme, term, make_stepper, "direct", _blind(restarts), Stats(), values_hidden=True, tangents=dual_numbers()
+        )
+    if dual_numbers():
+        _refuse_all_but_direct(chosen)
+        gradient, restarts = "direct", _blind(restarts)  # looking at values would cut them off from their tangents
     values: list[Any] = []
 
     def call() -> Tensor:
@@ -147,7 +149,8 @@ def prepare(
         stand_in=stand_in,
         constants=tuple(x for x in constants if not buffers.holds(x)),
         buffers=lent,
-        first_value=first_value if repeatable is term and lent is None else None,
+        first_value=first_value if repeatable is term and lent is None and not dual_numbers() else None,
+        tangents=dual_numbers(),
     )
 
 
@@ -200,6 +203,14 @@ def _gradient(gradient: str | None, scheme: Scheme) -> str:
             "gradient='checkpoint'."
         )
     return gradient
+
+
+def _refuse_all_but_direct(gradient: str | None) -> None:
+    if gradient not in (None, "direct"):
+        raise ValueError(
+            f"gradient={gradient!r} is not possible here, because torch.compile, a transform of torch.func or forward mode "
+            "differentiates the solve itself (docs: Works with): leave it out, or say gradient='direct'."
+        )
 
 
 def _blind(restarts: Restarts | None) -> Restarts | None:

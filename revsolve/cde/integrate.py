@@ -30,6 +30,7 @@ from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
+from revsolve.transforms.levels import followed
 
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
@@ -194,7 +195,7 @@ class _Equation(Way):
 
     def at_times(self, t: Any) -> Solution:
         times = check_times(t)
-        moving = t if isinstance(t, Tensor) and t.requires_grad else None
+        moving = t if isinstance(t, Tensor) and followed(t) else None
         with torch.no_grad():
             make = self.steps(times, self.rates, t)
         grid = None if adapts(self.scheme, self.options, self.tolerances) else make().grid

@@ -40,12 +40,12 @@ def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     inputs = [x for x in (y0, t, *problem.tensors) if x is not None]
     if problem.values_hidden and t is None:
         return torch.stack(march(problem, y0)[0])
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    if not (problem.tangents or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
         with torch.no_grad():
             return _states(problem, y0)[0]
     if problem.gradient != "direct":
         return Solved.apply(problem, y0, t, *problem.tensors)
-    if t is None or not t.requires_grad:
+    if t is None:
         return torch.stack(march(problem, y0)[0])
     with torch.no_grad():
         march(problem, y0)

@@ -58,6 +58,7 @@ class Problem:
     remedy: str = "restart more often (restarts=8, say), use a wider dtype"
     stand_in: bool = False  # for tensors, while gradients are taken
     values_hidden: bool = False
+    tangents: bool = False  # some tensors may carry one: derivatives in forward mode
     rule: Callable[[Problem, Tensor, Tensor | None], Tensor] | None = None  # what solves instead, inside torch.func
     grid: Grid | None = None
     compiled: Any = None  # what marches and undoes in the place of the functions of these names
@@ -181,7 +182,7 @@ def replay(
 
 def replay_all(problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None) -> list[Tensor]:
     """Repeat the whole solve; the outputs as functions of y0, and of t where that requires a gradient."""
-    times: Sequence[Time] = grid.times if t is None or not t.requires_grad else list(moments(grid, t).unbind())
+    times: Sequence[Time] = grid.times if t is None else list(moments(grid, t).unbind())
     walk = Walk(problem.scheme, Memo(problem.term))
     _, outputs = replay(problem, grid, (problem.widened(y0), None), 0, grid.num_steps, times, walk)
     return [outputs.get(i, y0) for i in range(len(grid.outputs))]

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from revsolve.transforms.levels import followed
+
 Time: TypeAlias = float | Tensor
 Times: TypeAlias = Sequence[float] | Tensor
 Value: TypeAlias = Any  # a tensor (..., channels), or a tuple of such
@@ -176,7 +178,7 @@ class PiecewisePath(Control):
             piece = sum(t < where or (after and t == where) for t in self._times[1:-1])
         else:
             piece = (bisect_right if after else bisect_left)(self._times, where, 1, len(self._times) - 1) - 1
-        if _has_grad(t) or self._knots.requires_grad:
+        if _has_grad(t) or followed(self._knots):
             return piece, t - self._knots[piece]
         return piece, where - self._times[piece]
 
@@ -196,7 +198,7 @@ class PiecewisePath(Control):
             low, high = torch.minimum(one, other), torch.maximum(one, other)
             after, where = where <= low, where.clamp(low, high)
             pieces = torch.where(after, torch.bucketize(where, inner, right=True), torch.bucketize(where, inner))
-        s = (times if times.requires_grad else where) - knots[pieces]
+        s = (times if followed(times) else where) - knots[pieces]
         c = self._coefficients
         return pieces.to(c.device), s.to(c).reshape(-1, *(1,) * (c.ndim - 2))
 
@@ -225,7 +227,7 @@ def _at_hand(t: Time) -> bool:
 
 
 def _has_grad(t: Time | Times) -> bool:
-    return isinstance(t, Tensor) and t.requires_grad
+    return isinstance(t, Tensor) and followed(t)
 
 
 def _polynomial(coefficients: Sequence[Tensor], s: Time) -> Tensor:

@@ -27,7 +27,7 @@ from revsolve.equilibrium.convergence import Convergence, Criterion
 from revsolve.equilibrium.gmres import gmres
 from revsolve.packing import Packing
 from revsolve.problem import check_choice
-from revsolve.transforms.levels import transformed
+from revsolve.transforms.levels import dual_numbers, transformed
 
 METHODS = ("simple", "relaxed", "anderson")
 BACKWARD_METHODS = (*METHODS, "gmres")  # which also solves where J does not contract
@@ -49,10 +49,10 @@ def equilibrium(
 ) -> tuple[Tensor, Stats]:
     """The fixed point of the term from z0, with a gradient of the kind asked for, and what it took."""
     check_choice("b_method", options.get("b_method", "anderson"), BACKWARD_METHODS)
-    if gradient == "implicit" and transformed():
+    if gradient == "implicit" and (transformed() or dual_numbers()):
         raise ValueError(
-            "gradient='implicit' is not possible inside torch.func transforms: use gradient='direct' or 'phantom', or "
-            "method='reversible', whose gradient follows them."
+            "gradient='implicit' is not possible inside torch.func transforms or in forward mode: use gradient='direct' or "
+            "'phantom', or method='reversible', whose gradient follows them."
         )
     memo = Memo(term)
     rule = _rule(method, beta, options)

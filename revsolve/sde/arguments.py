@@ -17,7 +17,7 @@ from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
 from revsolve.per_sample import check_times_of_each
 from revsolve.problem import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
-from revsolve.transforms.levels import outside, sample_numbers
+from revsolve.transforms.levels import followed, outside, sample_numbers
 
 Brownian = BrownianPath | ForeignBrownian
 Path = Callable[..., Any]
@@ -53,7 +53,7 @@ def increasing_for_each(ts: Tensor, y0: Tensor, bm: Any) -> list[float]:
 
 
 def _check_constant(ts: Any) -> None:
-    if isinstance(ts, Tensor) and ts.requires_grad:
+    if isinstance(ts, Tensor) and followed(ts):
         raise ValueError("ts requires a gradient, but a Brownian path has no derivative in time: pass ts.detach().")
 
 
@@ -70,7 +70,7 @@ def check_state(y0: Any) -> None:
 def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) -> tuple[float, float]:
     """The step lengths as floats. Raises unless they are positive, and the shortest is no longer than the first."""
     for name, value in (("dt", dt), ("dt_min", dt_min)):
-        if isinstance(value, Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and followed(value):
             raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
         if not isinstance(value, Real | Tensor):
             raise TypeError(f"{name} must be a number, but it is {value!r}.")

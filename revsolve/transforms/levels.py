@@ -9,12 +9,31 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
     """Whether a torch.func transform is active."""
     return torch._C._are_functorch_transforms_active()
+
+
+def dual_numbers() -> bool:
+    """Whether tensors may carry tangents, as within torch.autograd.forward_ad.dual_level()."""
+    return forward_ad._current_level >= 0
+
+
+def followed(x: Tensor) -> bool:
+    """Whether derivatives with respect to x may be asked for: a gradient, or in forward mode."""
+    if x.requires_grad or not dual_numbers():
+        return x.requires_grad
+    if not (active := transforms()):
+        return forward_ad.unpack_dual(x).tangent is not None
+    with temporarily_pop_interpreter_stack():  # a transform further in does not see the tangents of those further out
+        inner = _functorch.get_unwrapped(x) if wrapped(x) and _functorch.maybe_get_level(x) == len(active) else x
+        if followed(inner):
+            return True
+    return active[-1] == TransformType.Jvp and forward_ad.unpack_dual(x).tangent is not None
 
 
 def transforms() -> list[Any]:
