@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.capture import capturing
@@ -90,13 +91,14 @@ class Solved(torch.autograd.Function):
         marks = dict(zip(ctx.steps, zip(saved[split::2], saved[split + 1 :: 2], strict=True), strict=True))
         del saved
         ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
-        sweeps, undoes = problem.compiled, problem.gradient == "reversible"
+        sweeps, undoes, batched = problem.compiled, problem.gradient == "reversible", is_legacy_batchedtensor(grad_ys)
         method = undo if undoes else recompute
-        if sweeps:
+        if sweeps and not batched:  # is_grads_batched=True, which programs know nothing of
             method = sweeps.undo if undoes else sweeps.recompute
         within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
         with ctx.ambient, problem.buffers or NOTHING, within as leaves:
             tape = Tape(problem.term, leaves, problem.audit, problem.narrow)
+            tape.batched = batched
             moving = t is not None and ctx.needs_input_grad[2]
             grad_y0, grad_times = method(problem, grid, marks, grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations

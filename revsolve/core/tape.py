@@ -128,6 +128,7 @@ class Tape:
     ) -> None:
         self.narrow = narrow
         self.memo = Memo(term)
+        self.batched = False  # whether a cotangent stands for a batch of them
         self.tensors = tuple(tensors)
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.dtypes = {x.dtype for x in self.tensors}
@@ -207,6 +208,10 @@ class Tape:
 
     def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add weight * gradients of `tensors` to their sums."""
+        if self.batched:  # no batch is added in place to what is none
+            pairs = zip(self.sums, grads, strict=True)
+            self.sums = [total if grad is None else scaled_add(total, grad, weight) for total, grad in pairs]
+            return
         sums = self.sums
         if any(grad is None for grad in grads):
             sums = [total for total, grad in zip(sums, grads, strict=True) if grad is not None]
