@@ -95,7 +95,8 @@ class Grads:
         if equals(factor, 0.0) or self.totals[member] is None:
             self[member] = None
         elif isinstance(factor, Tensor):
-            self[member] = factor * self[member]
+            total = self[member]
+            self[member] = None if total is None else factor * total
         else:
             self.factors[member] *= factor
 
