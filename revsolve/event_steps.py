@@ -14,7 +14,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Pair, Scheme
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
-from revsolve.grids import adaptive_grid, knot_grid
+from revsolve.grids import adaptive_grid, check_limits, knot_grid
 from revsolve.steps import Tolerances, adapts
 
 EVENT_OPTIONS = ("event_direction", "max_num_steps")
@@ -173,8 +173,7 @@ def steps_until(
     """Steps from t0 until the event or the end of time; without a word from the options, from knot to knot."""
     event.directions(len(event.values(t0, x0)))
     most = options.setdefault("max_num_steps", MAX_NUM_STEPS)
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ValueError(f"max_num_steps must be a whole number of at least 1, but it is {most!r}.")
+    check_limits({"max_num_steps": most})
     if adapts(scheme, options, tolerances):
         make = adaptive_grid([t0, event.end], options, *tolerances, scheme, term, x0)
         return lambda: UntilEvent(make(), event, most)

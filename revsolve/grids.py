@@ -26,6 +26,17 @@ ADAPTIVE_OPTIONS = (
 )
 
 
+# By the names of torchdiffeq: what `Control` calls them, and what they must be.
+LIMITS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
+    "safety": ("safety", "lie in (0, 1]", lambda x: 0 < x <= 1),
+    "ifactor": ("grow", "be at least 1", lambda x: x >= 1),
+    "dfactor": ("shrink", "lie in (0, 1)", lambda x: 0 < x < 1),
+    "min_step": ("min_step", "be finite and not negative", lambda x: 0 <= x < math.inf),
+    "max_step": ("max_step", "be positive", lambda x: x > 0),
+    "max_num_steps": ("max_num_steps", "be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0),
+}
+
+
 def fixed_grid(times: list[float], step_size: float | None, method: str) -> Callable[[], Stepper]:
     """Equal steps of `step_size` or less between the given times; without it, one step from each time to the next.
 
@@ -106,13 +117,7 @@ def adaptive_grid(
     lowest, highest = sorted((times[0], times[-1]))
     targets = sorted({*times, *(s for s in extra if lowest < s < highest)}, reverse=times[-1] < times[0])
     outputs = set(times)
-    limits = {name: options[name] for name in ("safety", "min_step", "max_step", "max_num_steps") if name in options}
-    for name, theirs in (("grow", "ifactor"), ("shrink", "dfactor")):
-        if theirs in options:
-            limits[name] = options[theirs]
-    for name, limit in limits.items():
-        if not limit >= 0:
-            raise ValueError(f"option {name} must not be negative, but it is {limit!r}.")
+    limits = check_limits(options)
     norm = options.get("norm", root_mean_square)
     first = options.get("first_step")
     if first is not None and not (isinstance(first, (int, float)) and math.isfinite(first) and first > 0):
@@ -130,6 +135,20 @@ def adaptive_grid(
         return Adaptive(targets, [s in outputs for s in targets], control, explain_step(term))
 
     return make
+
+
+def check_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of adaptive steps, by the names that `Control` has for them."""
+    limits = {}
+    for name, (ours, wanted, holds) in LIMITS.items():
+        if name in options:
+            limit = options[name]
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not holds(limit):
+                raise ValueError(f"option {name} must {wanted}, but it is {limit!r}.")
+            limits[ours] = limit
+    if limits.get("min_step", 0.0) > limits.get("max_step", math.inf):
+        raise ValueError(f"min_step = {limits['min_step']} is larger than max_step = {limits['max_step']}.")
+    return limits
 
 
 def first_step(
@@ -194,6 +213,11 @@ def explain_step(term: Term) -> Callable[..., str]:
             return (
                 f"max_num_steps = {stepper.control.max_num_steps} was reached at t = {t0}, before t = {stepper.targets[-1]} "
                 f"({progress}): raise max_num_steps, loosen rtol and atol, or use a method for stiff problems."
+            )
+        if kind == "shortest step":
+            return (
+                f"a step of min_step = {stepper.control.min_step} from t = {t0} has an error that is not finite ({progress}): "
+                "lower min_step, or use a method for stiff problems."
             )
         return (
             f"the step size fell below rounding at t = {t0} ({progress}): the solution has a singularity there, or the field is "

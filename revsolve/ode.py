@@ -24,7 +24,7 @@ from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import choose_steps, explain, scheme_and_options
+from revsolve.steps import choose_steps, explain, restarts_of, scheme_and_options
 from revsolve.transforms.levels import followed
 
 
@@ -36,7 +36,7 @@ def odeint(
     args: Any = (),
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
-    method: str | Tableau | Scheme = "rev_dopri5",
+    method: str | Tableau | Scheme | None = "rev_dopri5",
     options: Mapping[str, Any] | None = None,
     gradient: str | None = None,
     restarts: Any = "auto",
@@ -56,10 +56,11 @@ def odeint(
         t: times at which the state is wanted, shape (T,), strictly monotone either way; in the unit of the field. Or (T, batch):
             each sample's own times, for a tensor y0 of shape (batch, ...); func then receives t of shape (batch,).
         args: a tuple of further arguments for func; anything else is passed on as a single one.
-        rtol, atol: relative and absolute tolerance of adaptive steps; by default 1e-7 and 1e-9 in float64.
-        method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`.
+        rtol, atol: relative and absolute tolerance of adaptive steps, by default 1e-7 and 1e-9 in float64: numbers, tensors that
+            broadcast against y0, or, where y0 is a pytree, one of these for each of its parts.
+        method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`; None is the default.
         options: `step_size` or `grid_constructor` for fixed steps; `first_step`, `safety`, `ifactor`, `dfactor`, `min_step`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf).
+            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf); `restart`, another way to say restarts.
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given. `dense`: steps need not land on output times, which are interpolated; keeps the
             state after every step. `steps_of_each`: with 2-D t, each sample has adaptive steps of its own length.
@@ -92,7 +93,8 @@ def odeint(
         tensor([0.3679])
     """
     known = EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each")
-    scheme, settings = scheme_and_options(method, options, known)
+    scheme, settings = scheme_and_options("rev_dopri5" if method is None else method, options, known)
+    restarts = restarts_of(settings, restarts)
     way = (scheme, settings, (rtol, atol), gradient, restarts, progress, callback, compile)
     equation = _Equation(*way, func, y0, args)
     if event_fn is not None:
@@ -162,6 +164,10 @@ class _Equation(Way):
         self.arguments = self.args if isinstance(self.args, tuple) else (self.args,)
         self.field = functools.partial(_with_arguments, self.func, self.arguments) if self.arguments else self.func
         self.packing = Packing(self.y0)
+        self.tolerances = (
+            self.packing.spread(self.tolerances[0], "rtol"),
+            self.packing.spread(self.tolerances[1], "atol"),
+        )
         self.x0 = self.packing.pack(self.y0)
 
     def term(self, clock: Any) -> Term:

@@ -20,7 +20,7 @@ class Packing:
         leaves, self.spec = tree_flatten(state)
         self.name, self.lone = name, isinstance(state, Tensor)
         if not leaves:
-            raise ValueError(f"{name} holds no tensor: {state!r}.")
+            raise ValueError(f"{name} holds no tensor, it is {state!r}: pass one, or a pytree of them.")
         for leaf in leaves:
             _check_leaf(leaf, name)
         devices = {leaf.device for leaf in leaves}
@@ -57,6 +57,27 @@ class Packing:
                 part = torch.complex(*part.unflatten(-1, (-1, 2)).unbind(-1))
             leaves.append(part.reshape((*x.shape[:-1], *shape)).to(dtype))
         return tree_unflatten(leaves, self.spec)
+
+    def spread(self, numbers: Any, name: str) -> Any:
+        """Numbers or tensors for the leaves of the state, as one tensor that goes with a packed state; a lone one as it is."""
+        if numbers is None or isinstance(numbers, (Tensor, float, int)):
+            return numbers
+        leaves, spec = tree_flatten(numbers)
+        if spec != self.spec:
+            raise ValueError(
+                f"{name} must have the structure of {self.name}, {self.spec}, or be one number, but it is {numbers!r}."
+            )
+        parts = []
+        for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
+            part = torch.as_tensor(leaf, dtype=self.real_dtype, device=self.device)
+            try:
+                part = part.expand(shape).reshape(-1)
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} of shape {tuple(part.shape)} does not fit a part of {self.name} of shape {tuple(shape)}."
+                ) from None
+            parts.append(part.repeat_interleave(size // part.numel()))
+        return torch.cat(parts)
 
     def check_like(self, out: Any, where: str) -> None:
         """Raise unless the field's value has the structure and shapes of the state."""

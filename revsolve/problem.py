@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -66,7 +67,7 @@ def check_times(t: Any, name: str = "t") -> list[float]:
 
 
 def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:
-    """The options as a dict. Raises ValueError for one that the method does not have."""
+    """The options as a dict, numbers as those of Python. Raises ValueError for one that the method does not have."""
     given = dict(options or {})
     for name in given:
         if name not in known:
@@ -74,7 +75,13 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str], metho
             raise ValueError(
                 f"unknown option {name!r} for method {method!r}: did you mean {close[0]!r}? Options: {', '.join(known)}."
             )
-    return given
+    return {name: _number(value) for name, value in given.items()}
+
+
+def _number(value: Any) -> Any:
+    """A number of another kind, a tensor without dimensions or one of numpy's, as that of Python; anything else as it is."""
+    of_another_kind = isinstance(value, (Tensor, np.generic)) and value.ndim == 0
+    return value.item() if of_another_kind else value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 SCHEME_OPTIONS = ("coupling", "eta")
+TIMES = {"step_t", "jump_t"}
 Tolerances = tuple[float | Tensor | None, float | Tensor | None]  # rtol, atol
 
 
@@ -37,7 +38,21 @@ def scheme_and_options(
     rest = dict(options or {})
     scheme = named_scheme(method, **{name: rest.pop(name) for name in SCHEME_OPTIONS if name in rest})
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    return scheme, check_options(rest, (*known, *SCHEME_OPTIONS, *extra), scheme.name)
+    chosen = check_options(rest, (*known, *SCHEME_OPTIONS, "restart", *extra), scheme.name)
+    for name in TIMES.intersection(chosen):
+        chosen[name] = [float(s) for s in chosen[name]]
+    return scheme, chosen
+
+
+def restarts_of(options: dict[str, Any], restarts: Any) -> Any:
+    """When to restart, as the keyword says or `options["restart"]`, which is taken out."""
+    if "restart" not in options:
+        return restarts
+    if restarts != "auto":
+        raise ValueError(
+            f"restarts={restarts!r} and options['restart'] = {options['restart']!r} say the same thing: give one."
+        )
+    return options.pop("restart")
 
 
 def adapts(scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances) -> bool:

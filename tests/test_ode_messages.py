@@ -125,7 +125,23 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "zero step": ({"method": "rk4", "options": {"step_size": 0.0}}, ValueError, "must be a positive number"),
     "nan step": ({"method": "rk4", "options": {"step_size": math.nan}}, ValueError, "nan"),
     "first step": ({"options": {"first_step": -1.0}}, ValueError, "first_step must be a positive number"),
-    "maximal step": ({"options": {"max_step": -1.0}}, ValueError, "max_step must not be negative, but it is -1.0"),
+    "maximal step": ({"options": {"max_step": -1.0}}, ValueError, "max_step must be positive, but it is -1.0"),
+    "minimal step": ({"options": {"min_step": math.inf}}, ValueError, "min_step must be finite and not negative"),
+    "limits that cross": (
+        {"options": {"min_step": 0.2, "max_step": 0.1}},
+        ValueError,
+        "min_step = 0.2 is larger than max_step = 0.1",
+    ),
+    "safety": ({"options": {"safety": 0.0}}, ValueError, r"safety must lie in \(0, 1\], but it is 0.0"),
+    "safety of none": ({"options": {"safety": math.nan}}, ValueError, "safety must lie in"),
+    "growth that shrinks": ({"options": {"ifactor": 0.5}}, ValueError, "ifactor must be at least 1, but it is 0.5"),
+    "shrinking that grows": ({"options": {"dfactor": 2.0}}, ValueError, r"dfactor must lie in \(0, 1\), but it is 2.0"),
+    "half a step": (
+        {"options": {"max_num_steps": 2.5}},
+        ValueError,
+        "max_num_steps must be a whole number of at least 1",
+    ),
+    "no step": ({"options": {"max_num_steps": 0}}, ValueError, "max_num_steps must be a whole number of at least 1"),
     "tolerance": ({"rtol": -1e-3}, ValueError, "rtol must not be negative, but it is -0.001"),
     "tolerance below rounding": ({"rtol": 1e-9}, ValueError, r"1.0e-09 is below the rounding of torch.float32"),
     "gradient": ({"gradient": "adjoint"}, ValueError, "'reversible', 'checkpoint', 'direct', but it is 'adjoint'"),
@@ -228,6 +244,14 @@ def test_step_underflow_at_a_singularity() -> None:
 def test_too_many_steps() -> None:
     with pytest.raises(RuntimeError, match=r"max_num_steps = 10 was reached at t = .*raise max_num_steps"):
         odeint(lambda t, y: torch.cos(50 * t) * y, torch.ones(2), 100 * T, options={"max_num_steps": 10})
+
+
+def test_a_shortest_step_that_is_too_long() -> None:
+    """It was tried 100,000 times."""
+    with pytest.raises(
+        RuntimeError, match=r"a step of min_step = 0\.1 from t = 0\.\d+ has an error that is not finite"
+    ):
+        odeint(lambda t, y: -1e9 * y**3, torch.ones(2), T, options={"min_step": 0.1})
 
 
 def test_tolerances_without_effect_warn() -> None:

@@ -29,7 +29,7 @@ from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import adapts, choose_steps, explain, scheme_and_options
+from revsolve.steps import adapts, choose_steps, explain, restarts_of, scheme_and_options
 from revsolve.transforms.levels import followed
 
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
@@ -112,7 +112,7 @@ def cdeint(
     scheme, settings = scheme_and_options(method, options, known)
     scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
     tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
-    gradient = choose_gradient(adjoint, gradient)
+    gradient, restarts = choose_gradient(adjoint, gradient), restarts_of(settings, restarts)
     way = (scheme, settings, tolerances, gradient, restarts, progress, callback, compile)
     equation = _Equation(*way, func, as_control(X), z0, form)
     if event_fn is not None:
@@ -135,6 +135,10 @@ class _Equation(Way):
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.z0, "z0")
+        self.tolerances = (
+            self.packing.spread(self.tolerances[0], "rtol"),
+            self.packing.spread(self.tolerances[1], "atol"),
+        )
         self.x0 = self.packing.pack(self.z0)
         self.kinks: Sequence[float] = self.control.jumps if self.form == "derivative" else []
         knots = self.control.knots

@@ -52,7 +52,7 @@ def scheme_and_options(
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
     known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
+    given = check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
     for name in given:
         if name == "dense":
             raise ValueError(

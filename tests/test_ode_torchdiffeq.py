@@ -1,0 +1,126 @@
+"""Calls as torchdiffeq takes them: whoever changes the import gets the same solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from torch import Tensor
+
+import revsolve
+from revsolve import Restarts, odeint
+
+T = torch.tensor([0.0, 0.4, 1.3], dtype=torch.float64)
+FINE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE = 5e-6  # at output times theirs interpolates, with an error of 2e-6 for bosh3 and 9e-7 for dopri8
+
+
+def swing(t: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([y[1] * torch.cos(t), -torch.sin(y[0])])
+
+
+def swing_in_parts(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return y[1].sum() * torch.cos(t), -torch.sin(y[0]).expand(1)
+
+
+def jumps(t: Tensor, y: Tensor) -> Tensor:
+    return torch.where(t < 0.7, y, -2.0 * y)
+
+
+LONE = torch.tensor([1.0, 0.3], dtype=torch.float64)
+PARTS = (torch.tensor(1.0, dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64))
+CALLS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
+    "nothing said": (swing, LONE, {}),
+    "no method": (swing, LONE, {"method": None, **FINE}),
+    "dopri5": (swing, LONE, {"method": "dopri5", **FINE}),
+    "bosh3": (swing, LONE, {"method": "bosh3", **FINE}),
+    "dopri8": (swing, LONE, {"method": "dopri8", **FINE}),
+    "euler": (swing, LONE, {"method": "euler"}),
+    "midpoint": (swing, LONE, {"method": "midpoint"}),
+    "heun2": (swing, LONE, {"method": "heun2"}),
+    "heun3": (swing, LONE, {"method": "heun3"}),
+    "grid": (
+        swing,
+        LONE,
+        {
+            "method": "heun3",
+            "options": {"grid_constructor": lambda func, y0, t: torch.linspace(0, 1.3, 14, dtype=torch.float64)},
+        },
+    ),
+    "no options": (swing, LONE, {"method": "dopri5", "options": None, **FINE}),
+    "tolerances of each entry": (swing, LONE, {"rtol": torch.full((2,), 1e-9), "atol": torch.full((2,), 1e-9)}),
+    "tolerances of each part": (swing_in_parts, PARTS, {"rtol": (1e-9, 1e-8), "atol": (1e-9, torch.tensor([1e-8]))}),
+    "norm of the parts": (
+        swing_in_parts,
+        PARTS,
+        {"options": {"norm": lambda y: max(y[0].abs(), y[1].abs().max())}, **FINE},
+    ),
+    "times of steps": (swing, LONE, {"options": {"step_t": torch.tensor([0.3, 1.1], dtype=torch.float64)}, **FINE}),
+    "times of jumps": (
+        jumps,
+        LONE,
+        {"method": "dopri5", "options": {"jump_t": torch.tensor([0.2, 0.7], dtype=torch.float64)}, **FINE},
+    ),
+    "first step": (swing, LONE, {"method": "dopri5", "options": {"first_step": torch.tensor(0.01)}, **FINE}),
+    "limits": (
+        swing,
+        LONE,
+        {
+            "method": "dopri5",
+            "options": {"safety": 0.8, "ifactor": 5.0, "dfactor": 0.3, "min_step": 1e-6, "max_step": 0.1},
+            **FINE,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_calls_of_torchdiffeq(call: tuple[Callable[..., Any], Any, dict[str, Any]]) -> None:
+    func, y0, way = call
+    ours, theirs = odeint(func, y0, T, **way), torchdiffeq.odeint(func, y0, T, **way)
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=CLOSE)
+
+
+NUMBERS = [0.25, np.float32(0.25), np.float64(0.25), torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}")
+@pytest.mark.parametrize("method", ["rk4", "rev_rk4", "reversible_heun"])
+def test_numbers_of_any_kind(method: str, number: Any) -> None:
+    found = odeint(swing, LONE, T, method=method, options={"step_size": number})
+    assert torch.equal(found, odeint(swing, LONE, T, method=method, options={"step_size": 0.25}))
+
+
+def test_restarts_among_the_options() -> None:
+    """They stand beside `coupling` there, and are the same as the keyword."""
+    way: dict[str, Any] = {"method": "rev_rk4", "full_output": True}
+    options = {"step_size": 0.05}
+    for given in (4, None, "auto", Restarts(budget=3)):
+        ours = odeint(swing, LONE, T, options={**options, "restart": given}, **way)
+        assert ours.stats == odeint(swing, LONE, T, options=options, restarts=given, **way).stats
+    with pytest.raises(ValueError, match=r"restarts=3 and options\['restart'\] = 4 say the same thing: give one"):
+        odeint(swing, LONE, T, options={**options, "restart": 4}, restarts=3, **way)
+
+
+def test_tolerances_of_parts_fit_the_state() -> None:
+    with pytest.raises(ValueError, match="rtol must have the structure of y0"):
+        odeint(swing_in_parts, PARTS, T, rtol=(1e-3, 1e-3, 1e-3))
+    with pytest.raises(ValueError, match=r"atol .*\(3,\).* does not fit .*\(1,\)"):
+        odeint(swing_in_parts, PARTS, T, atol=(1e-3, torch.ones(3)))
+
+
+def test_parts_of_loose_tolerances_are_loose() -> None:
+    loose, tight = (
+        odeint(swing_in_parts, PARTS, T, rtol=(1e-9, r), atol=(1e-9, r), full_output=True) for r in (1e-2, 1e-9)
+    )
+    assert loose.stats.num_steps < tight.stats.num_steps
+
+
+def test_no_name_is_missing() -> None:
+    """What torchdiffeq has and is not here is listed in docs/migration.md."""
+    assert {"odeint", "odeint_event"} <= set(revsolve.__all__)
