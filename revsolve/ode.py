@@ -60,7 +60,8 @@ def odeint(
             broadcast against y0, or, where y0 is a pytree, one of these for each of its parts.
         method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`; None is the default.
         options: `step_size` or `grid_constructor` for fixed steps; `first_step`, `safety`, `ifactor`, `dfactor`, `min_step`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf); `restart`, another way to say restarts.
+            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf);
+            `restart`, which is restarts by another name.
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given. `dense`: steps need not land on output times, which are interpolated; keeps the
             state after every step. `steps_of_each`: with 2-D t, each sample has adaptive steps of its own length.

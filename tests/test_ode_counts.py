@@ -105,6 +105,19 @@ def test_statistics_say_what_was_counted(method: str) -> None:
     assert counted.stats.num_steps == NUM_STEPS
 
 
+SOLVES: dict[str, dict[str, Any]] = {"fixed": FIXED, "adaptive": {"rtol": 1e-6, "atol": 1e-6}}
+SOLVES["compiled"] = {**FIXED, "compile": {"backend": "eager"}}
+
+
+@pytest.mark.parametrize("solve", SOLVES.values(), ids=SOLVES)
+def test_statistics_by_their_other_names(solve: dict[str, Any]) -> None:
+    stats = Counted("rev_dopri5", **solve).stats
+    assert (stats.num_accepted, stats.num_states_stored) == (stats.num_steps, stats.num_stored_states)
+    assert len(stats.step_sizes) == stats.num_steps
+    assert sum(stats.step_sizes) == pytest.approx(1.0, abs=1e-12)
+    assert min(stats.step_sizes) > 0
+
+
 def test_without_gradients_nothing_is_stored() -> None:
     field = Counting()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from revsolve.core.tape import Memo, Term
 
 @dataclass
 class Stats:
-    """What a solve did. Counters of the backward pass are filled in by it."""
+    """What a solve did. Counters of the backward pass are filled in by it; `num_steps` counts accepted steps."""
 
     num_steps: int = 0
     num_rejected: int = 0
@@ -33,6 +33,22 @@ class Stats:
     num_backward_evaluations: int = 0
     num_stored_states: int = 0
     reconstruction_error: float | None = None
+    times: Sequence[float] = field(default=(), repr=False, compare=False)
+
+    @property
+    def num_accepted(self) -> int:
+        """Another name of `num_steps`, beside `num_rejected`."""
+        return self.num_steps
+
+    @property
+    def num_states_stored(self) -> int:
+        """Another name of `num_stored_states`."""
+        return self.num_stored_states
+
+    @property
+    def step_sizes(self) -> list[float]:
+        """The lengths of the accepted steps, negative backward in time; those of the step variable where that is not the time."""
+        return [b - a for a, b in itertools.pairwise(self.times)]
 
 
 @dataclass
@@ -165,6 +181,7 @@ def conclude(problem: Problem, stepper: Stepper, y: Tensor, y0: Tensor, num_eval
         raise non_finite(problem, grid, y0)
     problem.grid = grid
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
+    stats.times = grid.times
     stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), num_evaluations
 
 
