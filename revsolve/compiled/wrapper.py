@@ -8,8 +8,10 @@ through a small network: here it is a rational function.
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch._inductor.codegen.wrapper import (
     ReinterpretLine,
     ReuseLine,
 )
+from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
 from torch._inductor.virtualized import V
 
 LOOP = "while (1) {"
@@ -104,6 +107,17 @@ def _horner(coefficients: list[str]) -> str:
     return out
 
 
+@cache
+def best_instructions_work() -> bool | None:
+    """True if a program with the best vector instructions of this x86 processor runs; else None, for inductor to find out.
+
+    It would compile and run one for each set of instructions that the processor has, which takes five seconds.
+    """
+    has = x86_isa_checker() if platform.machine() in ("x86_64", "AMD64") else []
+    best = next((isa for isa in supported_vec_isa_list if set(str(isa).split()) <= set(has)), None)
+    return True if best else None
+
+
 @contextmanager
 def own_code() -> Iterator[None]:
     """What is compiled meanwhile is written so."""
@@ -111,8 +125,10 @@ def own_code() -> Iterator[None]:
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Wrapper)
     CppVecOverrides.tanh = staticmethod(tanh)  # type: ignore[method-assign]
+    known = torch._inductor.config.cpp.vec_isa_ok
     try:
-        yield
+        with torch._inductor.config.patch({"cpp.vec_isa_ok": best_instructions_work() if known is None else known}):
+            yield
     finally:
         common.device_codegens["cpu"] = usual
         CppVecOverrides.tanh = staticmethod(TANH)  # type: ignore[method-assign]
