@@ -20,7 +20,7 @@ from revsolve.core.march import Problem, Stats
 from revsolve.core.replay import Buffers, Frozen, Noisy, has_hooks, random_state_changed_by, taken_as_it_is
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
+from revsolve.core.tape import Term, leaf_of
 from revsolve.free_tensors import by_rule
 from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
 from revsolve.transforms.levels import batched, dual_numbers, transformed
@@ -131,7 +131,7 @@ def prepare(
         return term.product(values[0], *span)[0]
 
     held = list(held_tensors(list(owners), depth=4))
-    leaf = x0.detach().requires_grad_()
+    leaf = leaf_of(x0)
     buffers = Buffers(held_modules(list(owners), depth=4))
     if capturing() and buffers.kept:
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))

@@ -1,10 +1,13 @@
 """Autocast is replayed as it was, low-precision fields run on a wide pair, and GradScaler scales."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from revsolve import odeint
 from tests.front_doors import DOORS, difference, gradients, make_net, make_y0
@@ -99,6 +102,35 @@ def test_the_field_can_be_used_after_the_solve_within_autocast(gradient: str) ->
         alone = net(y0)
     found, wanted = (torch.autograd.grad(x.float().sum(), list(net.parameters())) for x in (after, alone))
     assert difference(list(found), list(wanted)) == 0.0
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most bytes that torch holds at once during the run."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.nbytes())
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+STEPS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "odeint": lambda n: {"options": {"step_size": 1 / n}, "restarts": None},
+    "sdeint": lambda n: {"dt": 1 / n, "restarts": None},
+    "cdeint": lambda n: {"options": {"step_size": 1 / n}, "restarts": None, "method": "reversible_heun"},
+    "fixed_point": lambda n: {"max_steps": n, "anchor_every": 100},
+}
+
+
+@pytest.mark.parametrize("door", STEPS)
+def test_autocast_keeps_no_state_of_every_step(door: str) -> None:
+    """What it casts from a leaf, a weight, it keeps until its context ends; a state must not look like one."""
+    y0, net = torch.randn(5000, 3, requires_grad=True), make_net().float()
+
+    def train(cache: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            DOORS[door](net, y0, **STEPS[door](40)).sum().backward()
+
+    # All that is kept of weights is less than a state.
+    assert most_held(lambda: train(True)) < 1.01 * most_held(lambda: train(False))
 
 
 @replayed

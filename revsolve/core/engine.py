@@ -25,7 +25,7 @@ from revsolve.core.coupling import Pair, moves, over, pull_back
 from revsolve.core.march import Problem, Walk, march, moments, replay, replay_all, size_of
 from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Grads, Tape
+from revsolve.core.tape import Grads, Tape, leaf_of
 
 NOTHING = nullcontext()
 
@@ -150,7 +150,7 @@ def recompute(
     mismatches: list[Tensor] = []
     stop, end = grid.num_steps, marks.pop(grid.num_steps)[0]
     for start in sorted(marks, reverse=True):
-        leaves = [None if x is None else x.detach().requires_grad_() for x in marks[start]]
+        leaves = [None if x is None else leaf_of(x) for x in marks[start]]
         times = [torch.tensor(s, dtype=torch.float64) for s in grid.times[start : stop + 1]] if moving else []
         with torch.enable_grad():
             times = [s.requires_grad_() for s in times]

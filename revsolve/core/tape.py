@@ -60,7 +60,7 @@ class Memo(Wrapped):
         It is remembered as the value at x.
         """
         with torch.enable_grad():
-            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            leaf = x if x.requires_grad else leaf_of(x)
             self.latest = (None, None, None) if leaf is not x else self.latest
             value = self.value(t, leaf)
         self.latest = (x, t, value if torch.is_grad_enabled() else value.detach())
@@ -74,6 +74,11 @@ class Memo(Wrapped):
     def parts(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
         """The product as the term's summands, or as one."""
         return [self.weighted(value, t0, t1)] if self.summands is None else self.summands(value, t0, t1)
+
+
+def leaf_of(x: Tensor) -> Tensor:
+    """A leaf with the values of x. A view, for of any other leaf autocast keeps what it cast until its context ends."""
+    return x.detach().view_as(x).requires_grad_()
 
 
 class Grads:
@@ -157,7 +162,8 @@ class Tape:
             if self.source is not None:
                 self.flush(grads)
             self.member, self.source = member, source
-            self.leaf = (source.detach() if self.narrow is None else source.detach().to(self.narrow)).requires_grad_()
+            x = source.detach() if self.narrow is None else source.detach().to(self.narrow)
+            self.leaf = x.requires_grad_() if self.one_dtype else leaf_of(x)
         assert self.leaf is not None
         return self.leaf
 

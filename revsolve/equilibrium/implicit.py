@@ -22,7 +22,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar
 from revsolve.core.march import Stats
-from revsolve.core.tape import Memo, Term
+from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.equilibrium.convergence import Convergence, Criterion
 from revsolve.equilibrium.gmres import gmres
 from revsolve.packing import Packing
@@ -66,7 +66,7 @@ def equilibrium(
         for _ in range(options.get("phantom_steps", 5)):
             z = torch.lerp(z, term.value(0.0, z), options.get("phantom_beta", 0.5))
         return z, stats
-    leaf = z.detach().requires_grad_()
+    leaf = leaf_of(z)
     return _Implicit.apply(z, leaf, term.value(0.0, leaf), convergence.packing, options, on_failure, stats), stats
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
+from revsolve.core.tape import leaf_of
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.per_sample import ClockOfEach
 from revsolve.schemes.stochastic import Piece
@@ -41,7 +42,7 @@ class SDETerm:
         """(f + shift, g, shift): the shift of an Ito equation differentiates g by y."""
         record = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = x if record and x.requires_grad else x.detach().requires_grad_()
+            y = x if record and x.requires_grad else leaf_of(x)
             f, g = self.f_and_g(self.clock(t), y)
             shift = None if self.shift is None else self.shift(g, y, record)
         if not record:
