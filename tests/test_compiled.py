@@ -189,6 +189,80 @@ def test_what_changes_in_the_field_is_seen(name: str, value: Any) -> None:
     torch.testing.assert_close(through(field), wanted, rtol=EXACT, atol=EXACT)
 
 
+class Damped(torch.autograd.Function):
+    """The identity; its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grad, None
+
+
+def held(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.sin(y)
+
+
+def hooked(y: Tensor) -> Tensor:
+    k = torch.sin(y)
+    if k.requires_grad:
+        k.register_hook(lambda grad: 0.5 * grad)
+    return k
+
+
+SAME_VALUES: dict[str, tuple[Any, Any]] = {
+    "no_grad": (held, torch.sin),
+    "grad": (torch.sin, held),
+    "hook": (torch.sin, hooked),
+    "function": (lambda y: torch.sin(Damped.apply(y, 1.0)), lambda y: torch.sin(Damped.apply(y, 0.5))),
+}
+
+
+@pytest.fixture
+def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PROGRAMS, "known", {})
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize(("before", "now"), SAME_VALUES.values(), ids=SAME_VALUES)
+def test_a_field_with_the_same_values_and_another_derivative_finds_another_program(before: Any, now: Any) -> None:
+    rate, y0 = torch.tensor([0.3, 0.5, -0.2], dtype=torch.float64, requires_grad=True), torch.ones(2, 3).double()
+
+    def gradient(field: Any, **solve: Any) -> Tensor:
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        way: dict[str, Any] = {"method": "rev_heun2", "options": {"step_size": 0.1}}
+        y = odeint(lambda t, y: rate * field(y), y0, t, **way, **solve)[-1]
+        return torch.autograd.grad(y.square().sum(), rate)[0]
+
+    gradient(before, compile=RECORDED)
+    torch.testing.assert_close(
+        gradient(now, compile=RECORDED), gradient(now, gradient="direct"), rtol=EXACT, atol=EXACT
+    )
+
+
+CODE = torch.tensor([0.3, 0.5, -0.2], dtype=torch.float64)
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (lambda t, y: (torch.sin(y), torch.cos(y))[0], lambda t, y: (torch.sin(y), torch.cos(y))[1]),
+        (lambda t, y: y, lambda t, y: CODE),
+    ],
+    ids=["of two", "none made"],
+)
+def test_which_tensor_a_field_returns_is_seen(before: Any, now: Any) -> None:
+    y0, t = torch.ones(3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    wanted = odeint(now, y0, t, method="rev_heun2", options={"step_size": 0.1})
+    through(before, y0)
+    torch.testing.assert_close(through(now, y0), wanted, rtol=EXACT, atol=EXACT)
+
+
 def test_a_state_that_is_a_view() -> None:
     y0, t = torch.randn(3, 2, dtype=torch.float64).T, torch.tensor([0.0, 1.0], dtype=torch.float64)
     wanted = odeint(lambda t, y: torch.sin(y), y0, t, method="rev_heun2", options={"step_size": 0.1})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revsolve.compiled.driven import Driver, Undriven
 from revsolve.compiled.programs import PROGRAMS, Compiler, Program, loop
-from revsolve.compiled.transcript import Swap, transcript
+from revsolve.compiled.transcript import Swap, derivative_transcript, transcript
 from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
 from revsolve.core.march import Problem, size_of
@@ -35,7 +35,9 @@ class Setting:
         self.lead, self.rest = split(problem.scheme)
         self.term, self.driver = problem.term, driver
         with driver:
-            text, self.outside = transcript(problem.term, grid.times[0], y, grid.times[1], driver.first)
+            call = problem.term, grid.times[0], y, grid.times[1], driver.first
+            text, self.outside = transcript(*call)
+            text += derivative_transcript(*call, self.outside)
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)

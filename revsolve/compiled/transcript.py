@@ -1,8 +1,10 @@
-"""What a term does when it is called, as text: two calls with the same transcript are the same function of time and state.
+"""What a term does when it is called, as text: two calls with the same transcript are the same function of time and state,
+and so are their derivatives.
 
 A compiled program stands for a field only as long as the field still does what was recorded. Every solve writes the
-transcript of one call (operations, numbers, shapes, which outside tensor goes where) and looks for the program made for it, so
-a changed attribute, mode or closure finds another program, and a new module that does the same finds this one.
+transcript of one call (operations, numbers, shapes, which outside tensor goes where, what comes out) and of its vector-Jacobian
+product, and looks for the program made for it, so a changed attribute, mode or closure finds another program, and a new module
+that does the same finds this one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term
@@ -38,17 +40,23 @@ class Transcript(TorchDispatchMode):
         self.names: dict[int, Hashable] = {id(x): ("own", i, *_looks(x)) for i, x in enumerate(own)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs, spec = tree_flatten((args, kwargs or {}))
-        fresh = func is torch.ops.aten.lift_fresh.default
-        self.lines.append((func, str(spec), *(_numbers(x) if fresh else self._name(x) for x in inputs)))
-        out = func(*args, **(kwargs or {}))
-        self.kept.append((inputs, out))
-        for i, x in enumerate(tree_leaves(out)):
+        kwargs = kwargs or {}
+        name = _numbers if func is torch.ops.aten.lift_fresh.default else self._name
+        self.lines.append((func, *map(name, args), *((key, name(x)) for key, x in kwargs.items())))
+        out = func(*args, **kwargs)
+        self.kept.append((args, kwargs, out))
+        for i, x in enumerate(tree_leaves(out) if isinstance(out, (tuple, list)) else (out,)):
             if isinstance(x, Tensor):
                 self.names.setdefault(id(x), (len(self.lines), i))
         return out
 
+    def result(self, *things: Any) -> None:
+        """Write down which tensors come out: operations alone do not tell."""
+        self.lines.append(("result", *(isinstance(x, Tensor) and self._name(x) for x in tree_leaves(things))))
+
     def _name(self, x: Any) -> Hashable:
+        if isinstance(x, (tuple, list)):
+            return tuple(map(self._name, x))
         if not isinstance(x, Tensor):
             return type(x), repr(x)
         if id(x) not in self.names:
@@ -66,9 +74,26 @@ def transcript(
     """
     with torch.no_grad(), Transcript([x, drive]) as written:
         value = term.value(t, x)
-        term.product(value, t, t1)
-        also(x)
+        written.result(value, term.product(value, t, t1)[0], also(x))
     return tuple(written.lines), written.outside
+
+
+def derivative_transcript(
+    term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor, outside: Sequence[Tensor]
+) -> tuple[Hashable, ...]:
+    """What the same evaluation does where gradients are recorded, and its vector-Jacobian product for x and `outside`.
+
+    The operations alone do not tell: torch.no_grad(), hooks and the backward of an autograd.Function do not show in them.
+    """
+    leaves = [y.detach().requires_grad_(y.requires_grad) for y in outside]
+    x = x.detach().requires_grad_()
+    with torch.enable_grad(), Transcript([x, drive, *leaves]) as written:
+        with Swap(outside, leaves):
+            k, _ = term.product(term.value(t, x), t, t1)
+        if k.requires_grad:
+            wanted = [x, *(y for y in leaves if y.requires_grad)]
+            written.result(*torch.autograd.grad(k, wanted, torch.ones_like(k), allow_unused=True))
+    return tuple(written.lines)
 
 
 class Swap(TorchFunctionMode):
@@ -80,8 +105,10 @@ class Swap(TorchFunctionMode):
         self.by_id: Mapping[int, Tensor] = {id(x): other for x, other in zip(tensors, others, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: self.by_id.get(id(x), x), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*map(self._swap, args), **{key: self._swap(x) for key, x in (kwargs or {}).items()})
+
+    def _swap(self, x: Any) -> Any:
+        return tree_map(self._swap, x) if isinstance(x, (tuple, list, dict)) else self.by_id.get(id(x), x)
 
 
 def _looks(x: Tensor) -> tuple[Hashable, ...]:
