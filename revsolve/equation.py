@@ -44,6 +44,13 @@ class Way:
     callback: Callable[[AcceptedStep], Any] | None
     compile: Any
 
+    def fit(self, packing: Packing) -> None:
+        """Make tolerances and a norm, which are for the parts of the state, fit the packed one."""
+        rtol, atol = self.tolerances
+        self.tolerances = packing.spread(rtol, "rtol"), packing.spread(atol, "atol")
+        if (norm := self.options.get("norm")) is not None and not packing.lone:
+            self.options = {**self.options, "norm": lambda x: norm(packing.unpack(x))}
+
 
 class Equation(Protocol):
     """All of a solve but its times. `kinks` are the times at which the field jumps, `knots` those where fixed steps end by

@@ -165,10 +165,7 @@ class _Equation(Way):
         self.arguments = self.args if isinstance(self.args, tuple) else (self.args,)
         self.field = functools.partial(_with_arguments, self.func, self.arguments) if self.arguments else self.func
         self.packing = Packing(self.y0)
-        self.tolerances = (
-            self.packing.spread(self.tolerances[0], "rtol"),
-            self.packing.spread(self.tolerances[1], "atol"),
-        )
+        self.fit(self.packing)
         self.x0 = self.packing.pack(self.y0)
 
     def term(self, clock: Any) -> Term:

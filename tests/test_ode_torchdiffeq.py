@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
     "norm of the parts": (
         swing_in_parts,
         PARTS,
-        {"options": {"norm": lambda y: max(y[0].abs(), y[1].abs().max())}, **FINE},
+        {"options": {"norm": lambda y: torch.maximum(y[0].abs(), y[1].abs().max())}, **FINE},
     ),
     "times of steps": (swing, LONE, {"options": {"step_t": torch.tensor([0.3, 1.1], dtype=torch.float64)}, **FINE}),
     "times of jumps": (
@@ -119,6 +119,20 @@ def test_parts_of_loose_tolerances_are_loose() -> None:
         odeint(swing_in_parts, PARTS, T, rtol=(1e-9, r), atol=(1e-9, r), full_output=True) for r in (1e-2, 1e-9)
     )
     assert loose.stats.num_steps < tight.stats.num_steps
+
+
+def test_the_norm_sees_the_parts() -> None:
+    """Of another part than the fast one, it takes few steps: no vector of all parts is passed off as them."""
+    fast = lambda t, y: (-y[0], 30 * torch.cos(30 * t) * y[1])  # noqa: E731
+    ours, theirs = {}, {}
+    for part in (0, 1):
+        way = {"method": "dopri5", "options": {"norm": lambda y, part=part: y[part].abs().max()}, **FINE}
+        ours[part] = odeint(fast, PARTS, T, full_output=True, **way).stats.num_steps
+        calls: list[Tensor] = []
+        torchdiffeq.odeint(lambda t, y: calls.append(t) or fast(t, y), PARTS, T, **way)  # noqa: B023
+        theirs[part] = len(calls) // 6
+    assert 3 * ours[0] < ours[1]
+    assert 3 * theirs[0] < theirs[1]
 
 
 def test_no_name_is_missing() -> None:

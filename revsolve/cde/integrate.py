@@ -135,10 +135,7 @@ class _Equation(Way):
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.z0, "z0")
-        self.tolerances = (
-            self.packing.spread(self.tolerances[0], "rtol"),
-            self.packing.spread(self.tolerances[1], "atol"),
-        )
+        self.fit(self.packing)
         self.x0 = self.packing.pack(self.z0)
         self.kinks: Sequence[float] = self.control.jumps if self.form == "derivative" else []
         knots = self.control.knots
