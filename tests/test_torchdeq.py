@@ -13,6 +13,7 @@ from torchdeq import add_deq_args, get_deq
 import revsolve.torchdeq  # registers the core
 from revsolve import ConvergenceWarning, fixed_point
 from tests.equilibrium.cells import Convolution, Dense, difference
+from tests.memory import most_held
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,21 @@ def test_its_gradient_is_closer_than_one_step() -> None:
     reversible, one_step, implicit = grads
     assert difference(reversible, implicit) < 1e-9
     assert difference(one_step, implicit) > 1e-2
+
+
+@pytest.mark.parametrize(("autocast", "kept"), [(False, 12), (True, 16)], ids=["float32", "bfloat16"])
+def test_memory_beside_phantom_gradients(autocast: bool, kept: int) -> None:
+    """24 evaluations, of which the phantom gradient keeps the last ones; the reversible one keeps a float64 pair every 16."""
+    cell, x = Convolution(32, 2).float(), torch.randn(8, 32, 16, 16, dtype=torch.float32, requires_grad=True)
+
+    def train(core: str, **options: Any) -> None:
+        deq = get_deq(core=core, f_max_iter=24, f_tol=0.0, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            states, _ = deq(injected(cell, x), torch.zeros_like(x))
+            states[-1].float().sum().backward()
+
+    ours = most_held(lambda: train("reversible", beta=0.5, on_failure="ignore"))
+    assert ours <= 0.42 * most_held(lambda: train("sliced", grad=kept, tau=0.5))
 
 
 def test_lists_of_states() -> None:

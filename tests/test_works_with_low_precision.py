@@ -1,16 +1,15 @@
 """Autocast is replayed as it was, low-precision fields run on a wide pair, and GradScaler scales."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from revsolve import odeint
 from tests.front_doors import DOORS, difference, gradients, make_net, make_y0
+from tests.memory import most_held
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Autocast rounds parameters and activations, 4e-3 each in bfloat16; `direct` adds up gradients of parameters in that, too.
@@ -102,14 +101,6 @@ def test_the_field_can_be_used_after_the_solve_within_autocast(gradient: str) ->
         alone = net(y0)
     found, wanted = (torch.autograd.grad(x.float().sum(), list(net.parameters())) for x in (after, alone))
     assert difference(list(found), list(wanted)) == 0.0
-
-
-def most_held(run: Callable[[], object]) -> int:
-    """The most bytes that torch holds at once during the run."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.nbytes())
-    return max(itertools.accumulate(size for _, size in changes))
 
 
 STEPS: dict[str, Callable[[int], dict[str, Any]]] = {
