@@ -7,6 +7,7 @@ Where a method evaluates the field at the end of a step and again at the start o
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,11 +95,11 @@ class Ahead:
         if start == stop:
             return pair
         carried = [self.gap, *(x for x in pair if x is not None)]
-        setting, number = self.setting, torch.tensor(start)
+        setting, number = self.setting, counted(start)
         table = setting.driver.table(start, stop)
         constant = [setting.times, setting.due, self.ys, number, table, *self.outside]
         program = setting.program("ahead", self.step, True, carried, constant, range(2, 3))
-        _, self.gap, *after = program.run(number, *carried, torch.tensor(stop), *constant)
+        _, self.gap, *after = program.run(number, *carried, counted(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
 
@@ -146,7 +147,7 @@ class Back:
         ]
         y, z = pair
         assert z is not None
-        setting, carried, first, last = self.setting, [y, z, *filled], torch.tensor(start), torch.tensor(stop)
+        setting, carried, first, last = self.setting, [y, z, *filled], counted(start), counted(stop)
         table = setting.driver.table(start, stop)
         constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
         count = len(constant)
@@ -246,6 +247,12 @@ def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:
     due = torch.full((length,), -1)
     due[torch.tensor(grid.outputs)] = torch.arange(len(grid.outputs))
     return times, due
+
+
+@lru_cache(maxsize=4096)
+def counted(n: int) -> Tensor:
+    """A number of steps as programs take it."""
+    return torch.tensor(n)
 
 
 def row(table: Tensor, n: Tensor) -> Tensor:

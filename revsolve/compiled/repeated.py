@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from revsolve.compiled.recorded import Recalled, Setting, advanced, at, pulled_before, row
+from revsolve.compiled.recorded import Recalled, Setting, advanced, at, counted, pulled_before, row
 from revsolve.compiled.transcript import Swap
 from revsolve.core.coupling import Pair, advance, over
 from revsolve.core.engine import certify, mismatch
@@ -31,12 +31,12 @@ class Again:
 
     def __call__(self, pair: Pair, origin: int, start: int, stop: int) -> Pair:
         """The pair after the steps start..stop; what is kept of step n goes to the place n - origin."""
-        setting, carried, first = self.setting, [x.contiguous() for x in pair if x is not None], torch.tensor(start)
+        setting, carried, first = self.setting, [x.contiguous() for x in pair if x is not None], counted(start)
         table = setting.driver.table(start, stop)
-        constant = [setting.times, torch.tensor(origin), first, table, *self.kept, *self.outside]
+        constant = [setting.times, counted(origin), first, table, *self.kept, *self.outside]
         changed = range(4, 4 + len(self.kept))
         program = setting.program(("again", len(self.kept[0])), self.step, True, carried, constant, changed)
-        _, *after = program.run(first, *carried, torch.tensor(stop), *constant)
+        _, *after = program.run(first, *carried, counted(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
 
@@ -72,11 +72,11 @@ class Through:
 
     def __call__(self, grads: Grads, origin: int, start: int, stop: int) -> None:
         """Change cotangents after the steps start..stop to those of the pair before them."""
-        setting, size, first, last = self.setting, len(self.kept), torch.tensor(start), torch.tensor(stop)
+        setting, size, first, last = self.setting, len(self.kept), counted(start), counted(stop)
         given = [grads[member] for member in range(size)]
         carried = [torch.zeros_like(self.kept[0][0]) if g is None else g.to(self.kept[0]).contiguous() for g in given]
         table = setting.driver.table(start, stop)
-        constant = [last, setting.times, setting.due, torch.tensor(origin), self.grad_ys, table]
+        constant = [last, setting.times, setting.due, counted(origin), self.grad_ys, table]
         constant += [*self.kept, *self.outside, *self.sums]
         changed = range(len(constant) - len(self.sums), len(constant))
         program = setting.program(("through", len(self.kept[0])), self.step, False, carried, constant, changed)
