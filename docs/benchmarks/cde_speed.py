@@ -3,7 +3,7 @@
 A training gradient of a neural CDE (batch 64, 100 knots, 4 channels, hidden 32, field 32-64-128, float32, one thread), in
 milliseconds of processor time: the median over rounds in which all contenders take turns. torchcde runs its adjoint with rk4 from
 knot to knot. "Bare field" is the evaluations alone, and their vector-Jacobian products: once with and once without a graph for
-each evaluation of the scheme.
+each evaluation of the scheme. "Compiled" is compile=True, once the programs are there.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint
 
 BATCH, LENGTH, CHANNELS, HIDDEN, WIDTH = (2, 5, 2, 3, 4) if tiny() else (64, 100, 4, 32, 64)
 ROUNDS = 15
+PROGRAMS = {"backend": "eager"} if tiny() else True
 
 
 class Field(nn.Module):
@@ -66,6 +67,12 @@ def training_gradients() -> dict[str, float]:
         "revsolve rev_rk4, linear": (rk4, LinearPath(x)),
         "revsolve reversible_heun, increments": (heun, LinearPath(x)),
         "revsolve reversible_heun, increments over 2 knots": (second, LinearPath(x)),
+        "revsolve rev_rk4, Hermite cubic, checkpoint": (partial(rk4, gradient="checkpoint"), HermitePath(x)),
+        "revsolve rk4, Hermite cubic, checkpoint": (partial(cdeint, method="rk4"), HermitePath(x)),
+        "revsolve reversible_heun, increments, checkpoint": (partial(heun, gradient="checkpoint"), LinearPath(x)),
+        "revsolve rev_rk4, Hermite cubic, compiled": (partial(rk4, compile=PROGRAMS), HermitePath(x)),
+        "revsolve rev_rk4, linear, compiled": (partial(rk4, compile=PROGRAMS), LinearPath(x)),
+        "revsolve reversible_heun, increments, compiled": (partial(heun, compile=PROGRAMS), LinearPath(x)),
     }
     contenders = {name: partial(gradient, *solve, func, z0) for name, solve in solves.items()}
     contenders["bare field of rev_rk4"] = partial(bare_field, 8, func, z0, dX)

@@ -2,7 +2,8 @@
 
 The gradient of a solve with RK4 steps through a network with two hidden layers, compiled by XLA, float32, one thread. diffrax
 has no RK4, so its tableau is given here, and no reversible solver for ODEs with an exact gradient in a release, so the pair of
-McCallum & Foster (2024), coupling 1, is written as two scans. With `--serve` it takes lines with the numbers of a size and a
+McCallum & Foster (2024), coupling 1, is written twice: as a solver of diffrax over its RK4, whose steps are undone in a scan, and
+as two bare scans, which know nothing but these steps. With `--serve` it takes lines with the numbers of a size and a
 contender, and answers each with the milliseconds of processor time of one gradient: `peers.py` makes it take turns with PyTorch.
 """
 
@@ -50,61 +51,110 @@ def field(t: Any, y: State, parameters: Parameters) -> State:
     return y @ weight + bias
 
 
-def increment(y: State, h: float, parameters: Parameters) -> State:
+def increment(t0: Any, t1: Any, y: State, parameters: Parameters) -> State:
     """What a step of RK4 adds."""
-    k1 = field(0.0, y, parameters)
-    k2 = field(0.0, y + h / 2 * k1, parameters)
-    k3 = field(0.0, y + h / 2 * k2, parameters)
-    k4 = field(0.0, y + h * k3, parameters)
+    h = t1 - t0
+    k1 = field(t0, y, parameters)
+    k2 = field(t0 + h / 2, y + h / 2 * k1, parameters)
+    k3 = field(t0 + h / 2, y + h / 2 * k2, parameters)
+    k4 = field(t1, y + h * k3, parameters)
     return h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def reversible(y0: State, parameters: Parameters, h: float, num_steps: int) -> State:
-    return _forward(y0, parameters, h, num_steps)[0]
+def in_steps(solver: Any, y0: State, parameters: Parameters, h: float, n: int, **how: Any) -> diffrax.Solution:
+    """What diffrax makes of the steps."""
+    times, grid = {"t0": 0.0, "t1": n * h, "dt0": None, "max_steps": n}, jnp.linspace(0.0, n * h, n + 1)
+    how = {"args": parameters, "stepsize_controller": diffrax.StepTo(ts=grid), **times, **how}
+    return diffrax.diffeqsolve(diffrax.ODETerm(field), solver, y0=y0, **how)
 
 
-def _forward(y0: State, parameters: Parameters, h: float, num_steps: int) -> tuple[State, Any]:
+def diffrax_solve(adjoint: diffrax.AbstractAdjoint, *problem: Any) -> State:
+    return in_steps(RK4(), *problem, adjoint=adjoint).ys[-1]
+
+
+class Pair(diffrax.AbstractSolver):
+    """The reversible pair over a solver of diffrax, as one of its solvers; z is what it calls the state of the solver."""
+
+    inner: diffrax.AbstractSolver
+    term_structure: ClassVar[Any] = diffrax.ODETerm
+    interpolation_cls: ClassVar[Callable[..., Any]] = diffrax.LocalLinearInterpolation
+
+    def order(self, terms: Any) -> int:
+        return 4
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: State, args: Any) -> State:
+        return y0
+
+    def func(self, terms: Any, t0: Any, y0: State, args: Any) -> State:
+        return terms.vf(t0, y0, args)
+
+    def increment(self, terms: Any, t0: Any, t1: Any, x: State, args: Any) -> State:
+        state = self.inner.init(terms, t0, t1, x, args)
+        return self.inner.step(terms, t0, t1, x, args, state, made_jump=False)[0] - x
+
+    def step(self, terms: Any, t0: Any, t1: Any, y0: State, args: Any, solver_state: State, made_jump: Any) -> Any:
+        y1 = y0 + self.increment(terms, t0, t1, solver_state, args)
+        z1 = solver_state - self.increment(terms, t1, t0, y1, args)
+        return y1, None, {"y0": y0, "y1": y1}, z1, diffrax.RESULTS.successful
+
+
+def scanned(y0: State, parameters: Parameters, h: float, num_steps: int) -> tuple[State, State]:
+    """The pair after the steps, by a bare scan."""
+
     def step(pair: tuple[State, State], _: None) -> tuple[tuple[State, State], None]:
         y, z = pair
-        y = y + increment(z, h, parameters)
-        return (y, z - increment(y, -h, parameters)), None
+        y = y + increment(0.0, h, z, parameters)
+        return (y, z - increment(h, 0.0, y, parameters)), None
 
-    (y, z), _ = jax.lax.scan(step, (y0, y0), length=num_steps)
-    return y, (y, z, parameters)
-
-
-def _backward(h: float, num_steps: int, kept: Any, grad_y: State) -> tuple[State, Parameters]:
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        y, z, grad_y, grad_z, grads = carry
-        added, vjp = jax.vjp(lambda y, p: increment(y, -h, p), y, parameters)
-        more_y, more = vjp(-grad_z)
-        z, grad_y, grads = z + added, grad_y + more_y, jax.tree.map(jnp.add, grads, more)
-        added, vjp = jax.vjp(lambda z, p: increment(z, h, p), z, parameters)
-        more_z, more = vjp(grad_y)
-        return (y - added, z, grad_y, grad_z + more_z, jax.tree.map(jnp.add, grads, more)), None
-
-    y, z, parameters = kept
-    carry = (y, z, grad_y, jnp.zeros_like(z), jax.tree.map(jnp.zeros_like, parameters))
-    (_, _, grad_y, grad_z, grads), _ = jax.lax.scan(step, carry, length=num_steps)
-    return grad_y + grad_z, grads
+    return jax.lax.scan(step, (y0, y0), length=num_steps)[0]
 
 
-reversible.defvjp(_forward, _backward)
+def solved(y0: State, parameters: Parameters, h: float, num_steps: int) -> tuple[State, State]:
+    """The pair after the steps, by diffrax."""
+    saved = diffrax.SaveAt(t1=True, solver_state=True)
+    found = in_steps(Pair(RK4()), y0, parameters, h, num_steps, saveat=saved)
+    return found.ys[-1], found.solver_state
 
 
-def diffrax_solve(adjoint: diffrax.AbstractAdjoint, y0: State, parameters: Parameters, h: float, n: int) -> State:
-    term, times = diffrax.ODETerm(field), {"t0": 0.0, "t1": n * h, "dt0": None, "max_steps": n}
-    grid = diffrax.StepTo(ts=jnp.linspace(0.0, n * h, n + 1))
-    return diffrax.diffeqsolve(
-        term, RK4(), y0=y0, args=parameters, stepsize_controller=grid, adjoint=adjoint, **times
-    ).ys[-1]
+def reversible(ahead: Callable[..., tuple[State, State]], change: Callable[..., State]) -> Callable[..., State]:
+    """A solve by the pair, whose gradient undoes the steps; `change` is the increment over t0 -> t1."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+    def solve(y0: State, parameters: Parameters, h: float, num_steps: int) -> State:
+        return ahead(y0, parameters, h, num_steps)[0]
+
+    def forward(y0: State, parameters: Parameters, h: float, num_steps: int) -> tuple[State, Any]:
+        y, z = ahead(y0, parameters, h, num_steps)
+        return y, (y, z, parameters)
+
+    def backward(h: float, num_steps: int, kept: Any, grad_y: State) -> tuple[State, Parameters]:
+        y, z, parameters = kept
+
+        def step(carry: Any, t: Any) -> tuple[Any, None]:
+            y, z, grad_y, grad_z, grads = carry
+            added, vjp = jax.vjp(functools.partial(change, t + h, t), y, parameters)
+            more_y, more = vjp(-grad_z)
+            z, grad_y, grads = z + added, grad_y + more_y, jax.tree.map(jnp.add, grads, more)
+            added, vjp = jax.vjp(functools.partial(change, t, t + h), z, parameters)
+            more_z, more = vjp(grad_y)
+            return (y - added, z, grad_y, grad_z + more_z, jax.tree.map(jnp.add, grads, more)), None
+
+        carry = (y, z, grad_y, jnp.zeros_like(z), jax.tree.map(jnp.zeros_like, parameters))
+        times = jnp.arange(num_steps, dtype=y.dtype) * h
+        (_, _, grad_y, grad_z, grads), _ = jax.lax.scan(step, carry, times, reverse=True)
+        return grad_y + grad_z, grads
+
+    solve.defvjp(forward, backward)
+    return solve
 
 
 CONTENDERS: dict[str, Callable[..., State]] = {
     "diffrax rk4, checkpointed": functools.partial(diffrax_solve, diffrax.RecursiveCheckpointAdjoint()),
     "diffrax rk4, direct": functools.partial(diffrax_solve, diffrax.DirectAdjoint()),
-    "JAX reversible pair of RK4": reversible,
+    "diffrax reversible pair of RK4": reversible(
+        solved, functools.partial(Pair(RK4()).increment, diffrax.ODETerm(field))
+    ),
+    "JAX reversible pair of RK4": reversible(scanned, increment),
 }
 
 

@@ -33,7 +33,12 @@ PYTORCH = (
     ("rk4", "direct", 4),
 )
 COMPILED = ("rev_rk4", "alf4")  # as programs too; that takes tens of seconds each, the first time
-IN_JAX = ("diffrax rk4, checkpointed", "diffrax rk4, direct", "JAX reversible pair of RK4")
+IN_JAX = (
+    "diffrax rk4, checkpointed",
+    "diffrax rk4, direct",
+    "diffrax reversible pair of RK4",
+    "JAX reversible pair of RK4",
+)
 WIDTHS = {f"width {width}": Size(128, 16, width, 30) for width in (16, 64, 128, 256, 512)}
 ROUNDS = {"tiny": 9, "small": 7, "large": 3}
 

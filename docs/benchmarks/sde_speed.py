@@ -2,7 +2,8 @@
 
 A training gradient of a diagonal Stratonovich SDE (batch 64, state 4, width 32, 100 steps, float32, one thread) with
 reversible Heun, in milliseconds of processor time: the median over rounds in which all contenders take turns. "Bare field"
-is the evaluations alone: 101 of f and g without a graph, and 101 with their vector-Jacobian products.
+is the evaluations alone: 101 of f and g without a graph, and 101 with their vector-Jacobian products. "Compiled" is compile=True,
+once the programs are there.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from revsolve import BrownianPath, sdeint
 
 BATCH, STATE, WIDTH, STEPS = (2, 2, 4, 4) if tiny() else (64, 4, 32, 100)
 ROUNDS = 40
+PROGRAMS = {"backend": "eager"} if tiny() else True
 
 
 class NeuralSDE(nn.Module):
@@ -82,6 +84,7 @@ def main() -> None:
             "revsolve reversible_heun, restarts=32": lambda: ours(sde, y0, ts, restarts=32),
             "revsolve reversible_heun, checkpoint": lambda: ours(sde, y0, ts, gradient="checkpoint"),
             "revsolve reversible_heun, direct": lambda: ours(sde, y0, ts, gradient="direct"),
+            "revsolve reversible_heun, compiled": lambda: ours(sde, y0, ts, compile=PROGRAMS),
             "torchsde sdeint_adjoint": lambda: torchsde_adjoint(sde, y0, ts),
             "bare field": lambda: bare_field(sde, y0, ts),
         },
