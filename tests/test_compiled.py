@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
-from revsolve.compiled.programs import PROGRAMS, CompilationError, Compiler
+from revsolve.compiled.programs import PROGRAMS, CompilationError, Compiler, once
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, relative_difference, worst_difference
@@ -154,6 +154,13 @@ def test_programs_are_found_again() -> None:
     assert len(PROGRAMS.known) == made
     through(lambda t, y: field(t, y) + code)
     assert len(PROGRAMS.known) == made + 1
+
+
+def test_a_tensor_given_twice_is_two_inputs() -> None:
+    """What is one tensor when a program is made may be two when it is called."""
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    (got,) = once(lambda a, b, c: (a + b * c,), [one, one], [one], Compiler("eager"))(one, two, two)
+    torch.testing.assert_close(got, torch.full((3,), 5.0))
 
 
 def test_a_field_that_no_state_changes() -> None:

@@ -147,8 +147,8 @@ def loop(
     """
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     number = torch.zeros((), dtype=torch.int64)
-    apart = [torch.empty_like(x) for x in carried]  # one tensor carried twice would be taken for one
-    example = [fakes.from_tensor(x, static_shapes=True) for x in (number, *apart, number.clone(), *constant)]
+    given = _apart(number, *carried, number, *constant)
+    example = [fakes.from_tensor(x, static_shapes=True) for x in given]
     count = 1 + len(carried)
     going = operator.lt if ahead else operator.gt
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
@@ -165,13 +165,17 @@ def once(
 ) -> Callable[..., Any]:
     """The program that does `step(*changing, *constant)` one time."""
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    apart = [torch.empty_like(x) for x in changing]  # one tensor given twice would be taken for one
-    example = [fakes.from_tensor(x, static_shapes=True) for x in (*apart, *constant)]
+    example = [fakes.from_tensor(x, static_shapes=True) for x in _apart(*changing, *constant)]
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
         body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
         hidden = _lift_constants(body, fakes)
         run = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
     return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
+
+
+def _apart(*tensors: Tensor) -> list[Tensor]:
+    """Tensors like these: one that is given twice, or a part of another, would be taken for that in every call."""
+    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors]
 
 
 def _while(
