@@ -22,7 +22,15 @@ from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term, leaf_of
 from revsolve.free_tensors import by_rule
-from revsolve.tracing import Audit, depend_on_each_other, held_modules, held_tensors, refusing_sharded_calls, traced
+from revsolve.tracing import (
+    Audit,
+    Constant,
+    depend_on_each_other,
+    held_modules,
+    held_tensors,
+    refusing_sharded_calls,
+    traced,
+)
 from revsolve.transforms.levels import batched, dual_numbers, transformed
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
@@ -143,10 +151,11 @@ def prepare(
     buffers.keep_changed()
     repeatable, lent = _repeatable(term, noisy, buffers, span, x0)
     stand_in = depend_on_each_other(tensors) or any(map(has_hooks, tensors))
+    wanted = any(x.requires_grad for x in (x0, *tensors)) or t is not None
     first_value = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
     return Problem(
         scheme=scheme,
-        term=repeatable,
+        term=repeatable if wanted or not torch.is_grad_enabled() else Constant(repeatable),
         make_stepper=make_stepper,
         gradient=gradient,
         restarts=restarts,
@@ -167,6 +176,8 @@ def by_programs(
     """Let the problem be solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
     from revsolve.compiled.sweeps import compiled  # importing what compiles takes longer than many solves
 
+    if isinstance(problem.term, Constant):  # programs know what their fields take
+        problem.term = problem.term.term
     compiled(problem, given, x0, moving, source)
 
 

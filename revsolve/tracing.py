@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.tape import Wrapped
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
@@ -120,10 +124,29 @@ class Audit:
         leaves, _ = boundary(outputs, known=self.edges)
         missed = [x for x in leaves if id(x) not in self.leaves and id(x) not in mine]
         if missed:
-            raise RuntimeError(
-                f"the field depends on a tensor of shape {tuple(missed[0].shape)} that it did not use when it was first called, "
-                "so its gradient would be lost: pass it through args=, or make the field an nn.Module that owns it."
-            )
+            raise _lost(missed[0])
+
+
+class Constant(Wrapped):
+    """A term that nothing found asks for a gradient of. Raises RuntimeError if its values depend on something that does."""
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        if torch.is_grad_enabled():  # a leaf of the solver's own
+            return self.term.value(t, x)
+        with torch.enable_grad():
+            value = self.term.value(t, x)
+        outputs = [part for part in tree_leaves(value) if isinstance(part, Tensor) and part.requires_grad]
+        if outputs:
+            leaves, _ = boundary(outputs)
+            raise _lost(next(iter(leaves), outputs[0]))
+        return value
+
+
+def _lost(x: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"the field depends on a tensor of shape {tuple(x.shape)} that it did not use when it was first called, so its gradient "
+        "would be lost: pass it through args=, or make the field an nn.Module that owns it."
+    )
 
 
 @contextmanager

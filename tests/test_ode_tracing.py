@@ -181,6 +181,32 @@ def test_hidden_and_first_used_late_raises(start: float, stop: float, mode: str)
         gradient(field, [weight], gradient=mode, restarts=8, **FIXED)
 
 
+@pytest.mark.parametrize("mode", [None, "direct"])
+@pytest.mark.parametrize("method", ["rk4", "rev_rk4", "alf4"])
+def test_hidden_and_all_that_wants_a_gradient_raises(method: str, mode: str | None) -> None:
+    """Nothing else asks for a backward pass that would notice: the solve would have no gradient, without a word."""
+    hidden, way = Hidden(leaf(3, 3)), {"method": method, "options": {"step_size": 0.05}, "gradient": mode}
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ hidden.weight()) if t > 0.52 else -y
+
+    y0 = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(
+        RuntimeError, match=r"depends on a tensor of shape \(3, 3\) that it did not use when it was first"
+    ):
+        odeint(field, y0, TIMES, **way)
+    with torch.no_grad():
+        assert not odeint(field, y0, TIMES, **way).requires_grad
+
+
+def test_a_solve_without_gradients_costs_no_more_calls() -> None:
+    calls: list[Tensor] = []
+    field = lambda t, y: calls.append(t) or torch.sin(y)  # noqa: E731
+    solution = odeint(field, torch.ones(3), TIMES, full_output=True, **FIXED)
+    assert len(calls) == solution.stats.num_evaluations
+    assert solution.stats.num_stored_states == 0
+
+
 def test_hidden_but_used_at_once_is_found() -> None:
     weight = leaf(3, 3)
     hidden = Hidden(weight)

@@ -39,6 +39,7 @@ from revsolve.sde.ito import refuse_dependence, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
+from revsolve.tracing import Constant
 
 
 def sdeint(
@@ -217,7 +218,8 @@ class _Equation:
             restarts = default_restarts(scheme)
         term = self.term(path, on_demand=self.area and not values_hidden())
         problem = prepare(term, self.x0, None, self.first_step, self._owners(), scheme, make, gradient, restarts)
-        if problem.term is not term:  # what is fixed while a value is made would not be so if it were made later
+        prepared = problem.term.term if isinstance(problem.term, Constant) else problem.term
+        if prepared is not term:  # what is fixed while a value is made would not be so if it were made later
             term.on_demand = False
         problem.explain = _explain(self.rates)
         if programs:
