@@ -66,13 +66,14 @@ def test_disjoint_spans_are_independent(kind):
     assert_uncorrelated([x for ta, tb in itertools.pairwise(knots) for x in path(ta, tb, return_H=True)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("u", [0.21, 0.5, 0.7321])
 @pytest.mark.parametrize("kind", ["tree", "grid", "uneven", "coarse leaves"])
-def test_a_refinement_has_the_conditional_law(kind, u):
+def test_a_refinement_has_the_conditional_law(kind, u, dtype):
     """Given W and H of the whole, W up to the fraction p is normal about a parabola (Foster et al. 2020)."""
     s, t = 0.05, 0.95
     p = (u - s) / (t - s)
-    path = sampled(kind, dtype=torch.float64)
+    path = sampled(kind, dtype=dtype)
     W, H = path(s, t, return_H=True)
     part = path(s, u)
     residual = part - (p * W + 6 * p * (1 - p) * H)
