@@ -43,7 +43,8 @@ def check_times(t: Any, name: str = "t") -> list[float]:
     if isinstance(t, Tensor):
         if t.ndim != 1 or not t.is_floating_point():
             raise ValueError(
-                f"{name} must be a 1-D floating point tensor, but it has shape {tuple(t.shape)}, dtype {t.dtype}."
+                f"{name} must be a 1-D floating point tensor, from the initial time on, as in torch.tensor([0.0, 1.0]), but it "
+                f"has shape {tuple(t.shape)}, dtype {t.dtype}."
             )
         if torch.compiler.is_dynamo_compiling():
             raise ValueError(f"torch.compile hides the numbers in {name}: give a list of times instead of a tensor.")
@@ -58,7 +59,12 @@ def check_times(t: Any, name: str = "t") -> list[float]:
             )
         times = t.detach().tolist()
     else:
-        times = [float(s) for s in t]
+        try:
+            times = [float(s) for s in t]
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be a 1-D tensor or a list of numbers, from the initial time on, as in [0.0, 1.0], but it is {t!r}."
+            ) from error
     if not times:
         raise ValueError(f"{name} is empty: give at least the initial time.")
     for i, s in enumerate(times):

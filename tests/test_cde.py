@@ -282,6 +282,7 @@ UNSORTED._t = KNOTS[[0, 2, 1]]
         ({"z0": Z0.float()}, TypeError, "X is of torch.float64 on cpu, but z0 of torch.float32 on cpu"),
         ({"z0": (Z0, Z0)}, ValueError, r"z0 holds 2 state\(s\) and X 1 path"),
         ({"t": KNOTS + 1}, ValueError, r"t = 4.5 lies outside the interval \[0.0, 3.5\] of the path"),
+        ({"t": 1.0}, TypeError, "t must be a 1-D tensor or a list of numbers, .* but it is 1.0"),
         ({"t": KNOTS.flip(0)[[0, 2, 1]]}, ValueError, "t must be strictly monotone"),
         ({"X": UNSORTED, "t": KNOTS[:1]}, ValueError, "knots of X must be strictly increasing, but knot 2 at 0.7"),
         ({"X": object()}, TypeError, "a control needs evaluate, derivative and interval, but object lacks"),

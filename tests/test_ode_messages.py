@@ -51,6 +51,14 @@ def test_times_of_another_kind(t: Tensor) -> None:
         odeint(Untouched(), torch.ones(2), t, **FINE)
 
 
+@pytest.mark.parametrize("t", [1.0, None, "ab", [0.0, None], [[0.0, 1.0]], [torch.tensor([0.0, 1.0])]], ids=repr)
+def test_times_that_are_no_numbers(t: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"t must be a 1-D tensor or a list of numbers, .* as in \[0.0, 1.0\], but it is "
+    ):
+        odeint(Untouched(), torch.ones(2), t, **FINE)
+
+
 BAD_STATES = {
     "integer": (torch.ones(2, dtype=torch.long), TypeError, r"torch.int64: cast it, say with .float\(\)"),
     "boolean": (torch.ones(2, dtype=torch.bool), TypeError, "torch.bool"),

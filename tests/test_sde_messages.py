@@ -106,6 +106,7 @@ def test_wrong_values(changes: dict[str, Any], message: str) -> None:
             {"sde": (decay, lambda t, y: None)},
             r"the diffusion \(general noise\) must be a tensor, but it is a NoneType",
         ),
+        ({"ts": 1.0}, "ts must be a 1-D tensor or a list of numbers, .* but it is 1.0"),
         ({"dt": "0.25"}, "dt must be a number, but it is '0.25'"),
         ({"bm": 3}, "bm is a int without"),
     ],
