@@ -35,18 +35,24 @@ class Setting:
         self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.narrow, problem.wide
         self.lead, self.rest = split(problem.scheme)
         self.term, self.driver = problem.term, driver
+        self.call = problem.term, grid.times[0], y, grid.times[1], driver.first
         with driver:
-            call = problem.term, grid.times[0], y, grid.times[1], driver.first
-            text, self.outside = transcript(*call)
-            text += derivative_transcript(*call, self.outside)
+            text, self.outside = transcript(*self.call)
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
         states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
-        self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
+        self.what = (problem.scheme, way, text, *surroundings(), *states)
+        self.programs = PROGRAMS.made(self.what)
+
+    def differentiating(self) -> dict[Hashable, Program]:
+        """The programs that differentiate what the field does, which its operations alone do not tell."""
+        with self.driver:
+            return PROGRAMS.made((*self.what, derivative_transcript(*self.call, self.outside)))
 
     def program(
         self,
+        programs: dict[Hashable, Program],
         name: Hashable,
         step: Callable[..., Any],
         ahead: bool,
@@ -55,11 +61,11 @@ class Setting:
         changed: range,
     ) -> Program:
         """The program of this name, which repeats the step; made now unless there is one."""
-        if name not in self.programs:
+        if name not in programs:
             counts: list[int] = []
             run = loop(lambda *inputs: step(counts, *inputs), ahead, carried, constant, changed, self.way)
-            self.programs[name] = Program(run, counts[-1])
-        return self.programs[name]
+            programs[name] = Program(run, counts[-1])
+        return programs[name]
 
     def zeros(self) -> list[Tensor]:
         """For the gradients of the tensors that the field uses; half precision ones in float32."""
@@ -98,7 +104,7 @@ class Ahead:
         setting, number = self.setting, counted(start)
         table = setting.driver.table(start, stop)
         constant = [setting.times, setting.due, self.ys, number, table, *self.outside]
-        program = setting.program("ahead", self.step, True, carried, constant, range(2, 3))
+        program = setting.program(setting.programs, "ahead", self.step, True, carried, constant, range(2, 3))
         _, self.gap, *after = program.run(number, *carried, counted(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
@@ -136,7 +142,7 @@ class Back:
     """Carries pairs and cotangents back over steps; `sums` are the gradients of the tensors that the field uses."""
 
     def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
-        self.setting, self.num_evaluations = setting, 0
+        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating(), 0
         self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
         self.outside = [x.detach() for x in setting.outside]
 
@@ -151,7 +157,9 @@ class Back:
         table = setting.driver.table(start, stop)
         constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
         count = len(constant)
-        program = setting.program("back", self.step, False, carried, constant, range(count - len(self.sums), count))
+        program = setting.program(
+            self.programs, "back", self.step, False, carried, constant, range(count - len(self.sums), count)
+        )
         _, y, z, grads[0], grads[1] = program.run(last, *carried, first, *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return y, z

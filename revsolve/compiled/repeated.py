@@ -35,7 +35,9 @@ class Again:
         table = setting.driver.table(start, stop)
         constant = [setting.times, counted(origin), first, table, *self.kept, *self.outside]
         changed = range(4, 4 + len(self.kept))
-        program = setting.program(("again", len(self.kept[0])), self.step, True, carried, constant, changed)
+        program = setting.program(
+            setting.programs, ("again", len(self.kept[0])), self.step, True, carried, constant, changed
+        )
         _, *after = program.run(first, *carried, counted(stop), *constant)
         self.num_evaluations += program.num_evaluations * (stop - start)
         return after[0], after[1] if len(after) == 2 else None
@@ -67,8 +69,9 @@ class Through:
     """Carries cotangents back over steps of which the first pairs are `kept`; `sums` are the gradients of the tensors used."""
 
     def __init__(self, setting: Setting, again: Again, grad_ys: Tensor) -> None:
-        self.setting, self.kept, self.num_evaluations = setting, again.kept, 0
-        self.grad_ys, self.outside, self.sums = grad_ys.contiguous(), again.outside, setting.zeros()
+        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating(), 0
+        self.kept, self.outside = again.kept, again.outside
+        self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
 
     def __call__(self, grads: Grads, origin: int, start: int, stop: int) -> None:
         """Change cotangents after the steps start..stop to those of the pair before them."""
@@ -79,7 +82,9 @@ class Through:
         constant = [last, setting.times, setting.due, counted(origin), self.grad_ys, table]
         constant += [*self.kept, *self.outside, *self.sums]
         changed = range(len(constant) - len(self.sums), len(constant))
-        program = setting.program(("through", len(self.kept[0])), self.step, False, carried, constant, changed)
+        program = setting.program(
+            self.programs, ("through", len(self.kept[0])), self.step, False, carried, constant, changed
+        )
         _, *after = program.run(last, *carried, first, *constant)
         for member, grad in enumerate(after):
             grads[member] = grad
