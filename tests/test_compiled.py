@@ -163,6 +163,20 @@ def test_a_tensor_given_twice_is_two_inputs() -> None:
     torch.testing.assert_close(got, torch.full((3,), 3.0))
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_program_that_does_something_else_is_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled_wrongly(self: Compiler, loop: Any, example: Any) -> Any:
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return tuple(x + (0.1 if i > place else 0) for i, x in enumerate(loop(*inputs)))
+
+        return run
+
+    monkeypatch.setattr(Compiler, "__call__", compiled_wrongly)
+    monkeypatch.setattr(PROGRAMS, "known", {})
+    with pytest.raises(CompilationError, match=r"differs by 1\.0e-01 .* compile=False"):
+        through(lambda t, y: torch.sin(y))
+
+
 def test_a_field_that_no_state_changes() -> None:
     """There is no product with its Jacobian for restarts to learn from."""
     y = through(lambda t, y: torch.ones_like(y) * torch.cos(t), torch.zeros(2, dtype=torch.float64))[-1]

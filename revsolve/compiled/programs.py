@@ -135,6 +135,7 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, tor
 def loop(
     step: Step,
     ahead: bool,
+    number: Tensor,
     carried: Sequence[Tensor],
     constant: Sequence[Tensor],
     changed: Sequence[int],
@@ -143,10 +144,9 @@ def loop(
     """The program that repeats `step` until its first argument, the number, is no longer below (`ahead`) or above `stop`.
 
     It is called with (number, *carried, stop, *constant) and returns (number, *carried); `changed` are the constants, by their
-    place, that steps change in place.
+    place, that steps change in place. Made for inputs like those given, with which its first step is checked.
     """
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    number = torch.zeros((), dtype=torch.int64)
     given = _apart(number, *carried, number, *constant)
     example = [fakes.from_tensor(x, static_shapes=True) for x in given]
     count = 1 + len(carried)
@@ -155,9 +155,12 @@ def loop(
         body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
         more = make_fx(lambda n, *rest: going(n, rest[count - 1]), tracing_mode="fake")(*example)
         hidden = _lift_constants(body, fakes)
-        whole = _while(more, body, count, len(example), hidden, [count + 1 + i for i in changed])
-        run = way(whole, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
-    return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
+        places = [count + 1 + i for i in changed]
+        whole = _while(more, body, count, len(example), hidden, places)
+        made = way(whole, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
+    run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
+    _check(step, run, (number, *carried, number + (1 if ahead else -1), *constant), places)
+    return run
 
 
 def once(
@@ -169,8 +172,35 @@ def once(
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
         body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
         hidden = _lift_constants(body, fakes)
-        run = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
-    return (lambda *inputs: run(*inputs, *hidden)) if hidden else run
+        made = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
+    run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
+    _check(step, run, (*changing, *constant))
+    return run
+
+
+def _check(
+    step: Callable[..., Sequence[Tensor]],
+    run: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    changed: Sequence[int] = (),
+) -> None:
+    """Raise CompilationError unless the program does roughly what the code does that it was recorded from.
+
+    Its roundings may be others; what is recorded or compiled wrongly is far off.
+    """
+    ways: list[list[Tensor]] = []
+    for call in (step, run):
+        given = [x.clone() if i in changed else x for i, x in enumerate(inputs)]
+        ways.append([*call(*given), *(given[i] for i in changed)])
+    for wanted, got in zip(*ways, strict=True):
+        eps = torch.finfo(got.dtype).eps if got.is_floating_point() or got.is_complex() else 0.0
+        a, b = ((torch.view_as_real(x) if x.is_complex() else x).double() for x in (wanted, got))
+        size = float(a.abs().nan_to_num().max())
+        if not torch.allclose(a, b, rtol=0.0, atol=eps**0.25 * size, equal_nan=True):
+            raise CompilationError(
+                f"a program differs by {float((a - b).abs().max()):.1e} from the code that it was made from, where numbers are "
+                f"as large as {size:.1e}: solve with compile=False, and please report the field."
+            )
 
 
 def _apart(*tensors: Tensor) -> list[Tensor]:

@@ -50,22 +50,27 @@ class Setting:
         with self.driver:
             return PROGRAMS.made((*self.what, derivative_transcript(*self.call, self.outside)))
 
-    def program(
+    def run(
         self,
         programs: dict[Hashable, Program],
         name: Hashable,
         step: Callable[..., Any],
-        ahead: bool,
+        span: tuple[int, int],
         carried: list[Tensor],
         constant: list[Tensor],
         changed: range,
-    ) -> Program:
-        """The program of this name, which repeats the step; made now unless there is one."""
+    ) -> tuple[list[Tensor], int]:
+        """What is carried from the first of these step counts to the last by the program of this name, made now unless there is
+        one; and how often it evaluated the field."""
+        (start, stop), (first, last) = span, map(counted, span)
         if name not in programs:
             counts: list[int] = []
-            run = loop(lambda *inputs: step(counts, *inputs), ahead, carried, constant, changed, self.way)
-            programs[name] = Program(run, counts[-1])
-        return programs[name]
+            repeat = loop(
+                lambda *inputs: step(counts, *inputs), start < stop, first, carried, constant, changed, self.way
+            )
+            programs[name] = Program(repeat, counts[-1])
+        _, *after = programs[name].run(first, *carried, last, *constant)
+        return after, programs[name].num_evaluations * abs(stop - start)
 
     def zeros(self) -> list[Tensor]:
         """For the gradients of the tensors that the field uses; half precision ones in float32."""
@@ -101,13 +106,13 @@ class Ahead:
         if start == stop:
             return pair
         carried = [self.gap, *(x for x in pair if x is not None)]
-        setting, number = self.setting, counted(start)
+        setting = self.setting
         table = setting.driver.table(start, stop)
-        constant = [setting.times, setting.due, self.ys, number, table, *self.outside]
-        program = setting.program(setting.programs, "ahead", self.step, True, carried, constant, range(2, 3))
-        _, self.gap, *after = program.run(number, *carried, counted(stop), *constant)
-        self.num_evaluations += program.num_evaluations * (stop - start)
-        return after[0], after[1] if len(after) == 2 else None
+        constant = [setting.times, setting.due, self.ys, counted(start), table, *self.outside]
+        program = setting.programs, "ahead", self.step
+        (self.gap, y, *rest), count = setting.run(*program, (start, stop), carried, constant, range(2, 3))
+        self.num_evaluations += count
+        return y, rest[0] if rest else None
 
     def parasitic(self, pair: Pair, h: float) -> Tensor:
         return self.gap
@@ -153,15 +158,12 @@ class Back:
         ]
         y, z = pair
         assert z is not None
-        setting, carried, first, last = self.setting, [y, z, *filled], counted(start), counted(stop)
+        setting, carried = self.setting, [y, z, *filled]
         table = setting.driver.table(start, stop)
-        constant = [last, setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
-        count = len(constant)
-        program = setting.program(
-            self.programs, "back", self.step, False, carried, constant, range(count - len(self.sums), count)
-        )
-        _, y, z, grads[0], grads[1] = program.run(last, *carried, first, *constant)
-        self.num_evaluations += program.num_evaluations * (stop - start)
+        constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
+        changed, program = range(len(constant) - len(self.sums), len(constant)), (self.programs, "back", self.step)
+        (y, z, grads[0], grads[1]), count = setting.run(*program, (stop, start), carried, constant, changed)
+        self.num_evaluations += count
         return y, z
 
     def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

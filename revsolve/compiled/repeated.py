@@ -31,16 +31,13 @@ class Again:
 
     def __call__(self, pair: Pair, origin: int, start: int, stop: int) -> Pair:
         """The pair after the steps start..stop; what is kept of step n goes to the place n - origin."""
-        setting, carried, first = self.setting, [x.contiguous() for x in pair if x is not None], counted(start)
+        setting, carried = self.setting, [x.contiguous() for x in pair if x is not None]
         table = setting.driver.table(start, stop)
-        constant = [setting.times, counted(origin), first, table, *self.kept, *self.outside]
-        changed = range(4, 4 + len(self.kept))
-        program = setting.program(
-            setting.programs, ("again", len(self.kept[0])), self.step, True, carried, constant, changed
-        )
-        _, *after = program.run(first, *carried, counted(stop), *constant)
-        self.num_evaluations += program.num_evaluations * (stop - start)
-        return after[0], after[1] if len(after) == 2 else None
+        constant = [setting.times, counted(origin), counted(start), table, *self.kept, *self.outside]
+        changed, program = range(4, 4 + len(self.kept)), (setting.programs, ("again", len(self.kept[0])), self.step)
+        (y, *rest), count = setting.run(*program, (start, stop), carried, constant, changed)
+        self.num_evaluations += count
+        return y, rest[0] if rest else None
 
     def pair(self, place: int) -> Pair:
         """What is kept there."""
@@ -75,20 +72,18 @@ class Through:
 
     def __call__(self, grads: Grads, origin: int, start: int, stop: int) -> None:
         """Change cotangents after the steps start..stop to those of the pair before them."""
-        setting, size, first, last = self.setting, len(self.kept), counted(start), counted(stop)
+        setting, size = self.setting, len(self.kept)
         given = [grads[member] for member in range(size)]
         carried = [torch.zeros_like(self.kept[0][0]) if g is None else g.to(self.kept[0]).contiguous() for g in given]
         table = setting.driver.table(start, stop)
-        constant = [last, setting.times, setting.due, counted(origin), self.grad_ys, table]
+        constant = [counted(stop), setting.times, setting.due, counted(origin), self.grad_ys, table]
         constant += [*self.kept, *self.outside, *self.sums]
-        changed = range(len(constant) - len(self.sums), len(constant))
-        program = setting.program(
-            self.programs, ("through", len(self.kept[0])), self.step, False, carried, constant, changed
-        )
-        _, *after = program.run(last, *carried, first, *constant)
+        changed, name = range(len(constant) - len(self.sums), len(constant)), ("through", len(self.kept[0]))
+        program = self.programs, name, self.step
+        after, count = setting.run(*program, (stop, start), carried, constant, changed)
         for member, grad in enumerate(after):
             grads[member] = grad
-        self.num_evaluations += program.num_evaluations * (stop - start)
+        self.num_evaluations += count
 
     def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting, size, used = self.setting, len(self.kept), len(self.setting.outside)
