@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = (
-    *("overhead", "peers", "work_precision", "large_batch", "memory", "sde_speed", "cde_speed", "deq_cost"),
+    *("overhead", "peers", "compiled", "work_precision", "large_batch", "memory", "sde_speed", "cde_speed", "deq_cost"),
     "cuda_graphs",
 )
 PEERS = ("torch", "torchdiffeq", "torchsde", "torchcde", "torchdeq")
