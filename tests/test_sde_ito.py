@@ -1,11 +1,14 @@
 """Ito equations are converted exactly: the correction against formulas, and solutions against known ones."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from revsolve import SDE, BrownianPath, sdeint
-from revsolve.sde.ito import shift_of
+from revsolve.sde.derivative import differentiated
+from revsolve.sde.ito import Shift, shift_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 WEIGHT = torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6], [0.7, 0.2, 0.3]], dtype=torch.float64)
@@ -40,15 +43,27 @@ def as_matrix(noise_type: str, g: Tensor) -> Tensor:
     return torch.diag_embed(g) if noise_type == "diagonal" else g
 
 
+def by_autograd(diffusion: Callable[[Tensor], Tensor], y: Tensor, shift: Shift, record: bool) -> Tensor | None:
+    return shift(differentiated(lambda y: (y, diffusion(y)), y, record)[1])
+
+
+def within_transforms(diffusion: Callable[[Tensor], Tensor], y: Tensor, shift: Shift, record: bool) -> Tensor | None:
+    def found(y: Tensor) -> Tensor:
+        got = by_autograd(diffusion, y, shift, record)
+        return torch.zeros_like(y) if got is None else got
+
+    return torch.func.vjp(found, y)[0]
+
+
 @pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("way", [by_autograd, within_transforms])
 @pytest.mark.parametrize(
     ("noise_type", "diffusion"),
     [("diagonal", own), ("diagonal", mixing), ("diagonal", constant), ("scalar", column), ("general", matrix)],
 )
-def test_correction_is_the_full_formula(noise_type: str, diffusion, record: bool) -> None:
+def test_correction_is_the_full_formula(noise_type: str, diffusion, way, record: bool) -> None:
     y = torch.randn(5, 3).requires_grad_()
-    shift = shift_of(noise_type, diffusion, y)
-    found = shift(diffusion(y), y, record)
+    found = way(diffusion, y, shift_of(noise_type, diffusion, y), record)
     found = torch.zeros_like(y) if found is None else found
     for_one = lambda x: as_matrix(noise_type, diffusion(x[None]))[0]  # noqa: E731
     expected = torch.stack([full_correction(for_one(x), torch.autograd.functional.jacobian(for_one, x)) for x in y])

@@ -418,16 +418,6 @@ def test_tensors_that_a_transform_of_the_field_takes_from_outside() -> None:
     assert difference([grad(loss)(rates)], [torch.autograd.functional.jacobian(plain, rates)]) < EXACT
 
 
-class Ito:
-    noise_type, sde_type = "diagonal", "ito"
-
-    def f(self, t: Tensor, y: Tensor) -> Tensor:
-        return -y
-
-    def g(self, t: Tensor, y: Tensor) -> Tensor:
-        return torch.sin(y)
-
-
 def adaptive(y: Tensor) -> Tensor:
     return odeint(lambda t, x: torch.sin(x), y, TIMES, rtol=1e-5, atol=1e-5)
 
@@ -452,10 +442,6 @@ def until_converged(y: Tensor) -> Tensor:
     return fixed_point(lambda z: 0.5 * torch.tanh(z) + 0.1, y)
 
 
-def ito(y: Tensor) -> Tensor:
-    return sdeint(Ito(), y[None], [0.0, 1.0], dt=0.1)
-
-
 def event(y: Tensor) -> Tensor:
     return odeint_event(lambda t, x: -x, y, torch.tensor(0.0), event_fn=lambda t, x: x - 0.5)[0]
 
@@ -466,7 +452,6 @@ REFUSED = [
     (adaptive_noise, "adaptive steps are chosen by looking at numbers"),
     (own_times, "t must be the same for all samples inside torch.vmap"),
     (until_converged, "residuals cannot be read inside torch.vmap: use tol=0"),
-    (ito, "an Ito equation cannot be differentiated inside torch.func transforms"),
     (event, "an event is found by looking at numbers"),
 ]
 

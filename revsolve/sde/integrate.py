@@ -169,7 +169,7 @@ class _Equation:
         if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
             self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(self.start, y)[1], self.y0)
         unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
-        if parts.noise_type == "additive" and not values_hidden():
+        if parts.noise_type == "additive" and not torch.compiler.is_compiling():
             noise = contraction(parts.noise_type, parts.product_only)
             self._at_start(lambda t, y: refuse_dependence(lambda y: noise(parts.f_and_g(t, y)[1], unit), y))
         self.rates = self.term(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)

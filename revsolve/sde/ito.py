@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revsolve.transforms.levels import transformed
+from revsolve.sde.derivative import Derivative, differentiated
+from revsolve.transforms.levels import of_every_sample, outside
 
-Shift = Callable[[Tensor, Tensor, bool], Tensor | None]  # of g, the y from which it was computed, and whether to record
+Shift = Callable[[Derivative], Tensor | None]  # of g at the state; None where g has no derivative there
 
 
 def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor) -> Shift | None:
@@ -28,11 +29,6 @@ def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor)
     """
     if noise_type == "additive":
         return None
-    if transformed():
-        raise ValueError(
-            "the diffusion of an Ito equation cannot be differentiated inside torch.func transforms: give the SDE in "
-            "Stratonovich form, or use method='euler', which needs no derivative."
-        )
     apart = _entries_stay_apart(diffusion, y0, noise_type == "diagonal")
     if noise_type != "diagonal":
         return _of_columns
@@ -41,54 +37,60 @@ def shift_of(noise_type: str, diffusion: Callable[[Tensor], Tensor], y0: Tensor)
 
 def refuse_dependence(diffusion: Callable[[Tensor], Tensor], y0: Tensor) -> None:
     """Raise ValueError if a diffusion of additive noise has a derivative by y: it would be solved as another equation."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        y = (y0 + torch.randn(y0.shape, generator=generator, dtype=torch.float64).to(y0)).requires_grad_()
-        g = diffusion(y)
-    got = _vjp(g, y, torch.ones_like(g), False)
-    if got is not None and float(got.abs().max()) > math.sqrt(torch.finfo(y0.dtype).eps) * float(
-        g.detach().abs().max()
-    ):
+    normal = _generator_of(y0)
+    found = _derivative(diffusion, y0 + normal(y0.shape))
+    got = found.pull(torch.ones_like(found.g))
+    if got is not None and _largest(got) > math.sqrt(torch.finfo(y0.dtype).eps) * _largest(found.g):
         raise ValueError(
             "noise_type is 'additive', but g changes with y: set it to 'general', or to 'diagonal' where g is shaped like y."
         )
 
 
-def _of_own_entries(g: Tensor, y: Tensor, record: bool) -> Tensor | None:
-    got = _vjp(g, y, g if record else g.detach(), record)
+def _of_own_entries(at: Derivative) -> Tensor | None:
+    got = at.pull(at.g)
     return None if got is None else -0.5 * got
 
 
-def _of_diagonal_jacobian(g: Tensor, y: Tensor, record: bool) -> Tensor | None:
+def _of_diagonal_jacobian(at: Derivative) -> Tensor | None:
+    g, y = at.g, at.y
     num_samples = len(y) if y.ndim > 1 else 1
     units = torch.eye(y.numel() // num_samples, dtype=y.dtype, device=y.device)
     rows = []
     for unit in units:
-        got = _vjp(g, y, unit.expand(num_samples, -1).reshape(y.shape), record)
+        got = at.pull(unit.expand(num_samples, -1).reshape(y.shape))
         if got is None:
             return None
         rows.append((got.reshape(num_samples, -1) * unit).sum(-1))
     return -0.5 * g * torch.stack(rows, dim=-1).reshape(y.shape)
 
 
-def _of_columns(g: Tensor, y: Tensor, record: bool) -> Tensor | None:
-    """Jacobian-vector products as derivatives of the vector-Jacobian product, which is linear in its cotangent."""
-    cotangent = torch.zeros_like(g, requires_grad=True)
-    linear = _vjp(g, y, cotangent, True)
-    if linear is None or not linear.requires_grad:
-        return None
+def _of_columns(at: Derivative) -> Tensor | None:
     total = None
-    for column in range(g.shape[-1]):
-        direction = g[..., column] if record else g[..., column].detach()
-        got = torch.autograd.grad(linear, cotangent, direction, retain_graph=True, create_graph=record)[0][..., column]
-        total = got if total is None else total + got
+    for column in range(at.g.shape[-1]):
+        got = at.push(at.g[..., column])
+        if got is None:
+            return None
+        total = got[..., column] if total is None else total + got[..., column]
     return None if total is None else -0.5 * total
 
 
-def _vjp(g: Tensor, y: Tensor, cotangent: Tensor, record: bool) -> Tensor | None:
-    if not g.requires_grad:
-        return None
-    return torch.autograd.grad(g, y, cotangent, retain_graph=True, create_graph=record, allow_unused=True)[0]
+def _derivative(diffusion: Callable[[Tensor], Tensor], y: Tensor) -> Derivative:
+    return differentiated(lambda y: (y, diffusion(y)), y.detach(), record=False)[1]
+
+
+def _generator_of(y0: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
+    """Normal numbers that do not move the user's random state, the same for all samples of a torch.vmap."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        with outside():
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(y0.device, y0.dtype)
+
+    return normal
+
+
+def _largest(x: Tensor) -> float:
+    return float(of_every_sample(x).abs().max())
 
 
 def _entries_stay_apart(diffusion: Callable[[Tensor], Tensor], y0: Tensor, diagonal: bool) -> bool:
@@ -98,42 +100,36 @@ def _entries_stay_apart(diffusion: Callable[[Tensor], Tensor], y0: Tensor, diago
     v * (J^T v) is the diagonal of J, and the same for all signs v, exactly where J is diagonal; signs that change only
     from sample to sample leave it, and any J^T c, alone where samples do not mix.
     """
-    generator = torch.Generator().manual_seed(0)  # a probe must not move the user's random state
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(y0)
-
-    apart, values = True, []
+    normal, apart, values = _generator_of(y0), True, []
     for scale in (0.0, 1.0):
-        with torch.enable_grad():
-            y = (y0.detach() + scale * normal(y0.shape)).requires_grad_()
-            g = diffusion(y)
-        seen = _seen_with_signs(g, y, normal, diagonal)
-        values.append(None if seen else g.detach())
+        found = _derivative(diffusion, y0 + scale * normal(y0.shape))
+        seen = _seen_with_signs(found, normal, diagonal)
+        values.append(None if seen else of_every_sample(found.g))
         if not seen:
             continue
-        tolerance = math.sqrt(torch.finfo(y0.dtype).eps) * max(float(x.abs().max()) for x in seen)
-        if float((seen[0] - seen[1]).abs().max()) > tolerance:
+        tolerance = math.sqrt(torch.finfo(y0.dtype).eps) * max(map(_largest, seen))
+        if _largest(seen[0] - seen[1]) > tolerance:
             raise ValueError(
                 "the diffusion of one sample depends on other samples of the batch, so the Ito correction would need the whole "
                 "Jacobian: make samples independent, or give the SDE in Stratonovich form."
             )
-        apart = apart and float((seen[0] - seen[-1]).abs().max()) <= tolerance
+        apart = apart and _largest(seen[0] - seen[-1]) <= tolerance
     _refuse_no_derivative(diffusion, y0, *values)
     return apart
 
 
-def _seen_with_signs(g: Tensor, y: Tensor, normal: Callable[[tuple[int, ...]], Tensor], diagonal: bool) -> list[Tensor]:
+def _seen_with_signs(at: Derivative, normal: Callable[[tuple[int, ...]], Tensor], diagonal: bool) -> list[Tensor]:
     """The same products with the Jacobian for various signs; nothing where there is no Jacobian."""
+    y = at.y
     pairs: list[tuple[Tensor | float, Tensor]]
     if diagonal:
         v, w = normal(y.shape).sign(), normal(y.shape).sign()
         sample = normal(y.shape[:1] + (1,) * (y.ndim - 1)).sign() if y.ndim > 1 else 1.0
         pairs = [(v, v), (v * sample, v * sample), (w, w)]
     else:
-        c, sample = normal(g.shape), normal((*y.shape[:-1], 1)).sign()
+        c, sample = normal(at.g.shape), normal((*y.shape[:-1], 1)).sign()
         pairs = [(1.0, c), (sample, sample.unsqueeze(-1) * c)]
-    return [u * got for u, c in pairs if (got := _vjp(g, y, c, False)) is not None]
+    return [u * got for u, c in pairs if (got := at.pull(c)) is not None]
 
 
 def _refuse_no_derivative(
@@ -143,7 +139,7 @@ def _refuse_no_derivative(
     if here is None or there is None or torch.equal(here, there):
         return
     with torch.no_grad():
-        again = diffusion(y0)
+        again = of_every_sample(diffusion(y0))
     if torch.equal(here, again):
         raise ValueError(
             "the diffusion changes with y, but autograd finds no derivative, which the Ito correction needs: take out what cuts "

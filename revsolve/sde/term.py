@@ -10,11 +10,11 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
-from revsolve.core.tape import leaf_of
 from revsolve.drivers.brownian import BrownianPath
 from revsolve.per_sample import ClockOfEach
 from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment
+from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
 
 Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
@@ -40,14 +40,11 @@ class SDETerm:
 
     def converted(self, t: Time, x: Tensor) -> tuple[Tensor, Any, Tensor | None]:
         """(f + shift, g, shift): the shift of an Ito equation differentiates g by y."""
-        record = torch.is_grad_enabled()
-        with torch.enable_grad():
-            y = x if record and x.requires_grad else leaf_of(x)
-            f, g = self.f_and_g(self.clock(t), y)
-            shift = None if self.shift is None else self.shift(g, y, record)
-        if not record:
-            f, g = f.detach(), g.detach()
-        return f if shift is None else f + shift, g, shift
+        assert self.shift is not None
+        now = self.clock(t)
+        f, derivative = differentiated(lambda y: self.f_and_g(now, y), x, torch.is_grad_enabled())
+        shift = self.shift(derivative)
+        return f if shift is None else f + shift, derivative.g, shift
 
     def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Time]:
         if isinstance(value, Piece):

@@ -36,6 +36,11 @@ def followed(x: Tensor) -> bool:
     return active[-1] == TransformType.Jvp and forward_ad.unpack_dual(x).tangent is not None
 
 
+def followed_innermost(x: Tensor) -> bool:
+    """Whether the innermost transform, which takes a gradient, follows x."""
+    return wrapped(x) and _functorch.maybe_get_level(x) == len(transforms()) and x.requires_grad
+
+
 def transforms() -> list[Any]:
     """The kinds of the active transforms, the outermost first."""
     return [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or ()]
@@ -92,9 +97,10 @@ def of_every_sample(x: Tensor) -> Tensor:
             x = _functorch.get_unwrapped(x)
         else:
             x = _functorch.get_unwrapped(x)
-    with outside():
-        for place, dim in enumerate(reversed(dims)):
-            x = x.movedim(dim + place, place)
+    if dims:
+        with outside():
+            for place, dim in enumerate(reversed(dims)):
+                x = x.movedim(dim + place, place)
     return x.detach()
 
 
