@@ -2,7 +2,7 @@
 
 Milliseconds of processor time of one gradient, as in `peers.py`, in the steps of RK4 that are stated for each size, whatever the
 method: medians of rounds in which all contenders take turns, also in multiples of what the pair as a solver of diffrax takes.
-Then seconds until the first gradient is there, in a new process, once torch has been imported: with nothing compiled before on this
+Then seconds until the first gradient is there, in a new process that has imported torch: with nothing compiled before on this
 machine ("cold"), another size with what the first one left, and the first one again from inductor's cache on disk ("warm").
 """
 
