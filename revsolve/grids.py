@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
 from revsolve.core.tape import Term
-from revsolve.transforms.levels import batched, transformed
+from revsolve.transforms.levels import batching, of_every_sample, transformed
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 ADAPTIVE_OPTIONS = (
@@ -124,15 +125,13 @@ def adaptive_grid(
         raise ValueError(f"first_step must be a positive number, but it is {first!r}; its sign follows from t.")
 
     if transformed():
-        norm = functools.partial(_readable, norm)
+        norm = functools.partial(largest_of_samples, norm, x0.ndim)
 
     def make() -> Stepper:
         order = scheme.error_order or 1
-        # inside a transform it also finds out whether numbers can be read
-        guess = first_step(term, x0, times, rtol, atol, norm, order) if first is None or transformed() else first
-        h = first or guess
-        control = Control(rtol, atol, norm, (_largest(atol), _largest(rtol)), scheme.error_order or 1, h, **limits)
-        return Adaptive(targets, [s in outputs for s in targets], control, explain_step(term))
+        h = first or first_step(term, x0, times, rtol, atol, norm, order)
+        control = Control(rtol, atol, norm, (_largest(atol), _largest(rtol)), order, h, **limits)
+        return Adaptive(targets, [s in outputs for s in targets], control, explain_step(None if batching() else term))
 
     return make
 
@@ -197,15 +196,21 @@ def root_mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
 
 
-def explain_step(term: Term) -> Callable[..., str]:
-    """Why adaptive stepping cannot go on, in words."""
+def largest_of_samples(norm: Callable[[Tensor], Tensor], ndim: int, x: Tensor) -> Tensor:
+    """The largest norm among all samples of the torch.vmaps around, whose dimensions lie before the last `ndim` if not hidden."""
+    for _ in range(x.ndim - ndim):
+        norm = vmap(norm)
+    return of_every_sample(torch.as_tensor(norm(x))).max()
+
+
+def explain_step(term: Term | None) -> Callable[..., str]:
+    """Why adaptive stepping cannot go on, in words; without a term, whose field is not asked."""
 
     def explain(kind: str, t0: float, stepper: Adaptive, pair: Any) -> str:
-        for t in (t0, t0 if stepper.lost is None else stepper.lost):
-            with torch.no_grad():
-                value = _rate(term, t, pair[0], stepper.direction)
-            if not bool(torch.isfinite(value).all()):
-                return explain_field(t, pair[0], value)
+        lost = t0 if stepper.lost is None else stepper.lost
+        found = None if term is None else _fault(term, (t0, lost), pair[0], stepper.direction)
+        if found is not None:
+            return found
         progress = (
             f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, step size {stepper.h:.1e}"
         )
@@ -234,21 +239,20 @@ def explain_field(t: float, y: Tensor, value: Tensor) -> str:
     return f"the field returned {kind} at t = {t}, where the largest entry of the state is {size:.3g}: check the field there."
 
 
+def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> str | None:
+    """In words, if the field is not finite at one of the times."""
+    for t in times:
+        with torch.no_grad():
+            value = _rate(term, t, x, direction)
+        if not bool(torch.isfinite(value).all()):
+            return explain_field(t, x, value)
+    return None
+
+
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
     k, scale = term.product(term.value(t, x), t, t + direction)
     return k * scale
-
-
-def _readable(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The norm of x. Raises ValueError where it is another one for every sample of a torch.vmap."""
-    size = norm(x)
-    if batched(size):
-        raise ValueError(
-            "adaptive steps are chosen by looking at numbers, which torch.vmap hides: fix the steps there, say with "
-            "options={'step_size': 0.1} (adaptive=False in sdeint), or solve all samples as one state, outside of torch.vmap."
-        )
-    return size
 
 
 def _largest(tolerance: float | Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from revsolve.core.coupling import Pair
 from revsolve.core.stepper import SHORTEST, Adaptive, Control, Grid, Step, Stepper
 from revsolve.per_sample import ClockOfEach
+from revsolve.transforms.levels import batching
 
 LANDS = 1 + 1e-9  # a step so much longer ends at the output
 
@@ -24,6 +25,7 @@ def check_own_steps(wanted: Any, adaptive: bool, options: Mapping[str, Any], kin
     if not wanted:
         return False
     why = None if adaptive else "steps are fixed here"
+    why = "samples of samples have none inside torch.vmap" if batching() else why
     why = "option 'norm' measures all samples together" if "norm" in options else why
     why = "steps land on the kinks of the path, which lie elsewhere for every sample" if kinks else why
     if why is not None:

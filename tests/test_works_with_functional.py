@@ -418,18 +418,6 @@ def test_tensors_that_a_transform_of_the_field_takes_from_outside() -> None:
     assert difference([grad(loss)(rates)], [torch.autograd.functional.jacobian(plain, rates)]) < EXACT
 
 
-def adaptive(y: Tensor) -> Tensor:
-    return odeint(lambda t, x: torch.sin(x), y, TIMES, rtol=1e-5, atol=1e-5)
-
-
-def adaptive_with_first_step(y: Tensor) -> Tensor:
-    return odeint(lambda t, x: torch.sin(x), y, TIMES, method="dopri5", options={"first_step": 0.1})
-
-
-def adaptive_noise(y: Tensor) -> Tensor:
-    return sdeint((torch_sin, torch_sin), y[None], [0.0, 1.0], adaptive=True)
-
-
 def torch_sin(t: Tensor, y: Tensor) -> Tensor:
     return torch.sin(y)
 
@@ -438,20 +426,12 @@ def own_times(y: Tensor) -> Tensor:
     return odeint(lambda t, x: torch.sin(x), torch.ones(3), y.exp().cumsum(0), method="rk4")
 
 
-def until_converged(y: Tensor) -> Tensor:
-    return fixed_point(lambda z: 0.5 * torch.tanh(z) + 0.1, y)
-
-
 def event(y: Tensor) -> Tensor:
     return odeint_event(lambda t, x: -x, y, torch.tensor(0.0), event_fn=lambda t, x: x - 0.5)[0]
 
 
 REFUSED = [
-    (adaptive, "adaptive steps are chosen by looking at numbers, which torch.vmap hides: fix the steps there"),
-    (adaptive_with_first_step, "adaptive steps are chosen by looking at numbers"),
-    (adaptive_noise, "adaptive steps are chosen by looking at numbers"),
     (own_times, "t must be the same for all samples inside torch.vmap"),
-    (until_converged, "residuals cannot be read inside torch.vmap: use tol=0"),
     (event, "an event is found by looking at numbers"),
 ]
 

@@ -132,7 +132,7 @@ class FixedGrid:
 class UntilConverged:
     """The steps of a fixed-point iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
 
-    `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first.
+    `observe(n, y, step)` sees y after n steps and the increment from there, which is what the next step asks for first.
     """
 
     num_total = None
@@ -151,7 +151,8 @@ class UntilConverged:
         n = self.num_steps + 1
         pair, _ = step(pair, (float(n - 1), float(n)), restart)
         self.grid.times.append(float(n))
-        self.done = self.observe(n, pair[0], step.memo.value(0.0, pair[0])) or n == self.max_steps
+        ahead, _ = step.memo.product(step.memo.value(0.0, pair[0]), 0.0, 0.0)
+        self.done = self.observe(n, pair[0], ahead) or n == self.max_steps
         if self.done:
             self.grid.outputs[0] = n
         return pair

@@ -11,19 +11,11 @@ import torch
 from torch import Tensor
 
 from revsolve.packing import Packing
-from revsolve.transforms.levels import batched, outside
+from revsolve.transforms.levels import batching, of_every_sample, outside
 
 RESIDUALS = ("absolute", "relative")
 SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)
 DIVERGING = 1e3  # a residual that has grown so far above its least is no slow convergence
-
-
-def refuse_batched(x: Tensor) -> None:
-    """Raise where x is another one for every sample of a torch.vmap."""
-    if batched(x):
-        raise ValueError(
-            "residuals cannot be read inside torch.vmap: use tol=0 and max_steps there, or stop='sample' without vmap."
-        )
 
 
 class ConvergenceWarning(UserWarning):
@@ -33,7 +25,7 @@ class ConvergenceWarning(UserWarning):
 @dataclass(frozen=True)
 class Criterion:
     """Stop when the residual, `||z - f(z)||` or that over `1e-5 + ||f(z)||`, is at most tol: the largest of all leaves of the
-    state, and with `per_sample` of every sample (leading dimension) for itself."""
+    state and of all samples of a torch.vmap, and with `per_sample` of every sample (leading dimension) for itself."""
 
     tol: float
     max_steps: int
@@ -59,6 +51,11 @@ class Convergence:
     def __post_init__(self) -> None:
         self.counts: Tensor | None = None
         if self.criterion.per_sample:
+            if self.criterion.tol > 0 and batching():
+                raise ValueError(
+                    "stop='sample' is for the samples of one state, and each sample of torch.vmap is a state: leave it out, or "
+                    "solve all of them as one state, outside of torch.vmap."
+                )
             samples = self.packing.shapes[0][0]
             with outside():
                 self.counts = torch.full((samples,), self.criterion.max_steps, device=self.packing.device)
@@ -66,7 +63,6 @@ class Convergence:
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
-        refuse_batched(both)
         absolute, relative = both.reshape(2, -1).amax(1).tolist()
         residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n
@@ -86,13 +82,17 @@ class Convergence:
 
     def measure(self, y: Tensor, value: Tensor) -> Tensor:
         """Absolute and relative residual, shape (2,) or (2, samples)."""
-        rows = []
+        rows, dim = [], -1 if self.counts is None else 0
         with torch.no_grad():
             for a, b in zip(self._leaves(y), self._leaves(value), strict=True):
                 gap, size = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, b))
                 relative = gap / (SMALLEST + size) + 0.0 * size  # NaN, not 0, where the norm of f overflows
-                rows.append(torch.stack([gap, relative]))
-        return rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
+                rows.append(torch.stack([gap, relative], dim))
+            both = rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
+            if self.counts is not None:
+                return both
+            both = of_every_sample(both)  # (samples of every torch.vmap around, 2)
+            return both if both.ndim == 1 else both.reshape(-1, 2).amax(0)
 
     def latest(self) -> Tensor:
         """The residual that decides, of the whole state () or of every sample (samples,)."""
@@ -133,7 +133,9 @@ class Convergence:
         )
 
     def _leaves(self, x: Tensor) -> list[Tensor]:
-        parts = [x] if self.packing.lone else list(x.split(self.packing.sizes))
-        if self.counts is None:
-            return [part.reshape(-1) for part in parts]
-        return [part.reshape(len(self.counts), -1) for part in parts]
+        parts = [x] if self.packing.lone else list(x.split(self.packing.sizes, dim=-1))
+        if self.counts is not None:
+            return [part.reshape(len(self.counts), -1) for part in parts]
+        if not self.packing.lone:
+            return parts
+        return [x.reshape(*x.shape[: x.ndim - len(self.packing.shapes[0])], -1)]

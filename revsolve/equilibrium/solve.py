@@ -17,14 +17,13 @@ from revsolve.core.engine import solve
 from revsolve.core.march import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
 from revsolve.equilibrium.arguments import check_whole, checked, refuse
-from revsolve.equilibrium.convergence import Convergence, refuse_batched
+from revsolve.equilibrium.convergence import Convergence
 from revsolve.equilibrium.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.equilibrium.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.packing import Packing
 from revsolve.problem import by_programs, check_choice, check_options, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.reversible import relaxation
-from revsolve.transforms.levels import transformed
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,6 @@ def _iterate(
     compile: bool | Mapping[str, Any],  # noqa: A002
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
-    if transformed() and criterion.tol > 0:
-        refuse_batched(term.value(0.0, x0))
     stops = convergence.counts is not None and criterion.tol > 0 and criterion.min_steps < criterion.max_steps
     scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
 

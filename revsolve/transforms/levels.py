@@ -51,6 +51,11 @@ def have_rules() -> bool:
     return set(transforms()) <= {TransformType.Grad, TransformType.Vmap}
 
 
+def batching() -> bool:
+    """Whether a torch.vmap is active."""
+    return transformed() and TransformType.Vmap in transforms()
+
+
 def batched(x: Any) -> bool:
     """Whether x is one tensor for every sample of an active torch.vmap, whose numbers cannot be read."""
     if torch.compiler.is_compiling():
