@@ -39,6 +39,7 @@ from revsolve.sde.ito import refuse_dependence, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
+from revsolve.steps import restarts_of
 from revsolve.tracing import Constant
 
 
@@ -86,8 +87,8 @@ def sdeint(
         adaptive: choose steps by their error estimate.
         rtol, atol: tolerances of adaptive steps.
         dt_min: length below which a step is accepted whatever its error.
-        options: `coupling` (`rev_` methods); `safety`, `ifactor`, `dfactor`, `max_step`, `max_num_steps`, `step_t`,
-            `jump_t`, `norm` (adaptive).
+        options: `coupling` (`rev_` methods); `restart`, which is restarts by another name; `safety`, `ifactor`, `dfactor`,
+            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` (adaptive).
         names: other names of the methods of `sde`: keys "drift", "diffusion", "prior_drift", "diffusion_prod",
             "drift_and_diffusion", "drift_and_diffusion_prod".
         logqp: also return, for each interval of ts, the integral of |u|^2/2 with g u = f - h, where the method `h` of
@@ -122,14 +123,14 @@ def sdeint(
     check_state(y0)
     dt, dt_min = checked_steps(dt, dt_min, adaptive)
     equation = _Equation(sde, y0, ts, bm, names, logqp)
-    equation.choose_scheme(method, options, adaptive)
+    equation.choose_scheme(method, options, adaptive, restarts)
     make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
     path = equation.motion(bm, knots)
     times, scheme = equation.times, equation.scheme
     if len(times) == 1:
         return _results(equation.x0[None], logqp)
     make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
-    problem = equation.problem(path, make, gradient, restarts, compile)
+    problem = equation.problem(path, make, gradient, compile)
     ys = _results(solve(problem, equation.x0, None), logqp)
     if not full_output:
         return ys
@@ -153,12 +154,15 @@ class _Equation:
         self.parts = coefficients(self.sde, names, self.path_shape[-1] if self.path_shape else None)
 
     def choose_scheme(
-        self, method: str | Tableau | Scheme | None, options: Mapping[str, Any] | None, adaptive: bool
+        self, method: str | Tableau | Scheme | None, options: Mapping[str, Any] | None, adaptive: bool, restarts: Any
     ) -> None:
         """Settle what depends on the method. Raises ValueError where it does not fit the equation, or f and g are not shaped
         like the state."""
         parts = self.parts
         self.scheme, self.settings = scheme_and_options(method, parts, options, adaptive)
+        restarts = restarts_of(self.settings, restarts)
+        unsaid = self.scheme.reversible and isinstance(restarts, str) and restarts == "auto"
+        self.restarts = default_restarts(self.scheme) if unsaid else restarts
         if isinstance(self.clock, ClockOfEach):
             refuse_options(self.settings)
         if self.logqp and parts.prior is None:
@@ -209,15 +213,12 @@ class _Equation:
             return new_path(self.times, self.size, self.y0, self.area, **knots)
         return given_path(bm, self.times, self.size, self.y0, self.area)
 
-    def problem(
-        self, path: Path, make: Callable[[], Stepper], gradient: str | None, restarts: Any, programs: Any
-    ) -> Problem:
+    def problem(self, path: Path, make: Callable[[], Stepper], gradient: str | None, programs: Any) -> Problem:
         """What the engine takes."""
-        scheme = self.scheme
-        if scheme.reversible and isinstance(restarts, str) and restarts == "auto":
-            restarts = default_restarts(scheme)
         term = self.term(path, on_demand=self.area and not values_hidden())
-        problem = prepare(term, self.x0, None, self.first_step, self._owners(), scheme, make, gradient, restarts)
+        problem = prepare(
+            term, self.x0, None, self.first_step, self._owners(), self.scheme, make, gradient, self.restarts
+        )
         prepared = problem.term.term if isinstance(problem.term, Constant) else problem.term
         if prepared is not term:  # what is fixed while a value is made would not be so if it were made later
             term.on_demand = False

@@ -52,8 +52,8 @@ def scheme_and_options(
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
     known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    given = check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
-    for name in given:
+    given = check_options(given, (*known, *STEPS, "coupling", "restart", "dense"), scheme.name)
+    for name in (name for name in given if name != "restart"):
         if name == "dense":
             raise ValueError(
                 "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "
