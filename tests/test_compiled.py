@@ -177,6 +177,15 @@ def test_a_program_that_does_something_else_is_refused(place: int, monkeypatch: 
         through(lambda t, y: torch.sin(y))
 
 
+def test_a_program_that_rounds_otherwise_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some sums only rounding is left: the gradient of a bias before a normalisation, say."""
+    otherwise = lambda self, loop, example: lambda *inputs: [x + 1e-15 for x in loop(*inputs)]  # noqa: E731
+    monkeypatch.setattr(Compiler, "__call__", otherwise)
+    x = torch.linspace(0.0, 1.0, 7, dtype=torch.float64)
+    run = once(lambda x: (x, (x - x.mean()).sum()), [x], [], Compiler())
+    assert run(x)[1].abs() < EXACT
+
+
 def test_a_field_that_no_state_changes() -> None:
     """There is no product with its Jacobian for restarts to learn from."""
     y = through(lambda t, y: torch.ones_like(y) * torch.cos(t), torch.zeros(2, dtype=torch.float64))[-1]
