@@ -3,108 +3,243 @@
 Hypothesis prints the failing example and a blob that reproduces it; `pytest --hypothesis-profile=explore` searches at random.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revsolve import Restarts, Tableau, alf, leapfrog, odeint, plain, reversible, reversible_heun
+from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint, fixed_point, odeint, sde_method_names, sdeint
 from revsolve.core.coupling import Scheme
-from revsolve.schemes.reversible import KAHAN_LI6, SUZUKI4, YOSHIDA4
-from revsolve.schemes.tableau import TABLEAUS
+from revsolve.sde.coefficients import NOISE_TYPES, SDE_TYPES
+from revsolve.sde.methods import sde_scheme
+from tests.fuzzing import LOOSE, TOLERANCE, assert_close, filled, leaves, parts, restarts, schemes, states, times
+from tests.sde_problems import DIM, NeuralSDE
 
-NUM_EXAMPLES = 500
-# Rounding of a handful of steps, relative to the largest gradient. A coupling of 0.8 multiplies it by 1 / 0.8 ** 24 = 200.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-2}
-
-weights = st.floats(-1.0, 1.0).map(lambda w: round(w, 3))
-base = st.sampled_from([name for name in TABLEAUS if name != "dop853"])
-
-
-@st.composite
-def tableaus(draw: st.DrawFn) -> Tableau:
-    """Any explicit tableau of order one with up to four stages."""
-    rows = [draw(st.lists(weights, min_size=i, max_size=i)) for i in range(draw(st.integers(1, 4)))]
-    b = draw(st.lists(weights, min_size=len(rows) - 1, max_size=len(rows) - 1))
-    return Tableau(a=rows, b=[*b, 1.0 - sum(b)], c=[sum(row) for row in rows], order=1, name="random")
+NUM_EXAMPLES = {"odeint": 500, "sdeint": 120, "cdeint": 150, "fixed_point": 150}
+reals = st.sampled_from([torch.float64, torch.float32])
+batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 
 
-schemes = st.one_of(
-    st.builds(reversible, st.one_of(tableaus(), base.map(TABLEAUS.get)), st.sampled_from([1.0, 0.999, 0.8])),
-    st.builds(plain, st.one_of(tableaus(), base.map(TABLEAUS.get))),
-    st.sampled_from([reversible_heun(), alf(), alf(0.9), leapfrog()]),
-    st.sampled_from([(YOSHIDA4, 4), (SUZUKI4, 4), (KAHAN_LI6, 6)]).map(lambda c: alf(1.0, *c)),
-    st.sampled_from([(YOSHIDA4, 4), (SUZUKI4, 4), (KAHAN_LI6, 6)]).map(lambda c: reversible_heun(*c)),
-)
-shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
-states = st.recursive(
-    shapes,
-    lambda inner: st.lists(inner, min_size=1, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, min_size=1),
-    max_leaves=4,
-)
-times = st.lists(st.floats(0.05, 0.6), min_size=1, max_size=3)
-restarts = st.sampled_from(["auto", None, 1, 3, Restarts(budget=2), Restarts(growth=5.0, longest=4)])
+def times_of(spans: list[float], forward: bool = True) -> Tensor:
+    """From zero, forward or backward."""
+    return torch.tensor([0.0, *spans], dtype=torch.float64).cumsum(0) * (1 if forward else -1)
 
 
-def filled(shape: Any, dtype: torch.dtype) -> Any:
-    """A state of this structure with random numbers that want gradients."""
-    if isinstance(shape, dict):
-        return {key: filled(inner, dtype) for key, inner in shape.items()}
-    if isinstance(shape, list):
-        return [filled(inner, dtype) for inner in shape]
-    return torch.randn(shape, dtype=dtype, requires_grad=True)
+def mean_of(state: Any) -> Tensor:
+    """What every entry feels of all others."""
+    return sum((part.mean() for part in parts(state)), start=torch.zeros(()))
 
 
-def leaves(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    return [leaf for inner in (state.values() if isinstance(state, dict) else state) for leaf in leaves(inner)]
+def total_of(ys: Any) -> Tensor:
+    """A loss that feels every entry."""
+    return sum((part.sin().sum() for part in parts(ys)), start=torch.zeros(()))
 
 
-def rates(state: Any, t: Tensor, scale: Tensor, total: Tensor) -> Any:
-    """A smooth field in which every entry feels every other one."""
+def mapped(state: Any, field: Callable[[Tensor, Tensor], Tensor], total: Tensor) -> Any:
+    """`field(leaf, rate)` of every leaf, the rate being a smooth function of the total, of the kind of the leaf."""
     if isinstance(state, dict):
-        return {key: rates(inner, t, scale, total) for key, inner in state.items()}
+        return {key: mapped(inner, field, total) for key, inner in state.items()}
     if isinstance(state, list):
-        return [rates(inner, t, scale, total) for inner in state]
-    return torch.sin(scale * total + t) - 0.5 * state
+        return [mapped(inner, field, total) for inner in state]
+    rate = torch.sin(total)
+    return field(state, torch.complex(rate, torch.cos(total)) if state.is_complex() else rate)
 
 
-def gradients(
-    scheme: Scheme, shape: Any, spans: list[float], forward: bool, steps: int, gradient: str, **way: Any
+def of_odeint(
+    scheme: Scheme, shape: Any, spans: list[float], forward: bool, steps: int | None, gradient: str, **way: Any
 ) -> list[Tensor]:
+    """By the state, a parameter and the times; `steps` in the shortest span, or None for adaptive ones."""
     torch.manual_seed(0)
     state = filled(shape, way["dtype"])
-    scale = torch.tensor(0.8, dtype=way["dtype"], requires_grad=True)
-    ends = torch.tensor([0.0, *spans], dtype=torch.float64).cumsum(0) * (1 if forward else -1)
-    t = ends.requires_grad_()
-    field = lambda t, y: rates(y, t, scale, sum(leaf.mean() for leaf in leaves(y)))  # noqa: E731
-    options = {"step_size": min(spans) / steps}
+    scale = torch.tensor(0.8, dtype=way["dtype"].to_real(), requires_grad=True)
+    t = times_of(spans, forward).requires_grad_()
+    field = lambda t, y: mapped(y, lambda x, rate: rate - 0.5 * x + 0.2 * rate * x, scale * mean_of(y) + t)  # noqa: E731
+    chosen: Any = LOOSE if steps is None else {"options": {"step_size": min(spans) / steps}}
     settle = way["restarts"] if scheme.reversible else "auto"
-    ys = odeint(field, state, t, method=scheme, options=options, gradient=gradient, restarts=settle)
-    return list(torch.autograd.grad(sum(leaf.sin().sum() for leaf in leaves(ys)), [*leaves(state), scale, t]))
+    ys = odeint(field, state, t, method=scheme, gradient=gradient, restarts=settle, **chosen)
+    return list(torch.autograd.grad(total_of(ys), [*leaves(state), scale, t]))
 
 
-@settings(max_examples=NUM_EXAMPLES)
+@settings(max_examples=NUM_EXAMPLES["odeint"])
 @given(
-    schemes, states, times, st.booleans(), st.integers(1, 2), restarts, st.sampled_from(list(TOLERANCE)), st.booleans()
+    schemes,
+    states,
+    times,
+    st.booleans(),
+    st.sampled_from([1, 2, None]),
+    restarts,
+    st.sampled_from(list(TOLERANCE)),
+    st.booleans(),
 )
-def test_whatever_is_put_together_has_the_direct_gradient(
+def test_odeint(
     scheme: Scheme,
     shape: Any,
     spans: list[float],
     forward: bool,
-    steps: int,
+    steps: int | None,
     restarts: Any,
     dtype: torch.dtype,
     undone: bool,
 ) -> None:
+    assume(steps is not None or scheme.error_order is not None)
+    assume(steps is not None or getattr(restarts, "budget", None) is None)  # which needs a number of steps
     gradient = "reversible" if undone and scheme.reversible else "checkpoint"
     way = {"restarts": restarts, "dtype": dtype}
-    found = gradients(scheme, shape, spans, forward, steps, gradient, **way)
-    wanted = gradients(scheme, shape, spans, forward, steps, "direct", **way)
-    size = max(float(x.abs().max()) for x in wanted)
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-    assert worst <= TOLERANCE[dtype] * size
+    found = of_odeint(scheme, shape, spans, forward, steps, gradient, **way)
+    wanted = of_odeint(scheme, shape, spans, forward, steps, "direct", **way)
+    assert_close(found, wanted, TOLERANCE[dtype])
+
+
+def converging(noise_type: str, sde_type: str) -> list[str]:
+    """The methods that solve such an SDE."""
+    found = []
+    for name in sde_method_names():
+        with contextlib.suppress(ValueError):
+            sde_scheme(name, noise_type, sde_type, None)
+            found.append(name)
+    return found
+
+
+equations = st.tuples(st.sampled_from(NOISE_TYPES), st.sampled_from(SDE_TYPES)).flatmap(
+    lambda kinds: st.tuples(*map(st.just, kinds), st.sampled_from(converging(*kinds)))
+)
+
+
+def of_sdeint(
+    kinds: tuple[str, str, str],
+    batch: tuple[int, ...],
+    spans: list[float],
+    dtype: torch.dtype,
+    gradient: str,
+    **way: Any,
+) -> list[Tensor]:
+    """By the state and all parameters."""
+    torch.manual_seed(0)
+    sde = NeuralSDE(*kinds[:2]).to(dtype)
+    y0 = torch.randn(*batch, DIM, dtype=dtype, requires_grad=True)
+    ys = sdeint(sde, y0, times_of(spans), method=kinds[2], gradient=gradient, **way)
+    return list(torch.autograd.grad(total_of(list(ys)), [y0, *sde.parameters()], materialize_grads=True))
+
+
+@settings(max_examples=NUM_EXAMPLES["sdeint"])
+@given(equations, batches, times, st.integers(1, 4), restarts, reals, st.booleans(), st.booleans(), st.booleans())
+def test_sdeint(
+    kinds: tuple[str, str, str],
+    batch: tuple[int, ...],
+    spans: list[float],
+    steps: int,
+    restarts: Any,
+    dtype: torch.dtype,
+    undone: bool,
+    adaptive: bool,
+    logqp: bool,
+) -> None:
+    scheme = sde_scheme(kinds[2], *kinds[:2], None)
+    assume(not adaptive or (scheme.error_order is not None and getattr(restarts, "budget", None) is None))
+    way = {"dt": min(spans) / steps, "logqp": logqp and kinds[0] == "diagonal"}
+    way |= {"restarts": restarts} if scheme.reversible else {}
+    way |= {"adaptive": True, "dt_min": min(spans) / 16, "rtol": 0.1, "atol": 0.1} if adaptive else {}
+    gradient = "reversible" if undone and scheme.reversible else "checkpoint"
+    found, wanted = (of_sdeint(kinds, batch, spans, dtype, mode, **way) for mode in (gradient, "direct"))
+    assert_close(found, wanted, TOLERANCE[dtype])
+
+
+def of_cdeint(
+    kind: Any, batch: tuple[int, ...], places: list[float], dtype: torch.dtype, gradient: str, **way: Any
+) -> list[Tensor]:
+    """By the state, the data of the path, a parameter, and the times where dX/dt does not jump."""
+    torch.manual_seed(0)
+    data = torch.randn(*batch, 5, 2, dtype=dtype, requires_grad=True)
+    z0 = torch.randn(*batch, 3, dtype=dtype, requires_grad=True)
+    scale = torch.tensor(0.8, dtype=dtype, requires_grad=True)
+    t = torch.tensor(places, dtype=torch.float64, requires_grad=kind is not LinearPath)
+    X = kind(data, torch.tensor([-0.5, 0.3, 0.5, 1.1, 2.0], dtype=dtype))  # substeps may leave the interval of t
+    func = lambda t, z: 0.3 * torch.stack([torch.sin(scale * (z.sum(-1, keepdim=True) + z) + t), z.cos()], -1)  # noqa: E731
+    zs = cdeint(X, func, z0, t, gradient=gradient, **way)
+    wanted = [x for x in (z0, data, scale, t) if x.requires_grad]
+    return list(torch.autograd.grad(total_of(zs), wanted, materialize_grads=True))
+
+
+@settings(max_examples=NUM_EXAMPLES["cdeint"])
+@given(
+    schemes,
+    st.sampled_from([LinearPath, HermitePath, NaturalCubicPath]),
+    batches,
+    st.lists(st.floats(0.0, 1.5).map(lambda t: round(t, 2)), min_size=2, max_size=4, unique=True).map(sorted),
+    st.booleans(),
+    st.sampled_from([0.1, 0.3, "knots", "adaptive"]),
+    st.sampled_from([None, "derivative", "increment"]),
+    restarts,
+    reals,
+    st.booleans(),
+)
+def test_cdeint(
+    scheme: Scheme,
+    kind: Any,
+    batch: tuple[int, ...],
+    places: list[float],
+    forward: bool,
+    steps: Any,
+    form: str | None,
+    restarts: Any,
+    dtype: torch.dtype,
+    undone: bool,
+) -> None:
+    way: dict[str, Any] = {"method": scheme, "options": {} if form is None else {"form": form}}
+    if steps == "adaptive":
+        assume(scheme.error_order is not None and form != "increment" and getattr(restarts, "budget", None) is None)
+        way |= LOOSE
+    else:
+        way["options"]["step_size"] = None if steps == "knots" else steps
+    way |= {"restarts": restarts} if scheme.reversible else {}
+    places = places if forward else places[::-1]
+    gradient = "reversible" if undone and scheme.reversible else "checkpoint"
+    found, wanted = (of_cdeint(kind, batch, places, dtype, mode, **way) for mode in (gradient, "direct"))
+    assert_close(found, wanted, TOLERANCE[dtype])
+
+
+def of_fixed_point(
+    shape: Any, dtype: torch.dtype, beta: float, tensor: bool, gradient: str, **way: Any
+) -> list[Tensor]:
+    """By the start, a parameter, and beta where that is a tensor."""
+    torch.manual_seed(0)
+    z0 = filled(shape, dtype)
+    scale = torch.tensor(0.8, dtype=dtype.to_real(), requires_grad=True)
+    step = torch.tensor(beta, dtype=dtype.to_real(), requires_grad=True) if tensor else beta
+    f = lambda z: mapped(z, lambda x, rate: 0.3 * rate + 0.2 * rate * x, scale * mean_of(z))  # noqa: E731
+    z = fixed_point(f, z0, beta=step, gradient=gradient, on_failure="ignore", **way)
+    inputs = [*leaves(z0), scale, *([step] if tensor else [])]
+    return list(torch.autograd.grad(total_of(z), inputs))
+
+
+@settings(max_examples=NUM_EXAMPLES["fixed_point"])
+@given(
+    states,
+    st.sampled_from(list(TOLERANCE)),
+    st.sampled_from([0.3, 0.5, 0.8, 1.2]),
+    st.booleans(),
+    st.sampled_from([0.0, 1e-3]),
+    st.integers(1, 12),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from(["relative", "absolute"]),
+    st.booleans(),
+)
+def test_fixed_point(
+    shape: Any,
+    dtype: torch.dtype,
+    beta: float,
+    tensor: bool,
+    tol: float,
+    max_steps: int,
+    anchor_every: int | None,
+    residual: str,
+    undone: bool,
+) -> None:
+    way = {"tol": tol, "max_steps": max_steps, "residual": residual}
+    gradient, more = ("reversible", {"anchor_every": anchor_every}) if undone else ("checkpoint", {})
+    found = of_fixed_point(shape, dtype, beta, tensor, gradient, **way, **more)
+    assert_close(found, of_fixed_point(shape, dtype, beta, tensor, "direct", **way), TOLERANCE[dtype])
