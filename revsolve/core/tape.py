@@ -190,12 +190,19 @@ class Tape:
         if self.outputs:
             assert self.member is not None and self.leaf is not None
             inputs = (self.leaf, *self.times, *self.tensors)
-            got = vector_jacobian_product(self.outputs, inputs, self.cotangents)
+            outputs, cotangents, total = self.outputs, self.cotangents, grads[self.member]
+            joins = total is not None and total.dtype is self.leaf.dtype and self.weight == 1.0
+            if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
+                outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
+            got = vector_jacobian_product(outputs, inputs, cotangents)
             unused = [i for i, grad in enumerate(got) if grad is None]
             if self._looks_new(unused) or self.audit_due:
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
-            grads.add(self.member, got[0], self.weight)
+            if joins:
+                grads[self.member] = got[0]
+            else:
+                grads.add(self.member, got[0], self.weight)
             for time, grad in zip(self.times, got[1:], strict=False):
                 if grad is not None:
                     self.times[time] = scaled_add(self.times[time], grad, self.weight)
