@@ -111,15 +111,27 @@ STEPS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+@replayed
+@every_door
+def test_programs_compute_as_autocast_has_it(door: Any, gradient: str) -> None:
+    net, y0 = make_net().float(), make_y0(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(door, net, y0, gradient=gradient, compile={"backend": "eager"})
+        wanted = gradients(door, net, y0, gradient=gradient)
+    assert difference(found, wanted) < ROUGH
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "programs"])
 @pytest.mark.parametrize("door", STEPS)
-def test_autocast_keeps_no_state_of_every_step(door: str) -> None:
+def test_autocast_keeps_no_state_of_every_step(door: str, compile: Any) -> None:  # noqa: A002
     """What it casts from a leaf, a weight, it keeps until its context ends; a state must not look like one."""
     y0, net = torch.randn(5000, 3, requires_grad=True), make_net().float()
 
     def train(cache: bool) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
-            DOORS[door](net, y0, **STEPS[door](40)).sum().backward()
+            DOORS[door](net, y0, compile=compile, **STEPS[door](40)).sum().backward()
 
+    train(False)  # makes the programs
     # All that is kept of weights is less than a state.
     assert most_held(lambda: train(True)) < 1.01 * most_held(lambda: train(False))
 

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
-from revsolve.compiled.transcript import CompilationError
+from revsolve.compiled.transcript import CompilationError, uncached
 
 Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
 OPTIONS = ("backend", "mode", "options")
@@ -266,7 +266,8 @@ def _compiling(way: Compiler) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()  # a sixth of the time went into walks through all that torch has imported
     try:
-        yield
+        with uncached():
+            yield
     except Exception as error:
         raise CompilationError(
             f"compile= cannot turn this field into a program (backend {way.backend!r}): {type(error).__name__}: {error}. A field "

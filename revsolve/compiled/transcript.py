@@ -9,7 +9,8 @@ that does the same finds this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def transcript(
 
     `drive` is what the term is driven by over t -> t1, no tensor from outside.
     """
-    with torch.no_grad(), Transcript([x, drive]) as written:
+    with torch.no_grad(), uncached(), Transcript([x, drive]) as written:
         value = term.value(t, x)
         written.result(value, term.product(value, t, t1)[0], also(x))
     return tuple(written.lines), written.outside
@@ -87,13 +88,24 @@ def derivative_transcript(
     """
     leaves = [y.detach().requires_grad_(y.requires_grad) for y in outside]
     x = x.detach().requires_grad_()
-    with torch.enable_grad(), Transcript([x, drive, *leaves]) as written:
+    with torch.enable_grad(), uncached(), Transcript([x, drive, *leaves]) as written:
         with Swap(outside, leaves):
             k, _ = term.product(term.value(t, x), t, t1)
         if k.requires_grad:
             wanted = [x, *(y for y in leaves if y.requires_grad)]
             written.result(*torch.autograd.grad(k, wanted, torch.ones_like(k), allow_unused=True))
     return tuple(written.lines)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """What autocast cast before would hide the tensor that it was cast from; and what it casts now, it would keep for nothing."""
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
 
 
 class Swap(TorchFunctionMode):
