@@ -26,7 +26,7 @@ class RevDEQ(nn.Module):
         beta: as in `fixed_point`.
         learn_beta: make beta a parameter, kept by a sigmoid within (0.05, 0.95), or (1.05, 1.95) if it starts above 1.
         tol, max_steps: as in `fixed_point`; tol=0 and few steps is a weight-tied network rather than an equilibrium.
-        eval_max_steps: the most steps in eval mode; by default those of training.
+        eval_max_steps: the most steps in eval mode; by default those of training, unless these are drawn by a function.
         init: makes the initial z from x, where that is neither zero nor shaped like x.
         min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, options, on_failure: as in `fixed_point`.
 
@@ -64,6 +64,11 @@ class RevDEQ(nn.Module):
         on_failure: str = "warn",
     ) -> None:
         super().__init__()
+        if callable(max_steps) and eval_max_steps is None:
+            raise ValueError(
+                "eval_max_steps must be a number where max_steps is a function, which may draw another one in every call: say "
+                "how many steps eval mode may make."
+            )
         self.f, self.init = f, init
         self.learnable = Bounded(beta) if learn_beta else None
         self.fixed_beta = beta

@@ -62,6 +62,18 @@ def test_eval_may_take_more_steps() -> None:
     assert deq.last.converged
 
 
+def test_eval_does_not_draw_its_steps() -> None:
+    """Training may, but what a trained layer returns must not be another thing in every call."""
+    drawn = iter([2, 3])
+    deq = RevDEQ(Dense(), tol=0.0, max_steps=lambda: next(drawn), eval_max_steps=7)
+    deq(torch.randn(3, 6))
+    assert deq.last.num_steps == 2
+    deq.eval()(torch.randn(3, 6))
+    assert deq.last.num_steps == 7
+    with pytest.raises(ValueError, match="eval_max_steps must be a number where max_steps is a function"):
+        RevDEQ(Dense(), max_steps=lambda: 5)
+
+
 def test_the_latest_state_is_kept_without_its_history() -> None:
     deq = RevDEQ(Dense(), tol=1e-8)
     z = deq(torch.randn(3, 6, requires_grad=True))
