@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from revsolve.equilibrium.solve import FixedPoint, fixed_point
+from revsolve.progress import AcceptedStep
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)
@@ -28,7 +29,8 @@ class RevDEQ(nn.Module):
         tol, max_steps: as in `fixed_point`; tol=0 and few steps is a weight-tied network rather than an equilibrium.
         eval_max_steps: the most steps in eval mode; by default those of training, unless these are drawn by a function.
         init: makes the initial z from x, where that is neither zero nor shaped like x.
-        min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, options, on_failure: as in `fixed_point`.
+        min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, options, on_failure, progress, callback, compile:
+            as in `fixed_point`.
 
     Attributes:
         last: the `FixedPoint` of the latest call, its z detached: statistics, and a warm start for the next call.
@@ -62,6 +64,9 @@ class RevDEQ(nn.Module):
         anchor_every: int | None = None,
         options: Mapping[str, Any] | None = None,
         on_failure: str = "warn",
+        progress: bool = False,
+        callback: Callable[[AcceptedStep], Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002
     ) -> None:
         super().__init__()
         if callable(max_steps) and eval_max_steps is None:
@@ -76,6 +81,8 @@ class RevDEQ(nn.Module):
         self.residual, self.stop, self.on_failure = residual, stop, on_failure
         self.method, self.gradient, self.options = method, gradient, options
         self.pair_dtype, self.anchor_every = pair_dtype, anchor_every
+        self.progress, self.callback = progress, callback
+        self.programs = compile  # a module's `compile` is a method
         self.last: FixedPoint | None = None
 
     @property
@@ -108,6 +115,9 @@ class RevDEQ(nn.Module):
             options=self.options,
             on_failure=self.on_failure,
             full_output=True,
+            progress=self.progress,
+            callback=self.callback,
+            compile=self.programs,
         )
         self.last = replace(solution, z=tree_map(torch.Tensor.detach, solution.z))
         return solution.z

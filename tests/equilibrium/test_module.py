@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import RevDEQ
+from revsolve.compiled.programs import PROGRAMS
 from tests.equilibrium.cells import Convolution, Dense, difference
 
 
@@ -72,6 +73,22 @@ def test_eval_does_not_draw_its_steps() -> None:
     assert deq.last.num_steps == 7
     with pytest.raises(ValueError, match="eval_max_steps must be a number where max_steps is a function"):
         RevDEQ(Dense(), max_steps=lambda: 5)
+
+
+def test_steps_are_seen_as_they_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    deq = RevDEQ(Dense(), tol=1e-3, progress=True, callback=lambda step: seen.append(step.number))
+    deq(torch.randn(3, 6))
+    assert seen == [*range(1, deq.last.num_steps + 1)]
+    assert "fixed point" in capsys.readouterr().err
+
+
+def test_compiled_steps_are_the_eager_ones() -> None:
+    deq, x = RevDEQ(Dense(), tol=0.0, max_steps=12), torch.randn(3, 6, requires_grad=True)
+    compiled = RevDEQ(deq.f, tol=0.0, max_steps=12, compile={"backend": "eager"})
+    made = len(PROGRAMS.known)
+    assert difference(grads(compiled, x), grads(deq, x)) < 1e-12
+    assert len(PROGRAMS.known) > made
 
 
 def test_the_latest_state_is_kept_without_its_history() -> None:
