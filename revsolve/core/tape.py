@@ -190,8 +190,9 @@ class Tape:
         if self.outputs:
             assert self.member is not None and self.leaf is not None
             inputs = (self.leaf, *self.times, *self.tensors)
-            outputs, cotangents, total = self.outputs, self.cotangents, grads[self.member]
-            joins = total is not None and total.dtype is self.leaf.dtype and self.weight == 1.0
+            outputs, cotangents = self.outputs, self.cotangents
+            total = grads[self.member] if self.weight == 1.0 else None
+            joins = total is not None and total.dtype is self.leaf.dtype
             if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
             got = vector_jacobian_product(outputs, inputs, cotangents)
