@@ -156,6 +156,29 @@ def test_programs_are_found_again() -> None:
     assert len(PROGRAMS.known) == made + 1
 
 
+def at_rest(cut: bool) -> Any:
+    """y' = -8 y, of which a derivative sees nothing if it is cut."""
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not cut):
+            k = -8.0 * y
+        return k + 0.0 * y
+
+    return field
+
+
+def test_restarts_know_the_modes_of_their_own_field() -> None:
+    """Not those of another one with the same values, whose program was made before."""
+    y0, t = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
+    settings: dict[str, Any] = {"method": "rev_heun2", "options": {"step_size": 0.1}, "full_output": True}
+    numbers = [
+        [odeint(at_rest(cut), y0, t, compile=how, **settings).stats.num_restarts for cut in (False, True)]
+        for how in (RECORDED, False)
+    ]
+    assert numbers[0] == numbers[1]
+    assert numbers[0][0] > 2 * numbers[0][1]
+
+
 def test_a_tensor_given_twice_is_two_inputs() -> None:
     """What is one tensor when a program is made may be two when it is called."""
     one, two = torch.ones(3), torch.full((3,), 2.0)

@@ -104,10 +104,10 @@ class Programs:
     """Programs, ahead and back, by what they do; those used longest ago are dropped where there are too many."""
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, dict[Hashable, Program]] = {}
+        self.known: dict[Hashable, dict[Hashable, Any]] = {}
 
-    def made(self, key: Hashable) -> dict[Hashable, Program]:
-        """The programs of this key that there are: further ones are put there."""
+    def made(self, key: Hashable) -> dict[Hashable, Any]:
+        """The programs of this key that there are, those that differentiate by its derivative: further ones are put there."""
         found = self.known.pop(key, None) or {}
         self.known[key] = found
         if len(self.known) > MOST_PROGRAMS:

@@ -7,7 +7,7 @@ Where a method evaluates the field at the end of a step and again at the start o
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -42,13 +42,13 @@ class Setting:
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(grid)
         states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
-        self.what = (problem.scheme, way, text, *surroundings(), *states)
-        self.programs = PROGRAMS.made(self.what)
+        self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
 
+    @cached_property
     def differentiating(self) -> dict[Hashable, Program]:
-        """The programs that differentiate what the field does, which its operations alone do not tell."""
+        """Those that differentiate what the field does, which its operations alone do not tell."""
         with self.driver:
-            return PROGRAMS.made((*self.what, derivative_transcript(*self.call, self.outside)))
+            return self.programs.setdefault(derivative_transcript(*self.call, self.outside), {})
 
     def run(
         self,
@@ -147,7 +147,7 @@ class Back:
     """Carries pairs and cotangents back over steps; `sums` are the gradients of the tensors that the field uses."""
 
     def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
-        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating(), 0
+        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating, 0
         self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
         self.outside = [x.detach() for x in setting.outside]
 

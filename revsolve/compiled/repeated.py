@@ -66,7 +66,7 @@ class Through:
     """Carries cotangents back over steps of which the first pairs are `kept`; `sums` are the gradients of the tensors used."""
 
     def __init__(self, setting: Setting, again: Again, grad_ys: Tensor) -> None:
-        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating(), 0
+        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating, 0
         self.kept, self.outside = again.kept, again.outside
         self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
 
