@@ -20,8 +20,8 @@ from torch._higher_order_ops.while_loop import while_loop_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
+from revsolve.compiled.checked import check, rounding
 from revsolve.compiled.transcript import CompilationError, uncached
 
 Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
@@ -160,7 +160,7 @@ def loop(
         whole = _while(more, body, count, len(example), hidden, places)
         made = way(whole, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
     run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
-    _check(step, run, (number, *carried, number + (1 if ahead else -1), *constant), _rounding(body), places)
+    check(step, run, (number, *carried, number + (1 if ahead else -1), *constant), rounding(body), places)
     return run
 
 
@@ -175,41 +175,8 @@ def once(
         hidden = _lift_constants(body, fakes)
         made = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
     run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
-    _check(step, run, (*changing, *constant), _rounding(body))
+    check(step, run, (*changing, *constant), rounding(body))
     return run
-
-
-def _check(
-    step: Callable[..., Sequence[Tensor]],
-    run: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    eps: float,
-    changed: Sequence[int] = (),
-) -> None:
-    """Raise CompilationError unless the program does roughly what the code does that it was recorded from.
-
-    Its roundings, of size `eps`, may be others; what is recorded or compiled wrongly is far off.
-    """
-    ways: list[list[Tensor]] = []
-    for call in (step, run):
-        given = [x.clone() if i in changed else x for i, x in enumerate(inputs)]
-        ways.append([*call(*given), *(given[i] for i in changed)])
-    rounded = [x.is_floating_point() or x.is_complex() for x in ways[0]]
-    sizes = [float(x.abs().nan_to_num().max()) if rounds else 0.0 for x, rounds in zip(ways[0], rounded, strict=True)]
-    rest = eps**0.75 * max(sizes)  # all that is left of some sums, as for the gradient of a bias before a normalisation
-    for wanted, got, size, rounds in zip(*ways, sizes, rounded, strict=True):
-        a, b = ((torch.view_as_real(x) if x.is_complex() else x).double() for x in (wanted, got))
-        if not torch.allclose(a, b, rtol=0.0, atol=eps**0.25 * size + rest if rounds else 0.0, equal_nan=True):
-            raise CompilationError(
-                f"a program differs by {float((a - b).abs().max()):.1e} from the code that it was made from, where numbers are "
-                f"as large as {size:.1e}: solve with compile=False, and please report the field."
-            )
-
-
-def _rounding(recorded: fx.GraphModule) -> float:
-    """That of the coarsest numbers with which a recording computes."""
-    made = tree_leaves([node.meta.get("val") for node in recorded.graph.nodes])
-    return max(torch.finfo(x.dtype).eps for x in made if isinstance(x, Tensor) and x.dtype.is_floating_point)
 
 
 def _apart(*tensors: Tensor) -> list[Tensor]:
