@@ -20,17 +20,17 @@ class Looked:
         self.setting, self.memo = setting, memo
         self.outside = [x.detach() for x in setting.outside]
 
-    def __call__(self, t: Time, y: Tensor, v: Tensor) -> Tensor | None:
-        inputs, programs = [torch.as_tensor(t, dtype=torch.float64), y, v], self.setting.differentiating
+    def __call__(self, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
+        inputs = [torch.as_tensor(t, dtype=torch.float64), y, v, before]
+        programs = self.setting.differentiating
         if "looked" not in programs:
             programs["looked"] = Program(once(self._step, inputs, self.outside, self.setting.way), 1)
-        value, *product = programs["looked"].run(*inputs, *self.outside)
+        value, *found = programs["looked"].run(*inputs, *self.outside)
         self.memo.num_evaluations, self.memo.latest = self.memo.num_evaluations + 1, (y, t, value)
-        return product[0] if product else None
+        return (found[0], found[1]) if found else None
 
-    def _step(self, t: Tensor, y: Tensor, v: Tensor, *outside: Tensor) -> tuple[Tensor, ...]:
+    def _step(self, t: Tensor, y: Tensor, v: Tensor, before: Tensor, *outside: Tensor) -> tuple[Tensor, ...]:
         with Swap(self.setting.outside, outside):
             memo = Recalled(self.setting.term)
-            product = transposed_product(memo, t, y, v)
-        value = memo.latest[2]
-        return (value,) if product is None else (value, product)
+            found = transposed_product(memo, t, y, v, before)
+        return memo.latest[2], *(found or ())

@@ -40,7 +40,7 @@ class Setting:
             text, self.outside = transcript(*self.call)
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
-        self.times, self.due = _over_steps(grid)
+        self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
         states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
         self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
 
@@ -249,14 +249,14 @@ def surroundings() -> list[Hashable]:
     return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
 
 
-def _over_steps(grid: Grid) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _over_steps(times: tuple[float, ...], outputs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The times, and for every number of steps the output due then, or -1."""
-    length = max(LEAST_TIMES, 1 << grid.num_steps.bit_length())
-    times = torch.full((length,), grid.times[-1], dtype=torch.float64)
-    times[: len(grid.times)] = torch.tensor(grid.times, dtype=torch.float64)
+    length = max(LEAST_TIMES, 1 << (len(times) - 1).bit_length())
+    padded = torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64)
     due = torch.full((length,), -1)
-    due[torch.tensor(grid.outputs)] = torch.arange(len(grid.outputs))
-    return times, due
+    due[torch.tensor(outputs)] = torch.arange(len(outputs))
+    return padded, due
 
 
 @lru_cache(maxsize=4096)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Pair, Scheme, advance, moves, over
-from revsolve.core.tape import Memo
+from revsolve.core.tape import Memo, vector_jacobian_product
 
 SEED = 31_415  # of the first direction: the same in every solve, and apart from the user's random state
 PARALLEL = 1e-3  # 1 - cos^2 of the angle below which two directions are taken for one
@@ -28,7 +28,7 @@ AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that cos
 TRIPLED = 3.0  # how far, where z is of lower order than y
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
 
-Transposed = Callable[[Time, Tensor, Tensor], Tensor | None]
+Transposed = Callable[[Time, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 class Modes:
@@ -46,18 +46,22 @@ class Modes:
         self.stretch = 0.0
         self.rounding = 1.0
 
+    @cached_property
+    def table(self) -> list[list[int]]:
+        return _table(self.scheme)
+
     def look(self, t: Time, y: Tensor) -> list[Tensor]:
         """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
         if not self.memo.is_rate:
             return []
         if self.latest is None:
             self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
-        v, w = self.latest, self.transposed(t, y, self.latest)
-        if w is None:
+        before = self.latest if self.before is None else self.before
+        found = self.transposed(t, y, self.latest, before)
+        if found is None:
             return []
-        self.product = w
-        before = v if self.before is None else self.before
-        return [(before * v).sum(), (before * w).sum(), (v * w).sum(), (w * w).sum()]
+        self.product, numbers = found
+        return list(numbers.unbind())
 
     def _learn(self, cosine: float, before_product: float, latest_product: float, square: float) -> None:
         if not 0.0 < square < math.inf:
@@ -83,17 +87,22 @@ class Modes:
         faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
         steps = [MARGIN * h * rate for rate in self.rates]
         undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
-        return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
+        return max(1, min([FARTHEST, *undone, *(_reach(self.table, z) for z in steps)]))
 
 
-def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor) -> Tensor | None:
-    """The product of v and the Jacobian of the term at (t, y), None if there is none; the memo keeps the value there."""
+def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The product w of v and the Jacobian of the term at (t, y), with before . v, before . w, v . w and w . w; None if there is
+    none. The memo keeps the value at (t, y)."""
     leaf, value = memo.recorded(t, y)
     if not value.requires_grad:
         return None
     cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
-    (w,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=torch.is_grad_enabled(), allow_unused=True)
-    return None if w is None else (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
+    (w,) = vector_jacobian_product((value,), (leaf,), (cotangent,), torch.is_grad_enabled())
+    if w is None:
+        return None
+    w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
+    flat = [x.reshape(-1) for x in (before, v, w)]
+    return w, torch.stack([torch.dot(flat[i], flat[j]) for i, j in ((0, 1), (0, 2), (1, 2), (2, 2))])
 
 
 def _some_direction(y: Tensor) -> Tensor:
@@ -102,12 +111,12 @@ def _some_direction(y: Tensor) -> Tensor:
     return (v / v.norm()).to(real.device, torch.promote_types(real.dtype, torch.float32))
 
 
-def _reach(scheme: Scheme, z: complex) -> int:
+def _reach(table: list[list[int]], z: complex) -> int:
     size, angle = abs(z), abs(cmath.phase(-z)) / math.pi * (NUM_ANGLES - 1)
     if not SMALLEST * SMALLEST < size <= LARGEST:  # outside the table; also NaN
         return FARTHEST if size <= SMALLEST else 1
     row = max(0, math.ceil(PER_OCTAVE * math.log2(size / SMALLEST)))
-    reached = min(_table(scheme)[row][column] for column in (math.floor(angle), math.ceil(angle)))
+    reached = min(table[row][column] for column in (math.floor(angle), math.ceil(angle)))
     return max(1, min(FARTHEST, int(reached * max(1.0, SMALLEST / size))))  # slower modes take longer, in proportion
 
 

@@ -236,9 +236,9 @@ class Tape:
 
 
 def vector_jacobian_product(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], keep_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
     if ENGINE is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)
+        return torch.autograd.grad(outputs, inputs, cotangents, keep_graph, allow_unused=True)
+    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), keep_graph, False, inputs, True, accumulate_grad=False)
