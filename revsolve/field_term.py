@@ -20,12 +20,14 @@ class FieldTerm:
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> Tensor:
-        out = self.func(self.clock(t), self.packing.unpack(x))
-        if not self.checked or (self.packing.lone and (out.shape != x.shape or out.dtype != x.dtype)):
+        lone = self.packing.lone
+        out = self.func(self.clock(t), x if lone else self.packing.unpack(x))
+        if not self.checked or (lone and (out.dtype is not x.dtype or out.shape != x.shape)):
             self.packing.check_like(out, "the field")
             self.checked = True
-        out = self.packing.pack(out)
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        if not lone:
+            out = self.packing.pack(out)
+        return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
         return value, self.clock.lapse(t0, t1)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Wrapped
+from revsolve.core.tape import Wrapped, sequence_number
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
@@ -71,7 +71,7 @@ def traced(
     constants: others among those `held` that it uses and does not change."""
     constants = [(x, x._version) for x in held if not (x.requires_grad or x.is_inference())]
     with torch.enable_grad():
-        birthday = _sequence_number()
+        birthday = sequence_number()
         with _UnseenWitness() if "torch._dynamo" in sys.modules else _Witness() as witness:
             value = call()
     leaves, outside = boundary([value], birthday)
@@ -236,8 +236,3 @@ def _held(func: Any) -> Iterator[Any]:
         yield getattr(func, name, None)
     if not isinstance(func, type):
         yield from getattr(func, "__dict__", {}).values()
-
-
-def _sequence_number() -> int:
-    """The autograd sequence number of an operation recorded now: what was recorded earlier has a smaller one."""
-    return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]

@@ -209,7 +209,7 @@ class _Recorder(Tape):
         self.memo, self.audit_due = Recalled(term), False
         self.found: list[Tensor | None] = [None for _ in tensors]
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
         self.found = [
             total if grad is None else scaled_add(total, grad, weight)
             for total, grad in zip(self.found, grads, strict=True)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr as sequence_number  # that of the next node of the autograd graph
 from torch.autograd import Variable
 
 from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
@@ -141,7 +142,7 @@ class Tape:
         self.audit = audit
         self.audit_due = True
         self.looks: set[tuple[int, ...]] = set()
-        self.num_nodes = 0
+        self.num_nodes = sequence_number()
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
@@ -207,28 +208,27 @@ class Tape:
             for time, grad in zip(self.times, got[1:], strict=False):
                 if grad is not None:
                     self.times[time] = scaled_add(self.times[time], grad, self.weight)
-            self.add_up(got[1 + len(self.times) :], self.weight)
+            self.add_up(got[1 + len(self.times) :], self.weight, complete=not unused)
         self._forget()
 
     def _looks_new(self, unused: Sequence[int]) -> bool:
         """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
-        node = self.outputs[-1].grad_fn
-        latest = 0 if node is None else node._sequence_nr()
-        look = (latest - self.num_nodes, *unused)
-        self.num_nodes = latest
+        num_nodes = sequence_number()
+        look = (num_nodes - self.num_nodes, *unused)
+        self.num_nodes = num_nodes
         if look in self.looks:
             return False
         self.looks.add(look)
         return True
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        """Add weight * gradients of `tensors` to their sums."""
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
+        """Add weight * gradients of `tensors` to their sums; none of `complete` ones is None."""
         if self.batched:  # no batch is added in place to what is none
             pairs = zip(self.sums, grads, strict=True)
             self.sums = [total if grad is None else scaled_add(total, grad, weight) for total, grad in pairs]
             return
         sums = self.sums
-        if any(grad is None for grad in grads):
+        if not complete and any(grad is None for grad in grads):
             sums = [total for total, grad in zip(sums, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         if sums:
