@@ -135,9 +135,13 @@ def densely(equation: Equation, t: Any) -> Solution:
 
 def densely_again(equation: Any, steps: list[float], t: Any) -> Callable[[], Solution]:
     """What takes the same steps again, for the solution in between."""
+    return functools.partial(_densely_over, equation, steps, t.clone() if isinstance(t, Tensor) else list(t))
+
+
+def _densely_over(equation: Any, steps: list[float], t: Any) -> Solution:
     options = {"grid_constructor": lambda *_: steps}
     over = replace(equation, options=options, tolerances=(None, None), progress=False, callback=None)
-    return functools.partial(densely, over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
+    return densely(over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
 
 
 def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:

@@ -67,17 +67,19 @@ def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tu
     if capturing():
         with Draws() as draws:
             return call(), draws.any
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        before = _random_state(device)
+    on_device = device.type == "cuda"
+    before, there = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_device else None
+    drew = True
+    try:
         value = call()
-        drew = not torch.equal(before, _random_state(device))
+        drew = not torch.equal(before, torch.get_rng_state())
+        drew |= there is not None and not torch.equal(there, torch.cuda.get_rng_state(device))
+    finally:
+        if drew:
+            torch.set_rng_state(before)
+            if there is not None:
+                torch.cuda.set_rng_state(there, device)
     return value, drew
-
-
-def _random_state(device: torch.device) -> Tensor:
-    state = torch.get_rng_state()
-    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
 
 class Buffers:
