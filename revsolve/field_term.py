@@ -17,6 +17,7 @@ class FieldTerm:
     def __init__(self, func: Callable[..., Any], packing: Packing, clock: Any) -> None:
         self.func, self.packing, self.clock = func, packing, clock
         self.adds_up = self.is_rate = clock.adds_up
+        self.foresee = clock.foresee
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> Tensor:

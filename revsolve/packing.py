@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -122,6 +124,14 @@ class Clock:
     def lapse(self, t0: Any, t1: Any) -> Any:
         """How much time passes."""
         return t1 - t0
+
+    def foresee(self, times: Iterable[float]) -> None:
+        """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
+            made = torch.tensor(new, dtype=self.dtype)
+            if not wrapped(made):
+                self.recent.update(zip(new, made.unbind(), strict=True))
 
     def _constant(self, t: Any) -> Tensor:
         if len(self.recent) >= REMEMBERED_TIMES:

@@ -11,7 +11,7 @@ so that the times enter the field like any other argument, and their gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,9 @@ class ClockOfEach:
         last = len(self.t) - 2 if self.pace is None else len(self.pace) - 1
         n = min(max(math.floor(s), 0), last)
         return n, s - n
+
+    def foresee(self, times: Iterable[float]) -> None:
+        """Nothing is made beforehand."""
 
     @property
     def fastest(self) -> float:

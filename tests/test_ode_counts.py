@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from revsolve import method_names, odeint
+from revsolve.packing import Clock
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 
 NUM_STEPS = 20
 TIMES = (0.0, 0.35, 1.0)
+EVERY = 5  # steps between restarts
 FIXED: dict[str, Any] = {"options": {"step_size": 0.05}}
 REVERSIBLE = [name for name in method_names() if scheme(name).reversible]
 PAIRS = [f"rev_{name}" for name in TABLEAUS]
@@ -134,3 +136,27 @@ def test_adaptive_fsal_methods_reuse_the_last_stage() -> None:
     counted = Counted("dopri5", rtol=1e-6, atol=1e-6)
     num_tried = counted.stats.num_steps + counted.stats.num_rejected
     assert 6 * num_tried <= counted.forward <= 6 * num_tried + 4
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_the_times_of_fixed_steps_are_made_at_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are those that the field would get one by one; the first one is made for the first look at the field."""
+    one_by_one: list[float] = []
+    make = Clock._constant
+    monkeypatch.setattr(Clock, "_constant", lambda clock, t: [one_by_one.append(t), make(clock, t)][1])
+    seen: list[Tensor] = []
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        seen.append(t)
+        return torch.cos(t) - y
+
+    odeint(field, torch.ones(2), torch.tensor(TIMES), method=method, restarts=restarts_of(method), **FIXED)
+    assert len(one_by_one) <= 1 + NUM_STEPS / EVERY  # some methods evaluate elsewhere at a restart
+    assert {(t.shape, t.dtype) for t in seen} == {((), torch.float32)}
+    made = sorted({float(t) for t in seen})
+    alone = Clock(torch.float32, torch.device("cpu"))
+    assert all(float(alone(t)) == t for t in made)
+
+
+def restarts_of(method: str) -> Any:
+    return EVERY if scheme(method).reversible else "auto"

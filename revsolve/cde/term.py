@@ -20,7 +20,7 @@ class MatrixTerm:
 
     def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
-        self.adds_up = drive.adds_up
+        self.adds_up, self.foresee = drive.adds_up, clock.foresee
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Any]:
@@ -43,7 +43,7 @@ class ProductTerm:
     def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
         self.span: tuple[Time, Time] = (0.0, 0.0)
-        self.adds_up = drive.adds_up
+        self.adds_up, self.foresee = drive.adds_up, clock.foresee
 
     def value(self, t: Time, x: Tensor) -> tuple[Tensor, Time]:
         dx, scale = self.drive(t, *self.span)
@@ -63,7 +63,7 @@ class Deferred:
 
     def __init__(self, term: Term, products: ProductTerm) -> None:
         self.term, self.products = term, products
-        self.adds_up = products.adds_up
+        self.adds_up, self.foresee = products.adds_up, products.foresee
 
     def over(self, span: tuple[Time, Time]) -> ProductTerm:
         """The products, of which the next is taken over this span."""

@@ -11,7 +11,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -113,6 +113,15 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     if adds_up and scheme.run is not None and len(times) > 2:
         return scheme.run(times)
     return [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
+
+
+def evaluation_times(path: Sequence[Move]) -> Iterator[Time]:
+    """When the moves evaluate the term."""
+    for update, t0, t1, at in path:
+        if at is not None:
+            yield at
+        elif update.increment is not None:
+            yield from (moment(t0, t1, c) for c in update.increment.nodes)
 
 
 def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:

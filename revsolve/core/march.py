@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.capture import capturing
-from revsolve.core.coupling import Pair, Scheme, advance, moves, over
+from revsolve.core.coupling import Pair, Scheme, advance, evaluation_times, moves, over
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
+
+FORESEEN = 1000  # steps of which the times are made beforehand
 
 
 @dataclass
@@ -143,6 +145,8 @@ def march(
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.first_value)
         problem.first_value = None
     walk, grid = walking(problem.scheme, memo), stepper.grid
+    if memo.foresee is not None and stepper.num_total is not None:
+        memo.foresee(evaluation_times(moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)))
     segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:

@@ -19,8 +19,8 @@ class Term(Protocol):
     """What is integrated: a field, and how its value becomes an increment over a span of time.
 
     A term may also have `adds_up`, true where products of one value over two spans, one after the other, add up to that over
-    both; `is_rate`, true where the value is the time derivative of the state; and `summands(value, t0, t1)`, the product as a
-    list of (weight, k) with numbers or tensors as weights.
+    both; `is_rate`, true where the value is the time derivative of the state; `summands(value, t0, t1)`, the product as a
+    list of (weight, k) with numbers or tensors as weights; and `foresee(times)`, told beforehand when its value will be asked.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
@@ -36,6 +36,7 @@ class Wrapped:
     def __init__(self, term: Term) -> None:
         self.term, self.product, self.summands = term, term.product, getattr(term, "summands", None)
         self.adds_up, self.is_rate = getattr(term, "adds_up", False), getattr(term, "is_rate", False)
+        self.foresee = getattr(term, "foresee", None)
 
 
 class Memo(Wrapped):
@@ -241,4 +242,6 @@ def vector_jacobian_product(
     """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
     if ENGINE is None:
         return torch.autograd.grad(outputs, inputs, cotangents, keep_graph, allow_unused=True)
-    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), keep_graph, False, inputs, True, accumulate_grad=False)
+    return ENGINE.run_backward(
+        tuple(outputs), tuple(cotangents), keep_graph, False, inputs, True, accumulate_grad=False
+    )

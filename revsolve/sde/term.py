@@ -26,6 +26,7 @@ class SDETerm:
     def __init__(self, coefficients: Coefficients, path: Path, clock: Any, shift: Shift | None, pieces: bool) -> None:
         self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
         self.path, self.shift, self.clock = path, shift, clock
+        self.foresee = clock.foresee
         self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
         self.on_demand = pieces and shift is None and self.apart is not None
@@ -113,7 +114,7 @@ class LogRatioTerm:
 
     def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
         assert coefficients.prior is not None
-        self.adds_up = term.adds_up
+        self.adds_up, self.foresee = term.adds_up, term.foresee
         self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
 
     def value(self, t: Time, x: Tensor) -> Any:
