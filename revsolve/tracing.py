@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr as sequence_number
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Wrapped, sequence_number
+from revsolve.core.tape import Wrapped
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs

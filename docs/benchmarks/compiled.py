@@ -1,7 +1,8 @@
 """Compiled solves beside eager ones and JAX, and what compiling takes: `python docs/benchmarks/compiled.py`.
 
 Milliseconds of processor time of one gradient, as in `peers.py`, in the steps of RK4 that are stated for each size, whatever the
-method: medians of rounds in which all contenders take turns, also in multiples of what the pair as a solver of diffrax takes.
+method: medians of rounds in which all contenders take turns, also in multiples of what the pair as a solver of diffrax takes,
+which knows no restarts: the same steps without them are `restarts=None`.
 Then seconds until the first gradient is there, in a new process that has imported torch: with nothing compiled before on this
 machine ("cold"), another size with what the first one left, and the first one again from inductor's cache on disk ("warm").
 """
@@ -32,6 +33,9 @@ def times(name: str, size: Size, jax: Worker | None) -> dict[str, float]:
         for label, programs in (("eager", False), ("compiled", PROGRAMS)):
             solve = partial(revsolve.odeint, method=method, compile=programs)
             calls[f"{method}, {label}"] = partial(timed, partial(gradient, solve, field, size, size.num_steps))
+    for restarts in (32, None):
+        solve = partial(revsolve.odeint, method="rev_rk4", compile=PROGRAMS, restarts=restarts)
+        calls[f"rev_rk4, compiled, {restarts=}"] = partial(timed, partial(gradient, solve, field, size, size.num_steps))
     calls |= {} if jax is None else {contender: partial(jax, size, contender) for contender in IN_JAX}
     return medians(calls, ROUNDS.get(name, 1))
 

@@ -6,14 +6,16 @@ Every script runs on one thread and takes `--tiny`, with which it shrinks to a s
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from sizes import Size
 from torch import Tensor, nn
 
+Name = TypeVar("Name", bound=Hashable)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,9 +31,9 @@ def timed(call: Callable[[], object]) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def medians(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def medians(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, float]:
     """Median of what each returns, after a first call that does not count; they take turns, so that a busy moment hits all."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    taken: dict[Name, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
     for _ in range(1 if tiny() else rounds):
@@ -40,7 +42,7 @@ def medians(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def milliseconds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def milliseconds(contenders: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, float]:
     """Median processor time of each."""
     return medians({name: partial(timed, call) for name, call in contenders.items()}, rounds)
 
