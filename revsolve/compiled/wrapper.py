@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._inductor import cpu_vec_isa
 from torch._inductor.codegen import common
 from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -24,7 +25,6 @@ from torch._inductor.codegen.wrapper import (
     ReinterpretLine,
     ReuseLine,
 )
-from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
 from torch._inductor.virtualized import V
 
 LOOP = "while (1) {"
@@ -108,14 +108,15 @@ def _horner(coefficients: list[str]) -> str:
 
 
 @cache
-def best_instructions_work() -> bool | None:
-    """True if a program with the best vector instructions of this x86 processor runs; else None, for inductor to find out.
+def vector_instructions() -> list[cpu_vec_isa.VecISA]:
+    """The sets of vector instructions that this x86 processor has, if a program with the best runs; else none, for inductor to
+    find out.
 
-    It would compile and run one for each set of instructions that the processor has, which takes five seconds.
+    It would compile and run one or more for each of them, which takes five seconds.
     """
-    has = x86_isa_checker() if platform.machine() in ("x86_64", "AMD64") else []
-    best = next((isa for isa in supported_vec_isa_list if set(str(isa).split()) <= set(has)), None)
-    return True if best else None
+    has = cpu_vec_isa.x86_isa_checker() if platform.machine() in ("x86_64", "AMD64") else []
+    found = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(has)]
+    return found if found and found[0].check_build(cpu_vec_isa.VecISA._avx_code) else []
 
 
 @contextmanager
@@ -125,10 +126,12 @@ def own_code() -> Iterator[None]:
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Wrapper)
     CppVecOverrides.tanh = staticmethod(tanh)  # type: ignore[method-assign]
-    known = torch._inductor.config.cpp.vec_isa_ok
+    usual_instructions = cpu_vec_isa.valid_vec_isa_list
+    if torch._inductor.config.cpp.vec_isa_ok is None and vector_instructions():
+        cpu_vec_isa.valid_vec_isa_list = vector_instructions
     try:
-        with torch._inductor.config.patch({"cpp.vec_isa_ok": best_instructions_work() if known is None else known}):
-            yield
+        yield
     finally:
+        cpu_vec_isa.valid_vec_isa_list = usual_instructions
         common.device_codegens["cpu"] = usual
         CppVecOverrides.tanh = staticmethod(TANH)  # type: ignore[method-assign]
