@@ -22,7 +22,7 @@ from revsolve.dense import Dense, every_step
 from revsolve.event_steps import Event, steps_until
 from revsolve.events import solve_until
 from revsolve.own_steps import check_own_steps, steps_of_each
-from revsolve.packing import Clock, Packing
+from revsolve.packing import Clock, Packing, as_tensor
 from revsolve.per_sample import ClockOfEach, check_times_of_each, steps_for_each
 from revsolve.problem import check_times, values_hidden
 from revsolve.progress import AcceptedStep
@@ -130,7 +130,7 @@ def densely(equation: Equation, t: Any) -> Solution:
     assert problem.grid is not None
     steps = problem.grid.times
     interpolant = Dense(problem, states, equation.results, clock.shift, equation.breaks(steps))
-    return Solution(torch.as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
+    return Solution(as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
 
 
 def densely_again(equation: Any, steps: list[float], t: Any) -> Callable[[], Solution]:
@@ -192,7 +192,7 @@ def until_event(equation: Equation, t: Any, event_fn: Callable[..., Any]) -> tup
         )
     problem = equation.problem(term, [times[0], end], make, None)
     found, states = solve_until(event, problem, equation.x0)
-    t = torch.as_tensor(t)
+    t = as_tensor(t)
     event_t, shift = found.to(t), _shift(t)
     event_t = event_t if shift is None else event_t + shift
     assert problem.grid is not None

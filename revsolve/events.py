@@ -41,7 +41,7 @@ def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Ten
     with problem.buffers or nullcontext():  # trial steps are no evaluations that running statistics should see
         with torch.no_grad():
             found, component = last.locate(event.crossing)
-        time = torch.tensor(found, dtype=torch.float64)
+        time = torch.tensor(found, dtype=torch.float64, device="cpu")
         if torch.is_grad_enabled():
             time = last.differentiable(found, component)
         return time, torch.stack([x0, last.state(time, middle)])
@@ -90,7 +90,7 @@ class _LastStep:
 
     def differentiable(self, s: float, component: int) -> Tensor:
         """s as a function of all that it depends on."""
-        found = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+        found = torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True)
         for _ in range(NEWTON_STEPS):
             value = self.value(found, self.y, component)
             if not self.y.requires_grad and all(leaf is found for leaf in boundary([value])[0]):

@@ -52,7 +52,7 @@ def by_rule(
     tensors, constants = map(tuple, free)
     if noisy:
         with outside():
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
         term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
     problem = Problem(scheme, term, make_stepper, gradient, restarts, Stats(), tensors, Audit([]), constants)
     problem.rule = solve

@@ -182,7 +182,7 @@ def check_tolerances(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient: pass {name}.detach().")
-        if not bool(torch.as_tensor(value >= 0).all()):
+        if not bool(torch.as_tensor(value >= 0, device="cpu").all()):
             raise ValueError(f"{name} must not be negative, but it is {value}.")
     if _largest(rtol) < 2 * eps:
         raise ValueError(
@@ -200,7 +200,7 @@ def largest_of_samples(norm: Callable[[Tensor], Tensor], ndim: int, x: Tensor) -
     """The largest norm among all samples of the torch.vmaps around, whose dimensions lie before the last `ndim` if not hidden."""
     for _ in range(x.ndim - ndim):
         norm = vmap(norm)
-    return of_every_sample(torch.as_tensor(norm(x))).max()
+    return of_every_sample(torch.as_tensor(norm(x), device=x.device)).max()
 
 
 def explain_step(term: Term | None) -> Callable[..., str]:

@@ -19,7 +19,7 @@ from revsolve.core.tape import Term
 from revsolve.equation import Way, densely_again, solution_at, until_event
 from revsolve.event_steps import EVENT_OPTIONS, FAR
 from revsolve.field_term import FieldTerm
-from revsolve.packing import Clock, Packing
+from revsolve.packing import Clock, Packing, as_tensor
 from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
 from revsolve.schemes.tableau import Tableau
@@ -144,7 +144,7 @@ def odeint_event(
         >>> event_t
         tensor(0.6931)
     """
-    start = torch.as_tensor(t0).reshape(1)
+    start = as_tensor(t0).reshape(1)
     if not start.is_floating_point():
         raise TypeError(f"t0 must be a floating point tensor, but it has dtype {start.dtype}: cast it with .float().")
     t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
@@ -211,7 +211,7 @@ class _Equation(Way):
         again = None
         if len(steps) > 1 and not self.options.get("jump_t"):
             again = densely_again(self, steps, t)
-        return Solution(torch.as_tensor(t), self.packing.unpack(xs), problem.stats, steps, again=again)
+        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, steps, again=again)
 
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:

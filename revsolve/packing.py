@@ -129,7 +129,7 @@ class Clock:
         """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
-            made = torch.tensor(new, dtype=self.dtype)
+            made = torch.tensor(new, dtype=self.dtype, device=self.device)
             if not wrapped(made):
                 self.recent.update(zip(new, made.unbind(), strict=True))
 
@@ -142,6 +142,11 @@ class Clock:
         ):  # not that of a transform, which ends before the solve does
             self.recent[t] = made
         return made
+
+
+def as_tensor(x: Any) -> Tensor:
+    """Numbers as a tensor; one stays where it is, while torch's function of this name moves it to the default device."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
 def _check_leaf(leaf: Any, name: str) -> None:

@@ -192,7 +192,7 @@ def _repeatable(
 ) -> tuple[Term, Buffers | None]:
     """A term whose values are the same when asked again, after a first call; and the buffers that it changes all the same."""
     if noisy:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         term = Noisy(term, seed, [x0.device] if x0.device.type == "cuda" else [])
     if buffers.kept and _depends_on(buffers, term, span, x0):
         return Frozen(term, buffers), None  # the first call was the one that changes the state

@@ -77,7 +77,7 @@ class Slopes(Drive):
 
     def rows(self, keys: list[Key]) -> Any:
         assert isinstance(self.control, Control)
-        times, starts, ends = torch.tensor(keys, dtype=torch.float64).T.contiguous()
+        times, starts, ends = torch.tensor(keys, dtype=torch.float64, device="cpu").T.contiguous()
         return self.control.derivatives(times, spans=(starts, ends))
 
 
@@ -104,7 +104,7 @@ class Increments(Drive):
         if all(b - a in (0, 1) for a, b in zip(first, last, strict=True)):  # steps, and two of them joined
             pieces = self.control.increments(points)
             return pieces if first == last else tree_map(lambda x: _one_or_two(x, first, last), pieces)
-        starts, ends = torch.tensor(keys, dtype=torch.float64).T.contiguous()
+        starts, ends = torch.tensor(keys, dtype=torch.float64, device="cpu").T.contiguous()
         before, after = self.control.evaluate(starts), self.control.evaluate(ends)
         return tree_map(lambda b, a: (a - b).movedim(-2, 0), before, after)
 

@@ -54,10 +54,10 @@ def kinks_of_each(kinks: Tensor, t: Tensor) -> list[float]:
     t = t.detach().to("cpu", torch.float64)
     place = (kinks.detach().to(t)[:, None, None] - t[:-1]) / t.diff(dim=0)  # (k, T - 1, batch)
     inside = (place > CLOSE) & (place < 1 - CLOSE)
-    passed = (place + torch.arange(len(t) - 1, dtype=t.dtype)[:, None])[inside].unique()
+    passed = (place + torch.arange(len(t) - 1, dtype=t.dtype, device=t.device)[:, None])[inside].unique()
     return passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE].tolist()
 
 
 def _own(x: Tensor) -> Tensor:
     """(batch, ...) from (batch, batch, ...): what each sample has at its own time."""
-    return x[torch.arange(len(x)), torch.arange(len(x))]
+    return x[(each := torch.arange(len(x), device=x.device)), each]

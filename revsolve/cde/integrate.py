@@ -23,7 +23,7 @@ from revsolve.core.tape import Term
 from revsolve.drivers.control import Control, as_control
 from revsolve.equation import Way, densely_again, solution_at, until_event, with_kinks
 from revsolve.event_steps import EVENT_OPTIONS
-from revsolve.packing import Packing
+from revsolve.packing import Packing, as_tensor
 from revsolve.per_sample import ClockOfEach
 from revsolve.problem import by_programs, check_times, prepare
 from revsolve.progress import AcceptedStep, watched
@@ -203,7 +203,7 @@ class _Equation(Way):
         if moving is not None:
             refuse_kinks(self.kinks, times, grid)
         if len(times) == 1:
-            return Solution(torch.as_tensor(t), self.results(self.x0[None], 1), Stats(), times)
+            return Solution(as_tensor(t), self.results(self.x0[None], 1), Stats(), times)
         drive, span = self.drive(self.control), times[:2]
         if grid is not None:
             span = list(asked_for(self.scheme, grid.times[:2])[0][1:])
@@ -215,4 +215,4 @@ class _Equation(Way):
         assert problem.grid is not None
         steps = problem.grid.times
         again = densely_again(self, steps, t)
-        return Solution(torch.as_tensor(t), self.results(xs, 1), problem.stats, steps, again=again)
+        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, steps, again=again)

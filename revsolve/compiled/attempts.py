@@ -45,7 +45,7 @@ class Attempts:
         source = pair[self.begins]
         assert source is not None
         value, form = tree_flatten(memo.value(t0, source) if self.passes_on else ())
-        moments = [torch.tensor(t, dtype=torch.float64) for t in times]
+        moments = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in times]
         inputs = [*moments, *(x.contiguous() for x in (*pair, *value) if x is not None)]
         if self.program is None:
             self._find(times, inputs, measure, form)
@@ -65,7 +65,7 @@ class Attempts:
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
         """The program for inputs like these, made now unless there is one."""
         (t0, t1), y = times, inputs[2]
-        text, outside = transcript(self.memo.term, t0, y, t1, torch.zeros(0), lambda x: measure(x, x, x))
+        text, outside = transcript(self.memo.term, t0, y, t1, y.new_zeros(0), lambda x: measure(x, x, x))
         states = [(x.shape, x.stride(), x.dtype) for x in inputs]
         made = PROGRAMS.made((self.scheme, self.way, text, *surroundings(), *states))
         self.outside = [x.detach() for x in outside]
@@ -90,7 +90,7 @@ class Attempts:
             memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
         for update in self.scheme.updates:
             pair = advance(over(update, t0, t1), pair, memo, error)
-        measured, gap = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros(())
+        measured, gap = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
         if z is not None and pair[1] is not None:
             gap = size_of((pair[1] - z) * (t1 - t0).to(z.real.dtype) if self.scheme.staggered else pair[0] - pair[1])
         counts.append(memo.num_evaluations)
@@ -100,7 +100,7 @@ class Attempts:
 
 def _ends_where_it_begins(scheme: Scheme, begins: int) -> bool:
     """Whether the last evaluation of an attempt is the first of the step after it."""
-    memo, one = Memo(_Unmoved()), torch.ones(())
+    memo, one = Memo(_Unmoved()), torch.ones((), device="cpu")
     pair: Pair = (one, one)
     for update in scheme.updates:
         pair = advance(over(update, 0.0, 1.0), pair, memo, [])

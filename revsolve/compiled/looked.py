@@ -21,7 +21,7 @@ class Looked:
         self.outside = [x.detach() for x in setting.outside]
 
     def __call__(self, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
-        inputs = [torch.as_tensor(t, dtype=torch.float64), y, v, before]
+        inputs = [torch.as_tensor(t, dtype=torch.float64, device="cpu"), y, v, before]
         programs = self.setting.differentiating
         if "looked" not in programs:
             programs["looked"] = Program(once(self._step, inputs, self.outside, self.setting.way), 1)

@@ -99,7 +99,7 @@ class Ahead:
         self.setting, self.num_evaluations = setting, 0
         self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
         self.ys[0] = y0
-        self.gap = torch.zeros((), dtype=(setting.wide or y0.dtype).to_real())
+        self.gap = torch.zeros((), dtype=(setting.wide or y0.dtype).to_real(), device=y0.device)
         self.outside = [x.detach() for x in setting.outside]
 
     def __call__(self, pair: Pair, start: int, stop: int) -> Pair:
@@ -253,16 +253,16 @@ def surroundings() -> list[Hashable]:
 def _over_steps(times: tuple[float, ...], outputs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The times, and for every number of steps the output due then, or -1."""
     length = max(LEAST_TIMES, 1 << (len(times) - 1).bit_length())
-    padded = torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64)
-    due = torch.full((length,), -1)
-    due[torch.tensor(outputs)] = torch.arange(len(outputs))
+    padded = torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64, device="cpu")
+    due = torch.full((length,), -1, device="cpu")
+    due[list(outputs)] = torch.arange(len(outputs), device="cpu")
     return padded, due
 
 
 @lru_cache(maxsize=4096)
 def counted(n: int) -> Tensor:
     """A number of steps as programs take it."""
-    return torch.tensor(n)
+    return torch.tensor(n, device="cpu")
 
 
 def row(table: Tensor, n: Tensor) -> Tensor:

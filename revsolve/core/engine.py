@@ -151,7 +151,9 @@ def recompute(
     stop, end = grid.num_steps, marks.pop(grid.num_steps)[0]
     for start in sorted(marks, reverse=True):
         leaves = [None if x is None else leaf_of(x) for x in marks[start]]
-        times = [torch.tensor(s, dtype=torch.float64) for s in grid.times[start : stop + 1]] if moving else []
+        times = (
+            [torch.tensor(s, dtype=torch.float64, device="cpu") for s in grid.times[start : stop + 1]] if moving else []
+        )
         with torch.enable_grad():
             times = [s.requires_grad_() for s in times]
             walk = Walk(problem.scheme, tape.memo)
@@ -190,7 +192,7 @@ class _Clock:
 
     def _leaf(self, n: int) -> Tensor:
         if n not in self.leaves:
-            self.leaves[n] = torch.tensor(self.times[n], dtype=torch.float64, requires_grad=True)
+            self.leaves[n] = torch.tensor(self.times[n], dtype=torch.float64, device="cpu", requires_grad=True)
             self.tape.times[self.leaves[n]] = None
             self._retire(n + 3)
         return self.leaves[n]
@@ -241,11 +243,11 @@ def _stand_ins(problem: Problem, make: Callable[[Tensor], Tensor]) -> Iterator[S
 
 def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
     """The gradient of the output times, from those of all recorded times."""
-    zero = torch.zeros((), dtype=torch.float64, device=t.device)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     rows = [g if (g := grads.get(n)) is not None else zero for n in range(len(grid.times))]
     with torch.enable_grad():
         leaf = t.detach().requires_grad_()
-        return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows))[0]
+        return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows).to(t.device))[0]
 
 
 def mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Modes:
 
     @cached_property
     def table(self) -> list[list[int]]:
-        return _table(self.scheme)
+        with torch.device("cpu"):  # whatever the default device is
+            return _table(self.scheme)
 
     def look(self, t: Time, y: Tensor) -> list[Tensor]:
         """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
@@ -107,7 +108,7 @@ def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor
 
 def _some_direction(y: Tensor) -> Tensor:
     real = torch.view_as_real(y.detach()) if y.is_complex() else y
-    v = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+    v = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64, device="cpu")
     return (v / v.norm()).to(real.device, torch.promote_types(real.dtype, torch.float32))
 
 

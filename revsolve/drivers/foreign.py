@@ -109,9 +109,8 @@ class ForeignControl(Control):
 
     def __init__(self, path: Any, *, many_times: bool = False, smooth: bool = False) -> None:
         self.path, self.many_times, self.smooth = path, many_times, smooth
-        self._interval = (
-            torch.as_tensor(path.interval) if isinstance(path.interval, Tensor) else torch.tensor(path.interval)
-        )
+        given = path.interval
+        self._interval = given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
         self._ends = number(self._interval[0]), number(self._interval[1])
 
     @property

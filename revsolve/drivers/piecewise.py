@@ -121,14 +121,18 @@ class PiecewisePath(Control):
         if _at_hand(t):
             piece, s = self._locate(t, None)
             return _polynomial(self._coefficients[piece].unbind(0), s)
-        return _like_query(self._values(torch.as_tensor(t).reshape(-1)), t)
+        assert isinstance(t, Tensor)
+        return _like_query(self._values(t.reshape(-1)), t)
 
     def derivative(self, t: Time, *, span: tuple[Time, Time] | None = None) -> Tensor:
         if _at_hand(t):
             piece, s = self._locate(t, span)
             return _slope(self._coefficients[piece].unbind(0), s)
-        times = torch.as_tensor(t).reshape(-1)
-        ends = None if span is None else (torch.as_tensor(span[0]), torch.as_tensor(span[1]))
+        assert isinstance(t, Tensor)
+        times, device = t.reshape(-1), t.device
+        ends = (
+            None if span is None else (torch.as_tensor(span[0], device=device), torch.as_tensor(span[1], device=device))
+        )
         return _like_query(self.derivatives(times, spans=ends), t)
 
     def increment(self, t0: Time, t1: Time) -> Tensor:
@@ -185,7 +189,7 @@ class PiecewisePath(Control):
     def _locate_all(self, times: Times, spans: tuple[Times, Times] | None) -> tuple[Tensor, Tensor]:
         """The pieces (n,) that hold `times` (n,) and the distances (n, 1, ..., 1) from their left knots."""
         # Plain numbers are looked up in double precision, as in `_locate`, whatever the precision of the knots.
-        times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)
+        times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64, device="cpu")
         knots = self._knots.to(times.device, torch.promote_types(self._knots.dtype, times.dtype))
         where = times.detach().to(knots.dtype).contiguous()
         if where.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -34,8 +34,10 @@ def _cycle(product: Linear, gap: Tensor, most: int, enough: float) -> tuple[Tens
     """Of all combinations of gap, L gap, L^2 gap, ... that x for which x - L x comes closest to the gap, and how many it took."""
     length = torch.linalg.vector_norm(gap)
     basis = [_vector(gap) / length.clamp_min(torch.finfo(length.dtype).tiny)]
-    projected = torch.zeros(most + 1, most, dtype=torch.float64)  # x - L x in the basis, one column for every direction
-    target = torch.zeros(most + 1, dtype=torch.float64)
+    projected = torch.zeros(
+        most + 1, most, dtype=torch.float64, device="cpu"
+    )  # x - L x in the basis, one column for every direction
+    target = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
     target[0] = length
     for j in range(most):
         rest = basis[j] - _vector(product(_shaped(basis[j], gap)))

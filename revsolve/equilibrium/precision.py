@@ -90,7 +90,7 @@ def packed_beta(beta: Any, packing: Packing, real: torch.dtype) -> Scalar:
         raise ValueError(f"beta must be one number, or have the structure of z0, {packing.spec}, but it has {spec}.")
     rows = []
     for b, shape, size in zip(leaves, packing.shapes, packing.sizes, strict=True):
-        entries = _fitting(torch.as_tensor(b), shape).to(packing.device, real).expand(shape).reshape(-1)
+        entries = _fitting(torch.as_tensor(b, device=packing.device), shape).to(real).expand(shape).reshape(-1)
         rows.append(entries.repeat_interleave(size // entries.numel()))
     return torch.cat(rows)
 

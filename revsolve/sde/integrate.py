@@ -17,7 +17,7 @@ from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.drivers.foreign_brownian import as_brownian
 from revsolve.grids import adaptive_grid, explain_field, fixed_grid, given_grid
-from revsolve.packing import Clock
+from revsolve.packing import Clock, as_tensor
 from revsolve.per_sample import ClockOfEach, points_for_each, refuse_options
 from revsolve.problem import by_programs, prepare, values_hidden
 from revsolve.progress import AcceptedStep, watched
@@ -135,7 +135,7 @@ def sdeint(
     if not full_output:
         return ys
     assert problem.grid is not None
-    return Solution(torch.as_tensor(ts), ys, problem.stats, problem.grid.times)
+    return Solution(as_tensor(ts), ys, problem.stats, problem.grid.times)
 
 
 class _Equation:

@@ -84,7 +84,7 @@ def _generator_of(y0: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
 
     def normal(shape: tuple[int, ...]) -> Tensor:
         with outside():
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(y0.device, y0.dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(y0.device, y0.dtype)
 
     return normal
 
