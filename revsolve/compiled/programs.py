@@ -229,11 +229,11 @@ def _take_more(graph: fx.GraphModule, count: int) -> None:
 
 @contextmanager
 def _compiling(way: Compiler) -> Iterator[None]:
-    """Python's garbage waits meanwhile; where torch cannot record or compile, say what to do."""
+    """Python's garbage and the search for anomalies wait meanwhile; where torch cannot record or compile, say what to do."""
     collects = gc.isenabled()
     gc.disable()  # a sixth of the time went into walks through all that torch has imported
     try:
-        with uncached():
+        with uncached(), torch.autograd.set_detect_anomaly(False):  # a recording has no numbers to look at
             yield
     except Exception as error:
         raise CompilationError(

@@ -1,9 +1,10 @@
-"""A default device, as of `torch.set_default_device("cuda")`, that is not the state's: solvers say where their own tensors are.
+"""What torch may be told for the whole program does not change what a solve gives.
 
-The device "meta" stands for another one: nothing that was made there by mistake can be computed with.
+The default device "meta" stands for one that is not the state's: nothing that was made there by mistake can be computed with.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -108,9 +109,38 @@ SOLVES: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@contextlib.contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "default device": lambda: torch.device("meta"),
+    "default dtype": default_dtype,
+    "deterministic": deterministic,
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+    "saved tensors elsewhere": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*[Aa]nomaly")
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", SOLVES)
-def test_it_does_not_matter(name: str) -> None:
-    with torch.device("meta"):
+def test_a_solve_stays_the_same(name: str, setting: str) -> None:
+    with SETTINGS[setting]():
         found = gradients(SOLVES[name])
     for got, wanted in zip(found, gradients(SOLVES[name]), strict=True):
         torch.testing.assert_close(got, wanted)
