@@ -67,6 +67,11 @@ def deq(**settings: Any) -> Callable[[], Tensor]:
     )
 
 
+def own_noise() -> Tensor:
+    torch.manual_seed(1)
+    return sdeint((field, noise), Y0, T, dt=0.1)
+
+
 def event() -> Tensor:
     stop = lambda t, y: (y - Y0).square().sum() - 0.1  # noqa: E731
     found, ys = odeint_event(field, Y0, START, event_fn=stop, method="rev_dopri5")
@@ -96,7 +101,7 @@ SOLVES: dict[str, Callable[[], Tensor]] = {
     "sde": sde(),
     "sde, Ito": sde(SDE(field, noise, sde_type="ito")),
     "sde, area": sde(method="rev_slowrk"),
-    "sde, own noise": lambda: sdeint((field, noise), Y0, T, dt=0.1) * 0.0,
+    "sde, own noise": own_noise,
     "sde, adaptive": sde(adaptive=True, rtol=1e-2, atol=1e-2),
     "sde, programs": sde(compile=EAGER),
     "cde, linear": cde(LinearPath),

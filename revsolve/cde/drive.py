@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.cde.each import PathOfEach
-from revsolve.core.arithmetic import Time, moment
-from revsolve.core.coupling import Scheme, moves, over
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Scheme, evaluations, moves, over
 from revsolve.drivers.control import Control
 from revsolve.transforms.levels import wrapped
 
@@ -146,13 +146,9 @@ def _followed(x: Tensor) -> bool:
 
 def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:
     """The (t, t0, t1) for which the steps between these times ask the term: its evaluations, and the spans they are used for."""
-    asked = []
-    for start, end in itertools.pairwise(times):
-        for update, t0, t1, _ in (over(update, start, end) for update in (*scheme.restart, *scheme.updates)):
-            if update.increment is not None:
-                asked += [(moment(t0, t1, c), t0, t1) for c in update.increment.nodes]
-    joined = ((at, t0, t1) for update, t0, t1, at in moves(scheme, times, adds_up) if update.increment is not None)
-    return [*asked, *((at, t0, t1) for at, t0, t1 in joined if at is not None)]
+    alone = [over(update, *step) for step in itertools.pairwise(times) for update in (*scheme.restart, *scheme.updates)]
+    joined = [move for move in moves(scheme, times, adds_up) if move[3] is not None]
+    return list(evaluations([*alone, *joined]))
 
 
 def _ordered(*times: Time) -> Key:

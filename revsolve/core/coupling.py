@@ -11,7 +11,7 @@ evaluation of the increment; the vector-Jacobian products of evaluations that sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -115,13 +115,12 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     return [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
 
 
-def evaluation_times(path: Sequence[Move]) -> Iterator[Time]:
-    """When the moves evaluate the term."""
+def evaluations(path: Iterable[Move]) -> Iterator[tuple[Time, Time, Time]]:
+    """The (t, t0, t1) for which the moves ask the term: an evaluation at t, used for the span t0 -> t1."""
     for update, t0, t1, at in path:
-        if at is not None:
-            yield at
-        elif update.increment is not None:
-            yield from (moment(t0, t1, c) for c in update.increment.nodes)
+        if update.increment is not None:
+            for t in (moment(t0, t1, c) for c in update.increment.nodes) if at is None else (at,):
+                yield t, t0, t1
 
 
 def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:

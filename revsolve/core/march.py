@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.capture import capturing
-from revsolve.core.coupling import Pair, Scheme, advance, evaluation_times, moves, over
+from revsolve.core.coupling import Pair, Scheme, advance, evaluations, moves, over
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Buffers
 from revsolve.core.restarts import Restarts, Segments
@@ -146,7 +146,8 @@ def march(
         problem.first_value = None
     walk, grid = walking(problem.scheme, memo), stepper.grid
     if memo.foresee is not None and stepper.num_total is not None:
-        memo.foresee(evaluation_times(moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)))
+        path = moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)
+        memo.foresee(t for t, _, _ in evaluations(path))
     segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:

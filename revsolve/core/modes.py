@@ -9,7 +9,8 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,6 @@ class Modes:
         self.before: Tensor | None = None
         self.stretch = 0.0
         self.rounding = 1.0
-
-    @cached_property
-    def table(self) -> list[list[int]]:
-        with torch.device("cpu"):  # whatever the default device is
-            return _table(self.scheme)
 
     def look(self, t: Time, y: Tensor) -> list[Tensor]:
         """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
@@ -88,7 +84,7 @@ class Modes:
         faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
         steps = [MARGIN * h * rate for rate in self.rates]
         undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
-        return max(1, min([FARTHEST, *undone, *(_reach(self.table, z) for z in steps)]))
+        return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
 
 
 def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -112,12 +108,12 @@ def _some_direction(y: Tensor) -> Tensor:
     return (v / v.norm()).to(real.device, torch.promote_types(real.dtype, torch.float32))
 
 
-def _reach(table: list[list[int]], z: complex) -> int:
+def _reach(scheme: Scheme, z: complex) -> int:
     size, angle = abs(z), abs(cmath.phase(-z)) / math.pi * (NUM_ANGLES - 1)
     if not SMALLEST * SMALLEST < size <= LARGEST:  # outside the table; also NaN
         return FARTHEST if size <= SMALLEST else 1
     row = max(0, math.ceil(PER_OCTAVE * math.log2(size / SMALLEST)))
-    reached = min(table[row][column] for column in (math.floor(angle), math.ceil(angle)))
+    reached = min(_table(scheme)[row][column] for column in (math.floor(angle), math.ceil(angle)))
     return max(1, min(FARTHEST, int(reached * max(1.0, SMALLEST / size))))  # slower modes take longer, in proportion
 
 
@@ -128,15 +124,15 @@ def _table(scheme: Scheme) -> list[list[int]]:
 
     Where the parasitic part is of lower order than the error, it must not even grow much.
     """
-    sizes = SMALLEST * 2.0 ** torch.arange(0, math.log2(LARGEST / SMALLEST) + 1e-9, 1 / PER_OCTAVE, dtype=torch.float64)
-    z = -sizes[:, None] * torch.exp(1j * torch.linspace(0, math.pi, NUM_ANGLES, dtype=torch.float64))
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    sizes = SMALLEST * 2.0 ** torch.arange(0, math.log2(LARGEST / SMALLEST) + 1e-9, 1 / PER_OCTAVE, **kind)
+    z = -sizes[:, None] * torch.exp(1j * torch.linspace(0, math.pi, NUM_ANGLES, **kind))
     step, state = _amplification(scheme, z)
     rough = scheme.gap_order < scheme.order and not scheme.staggered  # z errs more than y, which y must not see
     allowed = TRIPLED if rough else AMPLIFIED if scheme.gap_order <= scheme.order else math.inf
     rows = 2 if rough else 1  # those of y, and of z
-    power = torch.eye(2, dtype=z.dtype)
-    base, within, reached = (step @ state)[..., 0, 0].abs(), torch.ones(z.shape, dtype=torch.bool), torch.zeros(z.shape)
-    natural = torch.ones(z.shape, dtype=torch.float64)
+    power, base = torch.eye(2, dtype=z.dtype, device=z.device), (step @ state)[..., 0, 0].abs()
+    natural, within, reached = torch.ones_like(base), torch.ones_like(base, dtype=torch.bool), torch.zeros_like(base)
     for _ in range(FARTHEST):
         power, natural = step @ power, natural * base
         within &= (power @ state)[..., 0, 0].abs() <= (LASTING * natural).clamp(min=1.0)
