@@ -51,7 +51,7 @@ class Attempts:
             self._find(times, inputs, measure, form)
         assert self.program is not None
         measured, self.gap, y, *rest = self.program.run(*inputs, *self.outside)
-        memo.num_evaluations += self.program.num_evaluations
+        memo.num_evaluations += self.program.besides
         pair = (y, rest.pop(0)) if self.scheme.reversible else (y, None)
         memo.latest = (pair[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
         return pair, measured

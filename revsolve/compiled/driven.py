@@ -32,14 +32,16 @@ class Source:
 class Driver:
     """Stands for what drives a term in recordings: rows of a table, one for every step, `most` at a time.
 
-    A row has an entry for every evaluation in a step, in the order in which the increments ask.
+    A row has an entry for every evaluation in a step, in the order in which the increments ask; behind these, the first row has
+    those of a restart.
     """
 
     def __init__(self, source: Source, scheme: Scheme, grid: Grid, most: int) -> None:
         self.source, self.times, self.most = source, grid.times, most
         self.real = getattr(source.term, source.name)
-        self.updates = [u for u in scheme.updates if u.increment is not None]
+        self.updates = [u for u in (*scheme.updates, *scheme.restart) if u.increment is not None]
         self.asked = [(c, u.start, u.end) for u in self.updates if u.increment for c in u.increment.nodes]
+        self.in_steps = sum(len(u.increment.nodes) for u in scheme.updates if u.increment)
         self.first = self._asked(0, *self.asked[0])
         self.queue: Iterator[Tensor] = repeat(self.first)
 
@@ -51,7 +53,7 @@ class Driver:
         """The answers in the steps start..stop, and zeros: (most + 1, evaluations, ...)."""
         rows = self.first.new_zeros(self.most + 1, len(self.asked), *self.first.shape)
         for n, row in zip(range(start, stop), rows, strict=False):
-            for place, entry in zip(self.asked, row, strict=True):
+            for place, entry in zip(self.asked if n == start else self.asked[: self.in_steps], row, strict=False):
                 entry.copy_(self._asked(n, *place))
         return rows
 

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from revsolve.compiled.checked import check, rounding
 from revsolve.compiled.transcript import CompilationError, uncached
 
-Step = Callable[..., tuple[Tensor, ...]]  # (number, *carried, stop, *constant) -> (next number, *carried)
 OPTIONS = ("backend", "mode", "options")
 BACKENDS = ("inductor", "eager")
 MOST_PROGRAMS = 256
@@ -92,12 +91,29 @@ def compiler(given: Any) -> Compiler:
     return Compiler(backend, tuple(sorted(options.items())))
 
 
+class Sweep(Protocol):
+    """What one program does with a segment of steps: before them, in each of them, and after them."""
+
+    def begin(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """(*given, stop, *constant) -> carried"""
+        ...
+
+    def step(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """(*carried, stop, *constant) -> (next n, *carried)"""
+        ...
+
+    def end(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """(*carried, stop, *constant) -> results"""
+        ...
+
+
 @dataclass(frozen=True)
 class Program:
-    """A compiled loop, called with (number, *carried, stop, *constant) for (number, *carried); see `loop`."""
+    """A compiled recording, and how often it evaluates the field: besides steps, and in each of them."""
 
     run: Callable[..., Any]
-    num_evaluations: int  # of the field, in every step
+    besides: int
+    in_steps: int = 0
 
 
 class Programs:
@@ -134,33 +150,43 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, tor
 
 
 def loop(
-    step: Step,
+    sweep: Sweep,
     ahead: bool,
     number: Tensor,
-    carried: Sequence[Tensor],
+    given: Sequence[Tensor],
     constant: Sequence[Tensor],
     changed: Sequence[int],
     way: Compiler,
 ) -> Callable[..., Any]:
-    """The program that repeats `step` until its first argument, the number, is no longer below (`ahead`) or above `stop`.
+    """The program of a sweep: steps are repeated until the number is no longer below (`ahead`) or above `stop`.
 
-    It is called with (number, *carried, stop, *constant) and returns (number, *carried); `changed` are the constants, by their
-    place, that steps change in place. Made for inputs like those given, with which its first step is checked.
+    It is called with (number, *given, stop, *constant) and returns what the sweep ends with; `changed` are the constants, by
+    their place, that steps change in place. Made for inputs like those given, with which a sweep of one step is checked.
     """
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    given = _apart(number, *carried, number, *constant)
-    example = [fakes.from_tensor(x, static_shapes=True) for x in given]
-    count = 1 + len(carried)
-    going = operator.lt if ahead else operator.gt
+    example, split = _fake(fakes, number, *given, number, *constant), 1 + len(given)
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
-        body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
-        more = make_fx(lambda n, *rest: going(n, rest[count - 1]), tracing_mode="fake")(*example)
-        hidden = _lift_constants(body, fakes)
-        places = [count + 1 + i for i in changed]
-        whole = _while(more, body, count, len(example), hidden, places)
-        made = way(whole, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
-    run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
-    check(step, run, (number, *carried, number + (1 if ahead else -1), *constant), rounding(body), places)
+        begin = _recorded(sweep.begin, example)
+        carried = _fake(fakes, *(node.meta["val"] for node in _results(begin)))
+        inside, count, going = (
+            [example[0], *carried, *example[split:]],
+            1 + len(carried),
+            operator.lt if ahead else operator.gt,
+        )
+        more = make_fx(lambda n, *rest: going(n, rest[count - 1]), tracing_mode="fake")(*inside)
+        parts = {"begin": begin, "body": _recorded(sweep.step, inside), "end": _recorded(sweep.end, inside)}
+        hidden = {name: _lift_constants(part, fakes) for name, part in parts.items()}
+        whole = _whole(more, parts, [len(x) for x in hidden.values()], len(example), split, count, changed)
+        further = [x for found in hidden.values() for x in found]
+        made = way(whole, [*example, *_fake(fakes, *further)])
+    run = (lambda *inputs: made(*inputs, *further)) if further else made
+
+    def by_parts(first: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+        rest = inputs[split - 1 :]
+        return sweep.end(*sweep.step(first, *sweep.begin(first, *inputs), *rest), *rest)
+
+    one_step = (number, *given, number + (1 if ahead else -1), *constant)
+    check(by_parts, run, one_step, max(map(rounding, parts.values())), [split + 1 + i for i in changed])
     return run
 
 
@@ -169,38 +195,60 @@ def once(
 ) -> Callable[..., Any]:
     """The program that does `step(*changing, *constant)` one time."""
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    example = [fakes.from_tensor(x, static_shapes=True) for x in _apart(*changing, *constant)]
+    example = _fake(fakes, *changing, *constant)
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
-        body = make_fx(step, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
+        body = _recorded(step, example)
         hidden = _lift_constants(body, fakes)
-        made = way(body, [*example, *(fakes.from_tensor(x, static_shapes=True) for x in hidden)])
+        made = way(body, [*example, *_fake(fakes, *hidden)])
     run = (lambda *inputs: made(*inputs, *hidden)) if hidden else made
     check(step, run, (*changing, *constant), rounding(body))
     return run
 
 
-def _apart(*tensors: Tensor) -> list[Tensor]:
-    """Tensors like these: one that is given twice, or a part of another, would be taken for that in every call."""
-    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors]
+def _fake(fakes: FakeTensorMode, *tensors: Tensor) -> list[Tensor]:
+    """Tensors like these without numbers: one given twice, or a part of another, would be taken for that in every call."""
+    apart = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors]
+    return [fakes.from_tensor(x, static_shapes=True) for x in apart]
 
 
-def _while(
+def _recorded(code: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> fx.GraphModule:
+    return make_fx(code, tracing_mode="fake", decomposition_table=DECOMPOSED)(*example)
+
+
+def _results(recorded: fx.GraphModule) -> Sequence[fx.Node]:
+    return recorded.graph.output_node().args[0]  # type: ignore[return-value]
+
+
+def _whole(
     more: fx.GraphModule,
-    body: fx.GraphModule,
-    count: int,
+    parts: Mapping[str, fx.GraphModule],
+    hidden: Sequence[int],
     inputs: int,
-    hidden: Sequence[Tensor],
+    split: int,
+    count: int,
     changed: Sequence[int],
 ) -> fx.GraphModule:
-    """The graph of the whole loop: `count` carried tensors first, then those that only the body and the condition read."""
-    _take_more(more, len(hidden))
+    """The graph of a sweep. Of its `inputs`, the first `split` are what it begins with; `count` tensors are carried through the
+    loop. Behind them come the `hidden` inputs of each part."""
     root, graph = torch.nn.Module(), fx.Graph()
-    root.more, root.body = more, body
-    taken = [graph.placeholder(f"input{i}") for i in range(inputs + len(hidden))]
-    parts = graph.get_attr("more"), graph.get_attr("body"), tuple(taken[:count]), tuple(taken[count:])
-    marked: dict[str, Any] = {"mutated_arg_indices": ",".join(map(str, changed))} if changed else {}
-    out = graph.call_function(while_loop_op, parts, marked)
-    graph.output(tuple(graph.call_function(operator.getitem, (out, i)) for i in range(count)))
+    for name, part in (*parts.items(), ("more", more)):
+        setattr(root, name, part)
+    _take_more(more, hidden[1])
+    taken = [graph.placeholder(f"input{i}") for i in range(inputs + sum(hidden))]
+    rest, own, place = taken[split:inputs], [], inputs
+    for size in hidden:
+        own.append(taken[place : place + size])
+        place += size
+
+    def outputs(node: fx.Node, size: int) -> list[fx.Node]:
+        return [graph.call_function(operator.getitem, (node, i)) for i in range(size)]
+
+    begun = outputs(graph.call_module("begin", (*taken[:inputs], *own[0])), count - 1)
+    bodies, carried = (graph.get_attr("more"), graph.get_attr("body")), (taken[0], *begun)
+    marked: dict[str, Any] = {"mutated_arg_indices": ",".join(str(count + 1 + i) for i in changed)} if changed else {}
+    after = outputs(graph.call_function(while_loop_op, (*bodies, carried, (*rest, *own[1])), marked), count)
+    ended = graph.call_module("end", (*after, *rest, *own[2]))
+    graph.output(tuple(outputs(ended, len(_results(parts["end"])))))
     return fx.GraphModule(root, graph)
 
 

@@ -1,12 +1,14 @@
-"""One step ahead and one step back as functions of tensors alone, recorded for programs from the code that solves eagerly.
+"""Segments ahead and back as functions of tensors alone, recorded for programs from the code that solves eagerly.
 
 Where a method evaluates the field at the end of a step and again at the start of the next, at the same state and time
 (reversible Heun), a program's step runs from behind the first evaluation to behind that of the next step, so that both are one.
+What is different at the start of a segment (a restart, that first evaluation) and at its end is recorded around the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 
 from revsolve.compiled.driven import Driver, Undriven
-from revsolve.compiled.programs import PROGRAMS, Compiler, Program, loop
+from revsolve.compiled.programs import PROGRAMS, Compiler, Program, Sweep, loop
 from revsolve.compiled.transcript import Swap, derivative_transcript, transcript
 from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
 from revsolve.core.march import Problem, size_of
+from revsolve.core.modes import Modes, transposed_product
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Grads, Memo, Tape, Term
+from revsolve.core.tape import Grads, Memo, Tape
 
 LEAST_TIMES = (
     64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
@@ -54,23 +57,54 @@ class Setting:
         self,
         programs: dict[Hashable, Program],
         name: Hashable,
-        step: Callable[..., Any],
+        sweep: Swept,
         span: tuple[int, int],
-        carried: list[Tensor],
-        constant: list[Tensor],
+        given: Sequence[Tensor],
+        constant: Sequence[Tensor],
         changed: range,
-    ) -> tuple[list[Tensor], int]:
-        """What is carried from the first of these step counts to the last by the program of this name, made now unless there is
-        one; and how often it evaluated the field."""
+    ) -> list[Tensor]:
+        """What the sweep from the first of these step counts to the last ends with, by the program of this name, made now unless
+        there is one."""
         (start, stop), (first, last) = span, map(counted, span)
         if name not in programs:
-            counts: list[int] = []
-            repeat = loop(
-                lambda *inputs: step(counts, *inputs), start < stop, first, carried, constant, changed, self.way
-            )
-            programs[name] = Program(repeat, counts[-1])
-        _, *after = programs[name].run(first, *carried, last, *constant)
-        return after, programs[name].num_evaluations * abs(stop - start)
+            made = loop(sweep, start < stop, first, given, constant, changed, self.way)
+            programs[name] = Program(made, sweep.counts["begin"] + sweep.counts["end"], sweep.counts["step"])
+        program = programs[name]
+        sweep.num_evaluations += program.in_steps * abs(stop - start) + program.besides
+        return program.run(first, *given, last, *constant)
+
+    def begun(self, restart: bool, pair: Pair, n: Tensor, times: Tensor, table: Tensor, memo: Memo) -> Pair:
+        """The pair behind a restart, if any, and the lead of step n, the first that the table tells of."""
+        t0, t1 = at(times, n), at(times, n + 1)
+        for update in (*(self.scheme.restart if restart else ()), *self.lead):
+            self.driver.turn(update, table[0])
+            pair = advance(over(update, t0, t1), pair, memo)
+        return pair
+
+    def pulled_before(
+        self,
+        restart: bool,
+        pair: Pair,
+        n: Tensor,
+        times: Tensor,
+        table: Tensor,
+        stored: Tensor,
+        grads: Grads,
+        tape: Tape,
+    ) -> Tensor:
+        """Carry cotangents from there to the pair before, of which y is `stored`; y as undone."""
+        t0, t1 = at(times, n), at(times, n + 1)
+        for update in reversed(self.lead):
+            self.driver.turn(update, table[0])
+            pair = pull_back(over(update, t0, t1), pair, grads, tape)
+        undone = pair[0]
+        if restart:
+            pair = (stored, pair[1])
+            for update in reversed(self.scheme.restart):
+                self.driver.turn(update, table[0])
+                pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair[1])
+        tape.flush(grads)
+        return undone
 
     def zeros(self) -> list[Tensor]:
         """For the gradients of the tensors that the field uses; half precision ones in float32."""
@@ -92,39 +126,61 @@ class Setting:
         return y if self.narrow is None else y.to(self.narrow)
 
 
-class Ahead:
-    """Carries pairs ahead over steps; `ys` are the outputs, `gap` is the parasitic part that the latest step left."""
+class Swept(Sweep):
+    """What sweeps have in common: their setting, and how often the field is evaluated, in each part and so far."""
 
-    def __init__(self, setting: Setting, grid: Grid, y0: Tensor) -> None:
+    def __init__(self, setting: Setting) -> None:
         self.setting, self.num_evaluations = setting, 0
-        self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
-        self.ys[0] = y0
-        self.gap = torch.zeros((), dtype=(setting.wide or y0.dtype).to_real(), device=y0.device)
+        self.counts: dict[str, int] = {}
         self.outside = [x.detach() for x in setting.outside]
 
-    def __call__(self, pair: Pair, start: int, stop: int) -> Pair:
-        if start == stop:
-            return pair
-        carried = [self.gap, *(x for x in pair if x is not None)]
-        setting = self.setting
+
+class Ahead(Swept):
+    """Carries pairs ahead over segments; `ys` are the outputs.
+
+    `numbers` are the parasitic parts that the first and the latest step left and the size of y, then those of the modes there.
+    """
+
+    def __init__(self, setting: Setting, grid: Grid, y0: Tensor, modes: Modes | None) -> None:
+        super().__init__(setting)
+        self.modes, self.size = modes, 1 + setting.scheme.reversible
+        self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
+        self.ys[0] = y0
+        self.numbers = self.ys
+
+    def __call__(self, pair: Pair, start: int, stop: int, restart: bool) -> Pair:
+        """The pair after the steps start..stop, before which z is reset if so said."""
+        setting, self.restart = self.setting, restart
+        directions = None if self.modes is None else self.modes.directions(pair[0])
+        self.looks = directions is not None
+        given = [x for x in (pair[0], None if restart else pair[1]) if x is not None]
         table = setting.driver.table(start, stop)
-        constant = [setting.times, setting.due, self.ys, counted(start), table, *self.outside]
-        program = setting.programs, "ahead", self.step
-        (self.gap, y, *rest), count = setting.run(*program, (start, stop), carried, constant, range(2, 3))
-        self.num_evaluations += count
-        return y, rest[0] if rest else None
+        constant = [setting.times, setting.due, self.ys, counted(start), table, *(directions or ()), *self.outside]
+        programs = setting.differentiating if self.looks else setting.programs
+        program = programs, ("ahead", restart, self.looks), self
+        self.numbers, y, *others = setting.run(*program, (start, stop), given, constant, range(2, 3))
+        z = others.pop(0) if self.size == 2 else None
+        if self.modes is not None and others:
+            (self.modes.product,) = others
+        return y, z
 
-    def parasitic(self, pair: Pair, h: float) -> Tensor:
-        return self.gap
+    def begin(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, memo, given = self.setting, Recalled(self.setting.term), 1 if self.restart else self.size
+        y, z = inputs[0], inputs[1] if given == 2 else None
+        _, times, _, _, _, table, *others = inputs[given:]
+        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]), setting.driver:
+            pair = setting.begun(self.restart, (y, z), n, times, table, memo)
+        self.counts["begin"] = memo.num_evaluations
+        gap = torch.zeros((), dtype=y.dtype.to_real(), device=y.device)
+        return gap, gap.clone(), *apart(*pair)
 
-    def step(self, counts: list[int], n: Tensor, gap: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        setting, size = self.setting, 2 if self.setting.scheme.reversible else 1
-        y, z = inputs[0], inputs[1] if size == 2 else None
-        stop, times, due, ys, first, table, *outside = inputs[size:]
+    def step(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, (first_gap, gap, y), z = self.setting, inputs[:3], inputs[3] if self.size == 2 else None
+        stop, times, due, ys, first, table, *others = inputs[2 + self.size :]
         t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair: Pair = (y, z)
         memo = Recalled(setting.term)
-        with torch.no_grad(), Swap(setting.outside, outside), setting.driver:
+        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]), setting.driver:
             for update in setting.rest:
                 setting.driver.turn(update, row(table, n - first))
                 pair = advance(over(update, t0, t1), pair, memo)
@@ -139,43 +195,59 @@ class Ahead:
             for update in setting.lead:  # after the last step over no time at all
                 setting.driver.turn(update, row(table, n + 1 - first))
                 pair = advance(over(update, t1, t2), pair, memo)
-        counts.append(memo.num_evaluations)
-        return n + 1, gap.clone(), *(x.clone() for x in pair if x is not None)
+        self.counts["step"] = memo.num_evaluations
+        return n + 1, torch.where(n == first, gap, first_gap), gap.clone(), *apart(*pair)
+
+    def end(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, memo = self.setting, Recalled(self.setting.term)
+        first_gap, gap, *pair = inputs[: 2 + self.size]
+        _, times, _, _, _, _, *others = inputs[2 + self.size :]
+        numbers, found = [first_gap, gap, size_of(pair[0])], None
+        if self.looks:
+            v, before, *outside = others
+            with Swap(setting.outside, outside):
+                found = transposed_product(memo, at(times, n), pair[0], v, before)
+        self.counts["end"] = memo.num_evaluations
+        if found is None:
+            return torch.stack(numbers), *pair
+        return torch.stack([*numbers, *found[1].unbind()]), *pair, found[0]
 
 
-class Back:
-    """Carries pairs and cotangents back over steps; `sums` are the gradients of the tensors that the field uses."""
+class Back(Swept):
+    """Carries pairs and cotangents back over segments; `sums` are the gradients of the tensors that the field uses."""
 
     def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
-        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating, 0
+        super().__init__(setting)
         self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
-        self.outside = [x.detach() for x in setting.outside]
 
-    def __call__(self, pair: Pair, grads: Grads, start: int, stop: int) -> Pair:
-        """The pair before the steps start..stop, given that after them; `grads` are changed in place."""
+    def __call__(self, pair: Pair, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
+        """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
+        `stored`; how far it lies from what was undone, and its size."""
         filled = [
             torch.zeros_like(pair[0], dtype=self.setting.narrow) if g is None else g for g in (grads[0], grads[1])
         ]
         y, z = pair
         assert z is not None
-        setting, carried = self.setting, [y, z, *filled]
+        setting, self.restart = self.setting, restart
         table = setting.driver.table(start, stop)
-        constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, *self.outside, *self.sums]
-        changed, program = range(len(constant) - len(self.sums), len(constant)), (self.programs, "back", self.step)
-        (y, z, grads[0], grads[1]), count = setting.run(*program, (stop, start), carried, constant, changed)
-        self.num_evaluations += count
-        return y, z
+        constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, stored, *self.outside, *self.sums]
+        changed, program = (
+            range(len(constant) - len(self.sums), len(constant)),
+            (setting.differentiating, ("back", restart), self),
+        )
+        numbers, grads[0], grads[1] = setting.run(*program, (stop, start), [y, z, *filled], constant, changed)
+        return numbers
 
-    def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def begin(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.counts["begin"] = 0
+        return apart(*inputs[:4])
+
+    def step(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting = self.setting
-        y, z, grad_y, grad_z, first, end, times, due, grad_ys, table, *others = inputs
+        y, z, grad_y, grad_z, first, end, times, due, grad_ys, table, _, *others = inputs
         t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
-        outside, sums = others[: len(setting.outside)], others[len(setting.outside) :]
-        leaves = [x.detach() for x in outside]
-        tape = _Recorder(setting.term, [leaves[i].requires_grad_() for i, _ in setting.wanted], setting.narrow)
-        pair: Pair = (y, z)
-        grads = Grads(grad_y, grad_z)
-        with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
+        pair, grads = (y, z), Grads(grad_y, grad_z)  # type: Pair, Grads
+        with Recorder(setting, others) as tape:
             for update in reversed(setting.lead):
                 setting.driver.turn(update, row(table, n - first))
                 pair = pull_back(over(update, t1, t2), pair, grads, tape)
@@ -184,11 +256,18 @@ class Back:
                 setting.driver.turn(update, row(table, n - 1 - first))
                 pair = pull_back(over(update, t0, t1), pair, grads, tape)
             tape.flush(grads)
-        for total, grad in zip(sums, tape.found, strict=True):
-            if grad is not None:
-                total.add_(grad.detach())
-        counts.append(tape.memo.num_evaluations)
-        return n - 1, *(x.detach().clone() for x in (*pair, grads[0], grads[1]) if x is not None)
+        self.counts["step"] = tape.memo.num_evaluations
+        return n - 1, *apart(*pair, grads[0], grads[1])
+
+    def end(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting = self.setting
+        y, z, grad_y, grad_z, _, _, times, _, _, table, stored, *others = inputs
+        grads = Grads(grad_y, grad_z)
+        with Recorder(setting, others) as tape:
+            undone = setting.pulled_before(self.restart, (y, z), n, times, table, stored, grads, tape)
+        self.counts["end"] = tape.memo.num_evaluations
+        found = [torch.zeros_like(grad_y) if g is None else g.detach() for g in (grads[0], grads[1])]
+        return torch.stack([size_of(undone - stored), size_of(stored)]), *apart(*found)
 
 
 class Recalled(Memo):
@@ -201,13 +280,21 @@ class Recalled(Memo):
         return self.latest[2]
 
 
-class _Recorder(Tape):
-    """A tape whose gradients of tensors are results of the recording, `found`."""
+class Recorder(Tape):
+    """A tape whose gradients of tensors are results of the recording.
 
-    def __init__(self, term: Term, tensors: Sequence[Tensor], narrow: torch.dtype | None) -> None:
-        super().__init__(term, tensors, lambda outputs, own: None, narrow)
-        self.memo, self.audit_due = Recalled(term), False
-        self.found: list[Tensor | None] = [None for _ in tensors]
+    `others` are what stands for the outside tensors, then the sums to which it adds when it is closed.
+    """
+
+    def __init__(self, setting: Setting, others: Sequence[Tensor]) -> None:
+        count = len(setting.outside)
+        leaves, self.totals = [x.detach() for x in others[:count]], others[count:]
+        wanted = [leaves[i].requires_grad_() for i, _ in setting.wanted]
+        super().__init__(setting.term, wanted, lambda outputs, own: None, setting.narrow)
+        self.memo, self.audit_due = Recalled(setting.term), False
+        self.found: list[Tensor | None] = [None for _ in wanted]
+        self.within = ExitStack()
+        self.modes = torch.enable_grad(), Swap(setting.outside, leaves), setting.driver
 
     def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
         self.found = [
@@ -215,27 +302,16 @@ class _Recorder(Tape):
             for total, grad in zip(self.found, grads, strict=True)
         ]
 
+    def __enter__(self) -> Recorder:
+        for mode in self.modes:
+            self.within.enter_context(mode)
+        return self
 
-def advanced(updates: Updates, pair: Pair, grid: Grid, n: int, memo: Memo) -> Pair:
-    """The pair after updates of step n."""
-    for update in updates:
-        pair = advance(over(update, grid.times[n], grid.times[n + 1]), pair, memo)
-    return pair
-
-
-def pulled_before(setting: Setting, grid: Grid, n: int, pair: Pair, stored: Pair, grads: Grads, tape: Tape) -> Tensor:
-    """Carry cotangents from behind the restart, if any, and the lead of step n to the stored pair before them; y as undone."""
-    t0, t1 = grid.times[n : n + 2]
-    with torch.enable_grad():
-        for update in reversed(setting.lead):
-            pair = pull_back(over(update, t0, t1), pair, grads, tape)
-        undone = pair[0]
-        if n in grid.restarts:
-            pair = (stored[0], pair[1])
-            for update in reversed(setting.scheme.restart):
-                pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=stored[1])
-        tape.flush(grads)
-    return undone
+    def __exit__(self, *error: object) -> None:
+        self.within.close()
+        for total, grad in zip(self.totals, self.found, strict=True):
+            if grad is not None:
+                total.add_(grad.detach())
 
 
 def split(scheme: Scheme) -> tuple[Updates, Updates]:
@@ -247,6 +323,11 @@ def split(scheme: Scheme) -> tuple[Updates, Updates]:
 def surroundings() -> list[Hashable]:
     """What else decides what a recorded field does: autocast."""
     return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+
+
+def apart(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What a loop hands on: tensors of their own, all laid out alike."""
+    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors if x is not None)
 
 
 @lru_cache(maxsize=16)

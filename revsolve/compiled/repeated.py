@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from revsolve.compiled.recorded import Recalled, Setting, advanced, at, counted, pulled_before, row
+from revsolve.compiled.recorded import Recalled, Recorder, Setting, Swept, apart, at, counted, row
 from revsolve.compiled.transcript import Swap
 from revsolve.core.coupling import Pair, advance, over
 from revsolve.core.engine import certify, mismatch
@@ -20,30 +20,36 @@ from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
 
 
-class Again:
+class Again(Swept):
     """Carries pairs ahead over steps that were taken before, keeping the pair with which each begins, up to `most` of them."""
 
     def __init__(self, setting: Setting, most: int, pair: Pair) -> None:
-        self.setting, self.num_evaluations = setting, 0
-        self.outside = [x.detach() for x in setting.outside]
+        super().__init__(setting)
         size, rows = 1 + setting.scheme.reversible, 1 << (most - 1).bit_length()  # few sizes, so few programs
         self.kept = [pair[0].new_empty(rows, *pair[0].shape) for _ in range(size)]
 
-    def __call__(self, pair: Pair, origin: int, start: int, stop: int) -> Pair:
-        """The pair after the steps start..stop; what is kept of step n goes to the place n - origin."""
-        setting, carried = self.setting, [x.contiguous() for x in pair if x is not None]
+    def __call__(self, pair: Pair, origin: int, start: int, stop: int, restart: bool) -> Pair:
+        """The pair after the steps start..stop, before which z is reset if so said; what is kept of step n goes to the place
+        n - origin."""
+        setting, self.restart = self.setting, restart
+        given = [x.contiguous() for x in (pair[0], None if restart else pair[1]) if x is not None]
         table = setting.driver.table(start, stop)
         constant = [setting.times, counted(origin), counted(start), table, *self.kept, *self.outside]
-        changed, program = range(4, 4 + len(self.kept)), (setting.programs, ("again", len(self.kept[0])), self.step)
-        (y, *rest), count = setting.run(*program, (start, stop), carried, constant, changed)
-        self.num_evaluations += count
+        changed, program = range(4, 4 + len(self.kept)), (setting.programs, ("again", len(self.kept[0]), restart), self)
+        y, *rest = setting.run(*program, (start, stop), given, constant, changed)
         return y, rest[0] if rest else None
 
-    def pair(self, place: int) -> Pair:
-        """What is kept there."""
-        return self.kept[0][place], self.kept[1][place] if len(self.kept) == 2 else None
+    def begin(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, size, memo = self.setting, len(self.kept), Recalled(self.setting.term)
+        given = 1 if self.restart else size
+        y, z = inputs[0], inputs[1] if given == 2 else None
+        _, times, _, _, table, *others = inputs[given:]
+        with torch.no_grad(), Swap(setting.outside, others[size:]), setting.driver:
+            pair = setting.begun(self.restart, (y, z), n, times, table, memo)
+        self.counts["begin"] = memo.num_evaluations
+        return apart(*pair)
 
-    def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def step(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting, size = self.setting, len(self.kept)
         y, z = inputs[0], inputs[1] if size == 2 else None
         stop, times, origin, first, table, *others = inputs[size:]
@@ -58,37 +64,51 @@ class Again:
             for update in setting.lead:
                 setting.driver.turn(update, row(table, n + 1 - first))
                 pair = advance(over(update, t1, t2), pair, memo)
-        counts.append(memo.num_evaluations)
-        return n + 1, *(x.clone() for x in pair if x is not None)
+        self.counts["step"] = memo.num_evaluations
+        return n + 1, *apart(*pair)
+
+    def end(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.counts["end"] = 0
+        return inputs[: len(self.kept)]
 
 
-class Through:
+class Through(Swept):
     """Carries cotangents back over steps of which the first pairs are `kept`; `sums` are the gradients of the tensors used."""
 
     def __init__(self, setting: Setting, again: Again, grad_ys: Tensor) -> None:
-        self.setting, self.programs, self.num_evaluations = setting, setting.differentiating, 0
-        self.kept, self.outside = again.kept, again.outside
-        self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
+        super().__init__(setting)
+        self.kept, self.grad_ys, self.sums = again.kept, grad_ys.contiguous(), setting.zeros()
 
-    def __call__(self, grads: Grads, origin: int, start: int, stop: int) -> None:
-        """Change cotangents after the steps start..stop to those of the pair before them."""
-        setting, size = self.setting, len(self.kept)
-        given = [grads[member] for member in range(size)]
-        carried = [torch.zeros_like(self.kept[0][0]) if g is None else g.to(self.kept[0]).contiguous() for g in given]
+    def __call__(self, grads: Grads, origin: int, start: int, stop: int, stored: Tensor, restart: bool) -> None:
+        """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
+        `stored`."""
+        setting, self.restart = self.setting, restart
+        zero, cotangents = torch.zeros_like(self.kept[0][0]), [grads[member] for member in range(len(self.kept))]
+        given = [zero if g is None else g.to(zero).contiguous() for g in cotangents]
         table = setting.driver.table(start, stop)
-        constant = [counted(stop), setting.times, setting.due, counted(origin), self.grad_ys, table]
+        constant = [
+            counted(stop),
+            setting.times,
+            setting.due,
+            counted(origin),
+            self.grad_ys,
+            table,
+            stored.contiguous(),
+        ]
         constant += [*self.kept, *self.outside, *self.sums]
-        changed, name = range(len(constant) - len(self.sums), len(constant)), ("through", len(self.kept[0]))
-        program = self.programs, name, self.step
-        after, count = setting.run(*program, (stop, start), carried, constant, changed)
-        for member, grad in enumerate(after):
+        changed, name = range(len(constant) - len(self.sums), len(constant)), ("through", len(self.kept[0]), restart)
+        program = setting.differentiating, name, self
+        for member, grad in enumerate(setting.run(*program, (stop, start), given, constant, changed)):
             grads[member] = grad
-        self.num_evaluations += count
 
-    def step(self, counts: list[int], n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def begin(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.counts["begin"] = 0
+        return apart(*inputs[: len(self.kept)])
+
+    def step(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         setting, size, used = self.setting, len(self.kept), len(self.setting.outside)
         cotangents = list(inputs[:size])
-        first, end, times, due, origin, grad_ys, table, *others = inputs[size:]
+        first, end, times, due, origin, grad_ys, table, _, *others = inputs[size:]
         kept, outside, sums = others[:size], others[size : size + used], others[size + used :]
         t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
         leaves, memo = [x.detach() for x in outside], Recalled(setting.term)
@@ -108,9 +128,21 @@ class Through:
         for total, grad in zip(sums, found[size:], strict=True):
             if grad is not None:
                 total.add_(grad.detach())
-        counts.append(memo.num_evaluations)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(begun, found, strict=False)]
-        return n - 1, *(g.detach().clone() for g in grads)
+        self.counts["step"] = memo.num_evaluations
+        return n - 1, *apart(*(torch.zeros_like(x) if g is None else g for x, g in zip(begun, found, strict=False)))
+
+    def end(self, n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        setting, size = self.setting, len(self.kept)
+        _, _, times, _, origin, _, table, stored, *others = inputs[size:]
+        self.counts["end"] = 0
+        if size == 1:
+            return inputs[:1]
+        y, z = (row(x, n - origin) for x in others[:size])
+        grads = Grads(*inputs[:size])
+        with Recorder(setting, others[size:]) as tape:
+            setting.pulled_before(self.restart, (y, z), n, times, table, stored, grads, tape)
+        self.counts["end"] = tape.memo.num_evaluations
+        return apart(*(torch.zeros_like(stored) if g is None else g for g in (grads[0], grads[1])))
 
 
 def recompute(
@@ -120,22 +152,20 @@ def recompute(
     stop, (end, _) = grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     again = Again(setting, most, (problem.widened(end), None))
-    through, memo, mismatches = Through(setting, again, grad_ys), tape.memo, []
+    through, mismatches = Through(setting, again, grad_ys), []
     grads = Grads()
     for start in sorted(marks, reverse=True):
         size, pair = size_of(marks[start][0]), (problem.widened(marks[start][0]), marks[start][1])
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
-        stored: list[Pair] = []
+        stored: list[Tensor] = []
         for a, b in runs:
-            stored.append(pair)
-            pair = advanced(setting.scheme.restart, pair, grid, a, memo) if a in grid.restarts else pair
-            pair = again(advanced(setting.lead, pair, grid, a, memo), start, a, b)
+            stored.append(pair[0])
+            pair = again(pair, start, a, b, a in grid.restarts)
         mismatches.append(mismatch(pair[0], end, size_of(end), size))
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
-            through(grads, start, a, b)
-            pulled_before(setting, grid, a, again.pair(a - start), before, grads, tape)
+            through(grads, start, a, b, before, a in grid.restarts)
         stop, (end, _) = start, marks.pop(start)
-    memo.num_evaluations += again.num_evaluations + through.num_evaluations
+    tape.memo.num_evaluations += again.num_evaluations + through.num_evaluations
     setting.hand_over(through.sums, tape)
     certify(problem, mismatches)
     if (grad := grads[0]) is not None:

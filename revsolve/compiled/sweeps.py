@@ -15,13 +15,12 @@ from torch import Tensor
 
 from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
-from revsolve.compiled.looked import Looked
 from revsolve.compiled.programs import Compiler, compiler
-from revsolve.compiled.recorded import Ahead, Back, Setting, advanced, pulled_before
+from revsolve.compiled.recorded import Ahead, Back, Setting
 from revsolve.compiled.repeated import recompute
 from revsolve.core.coupling import Pair
-from revsolve.core.engine import certify, mismatch
-from revsolve.core.march import Problem, accepted, conclude, last_step, march, segments_of, size_of
+from revsolve.core.engine import certify, relative
+from revsolve.core.march import Problem, conclude, last_step, march, segments_of, size_of, stays
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
@@ -38,40 +37,40 @@ class Compiled:
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
     ) -> tuple[Tensor, Pair]:
         """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
-        stepper, memo = problem.make_stepper(), Memo(problem.term)
+        stepper = problem.make_stepper()
         if not isinstance(stepper, FixedGrid):
             return self._adapted(problem, y0.contiguous(), store)
         pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
-        if problem.first_value is not None:
-            memo.num_evaluations, memo.latest = 1, (pair[0], *problem.first_value)
-            problem.first_value = None
         grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
         driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, grid, y0, self.way, driver)
-        ahead, modes = Ahead(self.setting, grid, y0), Modes(problem.scheme, memo, Looked(self.setting, memo))
+        modes = Modes(problem.scheme, Memo(problem.term))
+        ahead = Ahead(self.setting, grid, y0, modes if segments.judged else None)
         while not stepper.done:
             start, begin = stepper.num_steps, pair
             restart = problem.scheme.reversible and (segments.resets or start == 0)
             segments.begin(start)
-            if restart:
-                pair = advanced(problem.scheme.restart, pair, grid, start, memo)
-            first = start + 1 if segments.judged else start
+            stepper.num_steps = min(start + segments.foreseen, grid.num_steps)
+            pair = ahead(begin, start, stepper.num_steps, restart)
             if segments.judged:
-                pair = ahead(advanced(self.setting.lead, pair, grid, start, memo), start, first)
-                segments.start(float(ahead.gap), abs(last_step(grid, first)))
-            stepper.num_steps = min(start + segments.length, grid.num_steps)
-            if first < stepper.num_steps:
-                pair = ahead(advanced(self.setting.lead, pair, grid, first, memo), first, stepper.num_steps)
-            if segments.judged and not accepted(segments, modes, ahead, stepper, start, pair):
-                pair = begin
-                stepper.rewind(start)
-                continue
+                segments.start(float(ahead.numbers[0]), abs(last_step(grid, start + 1)))
+                if start + segments.length < stepper.num_steps:  # the first step says less than was foreseen
+                    stepper.num_steps = start + segments.length
+                    pair = ahead(begin, start, stepper.num_steps, restart)
+                _, gap, size, *found = ahead.numbers.tolist()
+                found = [] if stepper.done else found
+                if not stays(segments, modes, stepper, start, pair[0].dtype, [gap, size, *found]):
+                    pair = begin
+                    stepper.rewind(start)
+                    continue
             if restart:
                 grid.restarts.add(start)
             if store is not None:
                 store(start, begin if start else (y0, None))
-        conclude(problem, stepper, pair[0], y0, memo.num_evaluations + ahead.num_evaluations)
+        first = problem.first_value is not None  # an evaluation that was made beforehand
+        problem.first_value = None
+        conclude(problem, stepper, pair[0], y0, first + ahead.num_evaluations)
         return ahead.ys, pair
 
     def _adapted(self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None) -> tuple[Tensor, Pair]:
@@ -91,21 +90,19 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
-        mismatches: list[Tensor] = []
         setting, back = self.setting, Back(self.setting, grad_ys)
-        grads = Grads()
+        grads, missed = Grads(), []  # type: Grads, list[Tensor]
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         end = size_of(pair[0])
         for start in sorted(marks, reverse=True):
-            pair = back(pair, grads, start, stop)
             stored = marks.pop(start)
-            size = size_of(stored[0])
-            undone = pulled_before(setting, grid, start, pair, stored, grads, tape)
-            mismatches.append(mismatch(undone, stored[0], size, end))
-            pair, end, stop, tape.audit_due = stored, size, start, True
+            y = problem.widened(stored[0]).contiguous()
+            missed.append(back(pair, grads, start, stop, y, start in grid.restarts))
+            pair, stop = stored, start
         tape.memo.num_evaluations += back.num_evaluations
         setting.hand_over(back.sums, tape)
-        certify(problem, mismatches)
+        distance, size = torch.stack(missed).unbind(-1)
+        certify(problem, [relative(distance, size, torch.cat([end[None], size[:-1]]))])
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0], {}
 

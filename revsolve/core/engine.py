@@ -252,7 +252,12 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
 
 def mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:
     """The difference from what was stored, relative to the larger of the states at both ends of the segment."""
-    return size_of(found - stored) / torch.maximum(*sizes).clamp(min=torch.finfo(stored.dtype).tiny)
+    return relative(size_of(found - stored), *sizes)
+
+
+def relative(distance: Tensor, *sizes: Tensor) -> Tensor:
+    """A distance by the larger of two sizes."""
+    return distance / torch.maximum(*sizes).clamp(min=torch.finfo(distance.dtype).tiny)
 
 
 def certify(problem: Problem, mismatches: list[Tensor]) -> None:

@@ -238,11 +238,19 @@ def segments_of(problem: Problem, stepper: Stepper) -> Segments:
 
 def accepted(segments: Segments, modes: Modes, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
     """Whether the segment from `start` can stay as it was solved; one device read."""
-    n, y, grid = stepper.num_steps, pair[0].detach(), stepper.grid
-    product = [] if stepper.done else modes.look(grid.times[n], pair[0])
-    gap, size, *numbers = torch.stack([walk.parasitic(pair, h := last_step(grid, n)), size_of(y), *product]).tolist()
-    times, rounding = grid.times[start : n + 1], torch.finfo(y.dtype).eps * size
-    return segments.accept(gap, times, stepper.tolerance(size), rounding, modes.reach(h, numbers))
+    n, y = stepper.num_steps, pair[0].detach()
+    product = [] if stepper.done else modes.look(stepper.grid.times[n], pair[0])
+    gap = walk.parasitic(pair, last_step(stepper.grid, n))
+    return stays(segments, modes, stepper, start, y.dtype, torch.stack([gap, size_of(y), *product]).tolist())
+
+
+def stays(
+    segments: Segments, modes: Modes, stepper: Stepper, start: int, dtype: torch.dtype, numbers: Sequence[float]
+) -> bool:
+    """Whether the segment can stay, by its parasitic part, the size of y and what the modes were found to be."""
+    n, grid, (gap, size, *found) = stepper.num_steps, stepper.grid, numbers
+    times, rounding = grid.times[start : n + 1], torch.finfo(dtype).eps * size
+    return segments.accept(gap, times, stepper.tolerance(size), rounding, modes.reach(last_step(grid, n), found))
 
 
 def last_step(grid: Grid, n: int) -> float:

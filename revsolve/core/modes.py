@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that cos
 TRIPLED = 3.0  # how far, where z is of lower order than y
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
 
-Transposed = Callable[[Time, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]
-
 
 class Modes:
     """Power iteration, one product a restart. The two latest directions tell two rates, which may be a complex pair.
@@ -38,23 +35,26 @@ class Modes:
     In their span, the Jacobian is the matrix of least squares: for a symmetric one, these are two steps of Lanczos' method.
     """
 
-    def __init__(self, scheme: Scheme, memo: Memo, transposed: Transposed | None = None) -> None:
+    def __init__(self, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.memo = scheme, memo
-        self.transposed = transposed or partial(transposed_product, memo)
         self.rates: tuple[complex, ...] = ()
         self.latest: Tensor | None = None  # both of length 1; the product of `before` is stretch * latest
         self.before: Tensor | None = None
         self.stretch = 0.0
         self.rounding = 1.0
 
-    def look(self, t: Time, y: Tensor) -> list[Tensor]:
-        """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
+    def directions(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The direction of which a look takes the product, and the one before; None where the term is no rate."""
         if not self.memo.is_rate:
-            return []
+            return None
         if self.latest is None:
             self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
-        before = self.latest if self.before is None else self.before
-        found = self.transposed(t, y, self.latest, before)
+        return self.latest, self.latest if self.before is None else self.before
+
+    def look(self, t: Time, y: Tensor) -> list[Tensor]:
+        """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
+        directions = self.directions(y)
+        found = None if directions is None else transposed_product(self.memo, t, y, *directions)
         if found is None:
             return []
         self.product, numbers = found

@@ -84,17 +84,21 @@ class Segments:
             if restarts.budget is not None and num_steps:
                 self.shortest = -(-num_steps // restarts.budget)
         self.per_step, self.reach = 0.0, self.wanted
+        self.last: tuple[int, float] | None = None  # the length of the latest segment, if it stayed, and what it left
         if self.judged:
             self.longest = max(self.longest, self.shortest)
             self.wanted = max(self.shortest, min(FIRST_LENGTH, self.longest))
             self.ceiling, self.pace = float(self.longest), DOUBLING
-            self.last: tuple[int, float] | None = None
 
     @property
     def length(self) -> int:
         """That of the segment that has begun, in steps."""
-        n = self.wanted
-        return n - n % 2 if self.alternates and n > max(1, self.shortest) else n
+        return self._even(self.wanted)
+
+    @property
+    def foreseen(self) -> int:
+        """The longest that it may be, before `start` tells."""
+        return self._even(self._wanted(self.per_step))
 
     def begin(self, num_steps: int) -> None:
         if self.open_ended:  # about as many steps in a segment as there are segments
@@ -103,10 +107,7 @@ class Segments:
     def start(self, gap: float, h: float) -> None:
         """Take note of the parasitic part that a first step of length h left; this settles the segment's length."""
         per_step = gap / h**self.gap_order
-        if self.last is not None:
-            n, left = self.last
-            self.wanted = min(self._fitting(n, left, min(per_step, self.per_step)), max(self.shortest, self.reach))
-        self.per_step = per_step
+        self.wanted, self.per_step = self._wanted(min(per_step, self.per_step)), per_step
 
     def accept(self, gap: float, times: list[float], tolerance: float, rounding: float, reach: int) -> bool:
         """Take note of the parasitic part at the end, and for how many steps the modes there may be followed; False if the
@@ -129,6 +130,15 @@ class Segments:
         self.last = (n, left)
         self.per_step = natural
         return True
+
+    def _even(self, n: int) -> int:
+        return n - n % 2 if self.alternates and n > max(1, self.shortest) else n
+
+    def _wanted(self, natural: float) -> int:
+        """The length where the first step left so much a step."""
+        if self.last is None:
+            return self.wanted
+        return min(self._fitting(*self.last, natural), max(self.shortest, self.reach))
 
     def _limit(self, n: int) -> float:
         return 1.0 + self.growth * ((n if self.adds_up else min(n, SETTLED)) - 1)
