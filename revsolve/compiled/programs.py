@@ -59,15 +59,14 @@ class Compiler:
             made.append(compile_fx_inner(*args, **settings))
             return made[-1]
 
-        with _own_code():
-            run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
+        run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
         # What is around it is for graphs that alias or need gradients; from a cache on disk it may come as a whole.
         return (lambda *inputs: made[-1](list(inputs))) if made else run
 
 
-def _own_code() -> AbstractContextManager[None]:
+def _own_code(way: Compiler) -> AbstractContextManager[None]:
     """Inductor as `wrapper` changes it; as it is in a version of torch whose inside is not known, where solves take longer."""
-    if not torch.__version__.startswith(WRITTEN_FOR):
+    if way.backend != "inductor" or not torch.__version__.startswith(WRITTEN_FOR):
         return nullcontext()
     from revsolve.compiled.wrapper import own_code
 
@@ -281,7 +280,11 @@ def _compiling(way: Compiler) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()  # a sixth of the time went into walks through all that torch has imported
     try:
-        with uncached(), torch.autograd.set_detect_anomaly(False):  # a recording has no numbers to look at
+        with (
+            _own_code(way),
+            uncached(),
+            torch.autograd.set_detect_anomaly(False),
+        ):  # a recording has no numbers to look at
             yield
     except Exception as error:
         raise CompilationError(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import cache
+from threading import Thread
 from typing import Any
 
 import torch
 from torch._inductor import cpu_vec_isa
+from torch._inductor.codecache import CppWrapperCodeCache
 from torch._inductor.codegen import common
 from torch._inductor.codegen.cpp import CppVecOverrides
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -107,16 +110,24 @@ def _horner(coefficients: list[str]) -> str:
     return out
 
 
-@cache
-def vector_instructions() -> list[cpu_vec_isa.VecISA]:
-    """The sets of vector instructions that this x86 processor has, if a program with the best runs; else none, for inductor to
-    find out.
-
-    It would compile and run one or more for each of them, which takes five seconds.
-    """
+def vector_instructions_known() -> bool:
+    """Whether this x86 processor has vector instructions that torch itself makes use of. Compilers that know its headers know
+    these too: inductor need not try, which takes three seconds or more."""
     has = cpu_vec_isa.x86_isa_checker() if platform.machine() in ("x86_64", "AMD64") else []
-    found = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(has)]
-    return found if found and found[0].check_build(cpu_vec_isa.VecISA._avx_code) else []
+    return torch.backends.cpu.get_cpu_capability() == ("AVX512" if "avx512" in has else "AVX2")
+
+
+@cache
+def precompiling() -> Thread:
+    """Prepares the header of all programs while the first is being recorded: it takes longer than a program does."""
+
+    def prepare() -> None:
+        with suppress(Exception):  # whatever it is, it comes again when a program is compiled
+            CppWrapperCodeCache.load_async("", needs_vec_isa=True)
+
+    thread = Thread(target=copy_context().run, args=(prepare,), daemon=True)
+    thread.start()
+    return thread
 
 
 @contextmanager
@@ -126,12 +137,13 @@ def own_code() -> Iterator[None]:
     usual = common.device_codegens["cpu"]
     common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Wrapper)
     CppVecOverrides.tanh = staticmethod(tanh)  # type: ignore[method-assign]
-    usual_instructions = cpu_vec_isa.valid_vec_isa_list
-    if torch._inductor.config.cpp.vec_isa_ok is None and vector_instructions():
-        cpu_vec_isa.valid_vec_isa_list = vector_instructions
+    usual_trial = cpu_vec_isa.VecISA.check_build
+    if vector_instructions_known():
+        cpu_vec_isa.VecISA.check_build = lambda isa, code: True  # type: ignore[assignment]
     try:
+        precompiling()
         yield
     finally:
-        cpu_vec_isa.valid_vec_isa_list = usual_instructions
+        cpu_vec_isa.VecISA.check_build = usual_trial  # type: ignore[method-assign]
         common.device_codegens["cpu"] = usual
         CppVecOverrides.tanh = staticmethod(TANH)  # type: ignore[method-assign]
