@@ -41,6 +41,7 @@ class Setting:
         self.call = problem.term, grid.times[0], y, grid.times[1], driver.first
         with driver:
             text, self.outside = transcript(*self.call)
+        self.apart = not problem.stand_in
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
@@ -51,7 +52,7 @@ class Setting:
     def differentiating(self) -> dict[Hashable, Program]:
         """Those that differentiate what the field does, which its operations alone do not tell."""
         with self.driver:
-            return self.programs.setdefault(derivative_transcript(*self.call, self.outside), {})
+            return self.programs.setdefault(derivative_transcript(*self.call, self.outside, self.apart), {})
 
     def run(
         self,

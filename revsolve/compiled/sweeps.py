@@ -54,13 +54,13 @@ class Compiled:
             stepper.num_steps = min(start + segments.foreseen, grid.num_steps)
             pair = ahead(begin, start, stepper.num_steps, restart)
             if segments.judged:
-                segments.start(float(ahead.numbers[0]), abs(last_step(grid, start + 1)))
+                first, *numbers = ahead.numbers.tolist()
+                segments.start(first, abs(last_step(grid, start + 1)))
                 if start + segments.length < stepper.num_steps:  # the first step says less than was foreseen
                     stepper.num_steps = start + segments.length
                     pair = ahead(begin, start, stepper.num_steps, restart)
-                _, gap, size, *found = ahead.numbers.tolist()
-                found = [] if stepper.done else found
-                if not stays(segments, modes, stepper, start, pair[0].dtype, [gap, size, *found]):
+                    _, *numbers = ahead.numbers.tolist()
+                if not stays(segments, modes, stepper, start, pair[0].dtype, numbers[: 2 if stepper.done else None]):
                     pair = begin
                     stepper.rewind(start)
                     continue

@@ -10,7 +10,7 @@ that does the same finds this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Term
+from revsolve.core.tape import Term, vector_jacobian_product
+
+LIFTED = torch.ops.aten.lift_fresh.default  # a tensor made from Python numbers
 
 
 class CompilationError(RuntimeError):
@@ -41,13 +43,17 @@ class Transcript(TorchDispatchMode):
         self.names: dict[int, Hashable] = {id(x): ("own", i, *_looks(x)) for i, x in enumerate(own)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = _numbers if func is torch.ops.aten.lift_fresh.default else self._name
-        self.lines.append((func, *map(name, args), *((key, name(x)) for key, x in kwargs.items())))
-        out = func(*args, **kwargs)
+        name = _numbers if func is LIFTED else self._name
+        line = [func, *[name(x) for x in args]]
+        if kwargs:
+            line += [(key, name(x)) for key, x in kwargs.items()]
+        self.lines.append(tuple(line))
+        out = func(*args, **(kwargs or {}))
         self.kept.append((args, kwargs, out))
-        for i, x in enumerate(tree_leaves(out) if isinstance(out, (tuple, list)) else (out,)):
-            if isinstance(x, Tensor):
+        if isinstance(out, Tensor):
+            self.names.setdefault(id(out), (len(self.lines), 0))
+        elif isinstance(out, (tuple, list)):
+            for i, x in enumerate(tree_leaves(out)):
                 self.names.setdefault(id(x), (len(self.lines), i))
         return out
 
@@ -56,14 +62,13 @@ class Transcript(TorchDispatchMode):
         self.lines.append(("result", *(isinstance(x, Tensor) and self._name(x) for x in tree_leaves(things))))
 
     def _name(self, x: Any) -> Hashable:
-        if isinstance(x, (tuple, list)):
-            return tuple(map(self._name, x))
-        if not isinstance(x, Tensor):
-            return type(x), repr(x)
-        if id(x) not in self.names:
-            self.names[id(x)] = ("outside", len(self.outside), *_looks(x))
-            self.outside.append(x)
-        return self.names[id(x)]
+        if isinstance(x, Tensor):
+            known = self.names.get(id(x))
+            if known is None:
+                known = self.names[id(x)] = ("outside", len(self.outside), *_looks(x))
+                self.outside.append(x)
+            return known
+        return tuple(map(self._name, x)) if isinstance(x, (tuple, list)) else (type(x), repr(x))
 
 
 def transcript(
@@ -80,20 +85,21 @@ def transcript(
 
 
 def derivative_transcript(
-    term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor, outside: Sequence[Tensor]
+    term: Term, t: Time, x: Tensor, t1: Time, drive: Tensor, outside: Sequence[Tensor], apart: bool
 ) -> tuple[Hashable, ...]:
-    """What the same evaluation does where gradients are recorded, and its vector-Jacobian product for x and `outside`.
+    """What the same evaluation does where gradients are recorded, and its vector-Jacobian product for x and `outside`, by which
+    leaves stand for them unless they are `apart`: without hooks, and none computed from another.
 
     The operations alone do not tell: torch.no_grad(), hooks and the backward of an autograd.Function do not show in them.
     """
-    leaves = [y.detach().requires_grad_(y.requires_grad) for y in outside]
+    leaves = outside if apart else [y.detach().requires_grad_(y.requires_grad) for y in outside]
     x = x.detach().requires_grad_()
     with torch.enable_grad(), uncached(), Transcript([x, drive, *leaves]) as written:
-        with Swap(outside, leaves):
+        with nullcontext() if apart else Swap(outside, leaves):
             k, _ = term.product(term.value(t, x), t, t1)
         if k.requires_grad:
-            wanted = [x, *(y for y in leaves if y.requires_grad)]
-            written.result(*torch.autograd.grad(k, wanted, torch.ones_like(k), allow_unused=True))
+            wanted = (x, *(y for y in leaves if y.requires_grad))
+            written.result(*vector_jacobian_product((k,), wanted, (torch.ones_like(k),)))
     return tuple(written.lines)
 
 

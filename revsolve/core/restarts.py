@@ -148,6 +148,8 @@ class Segments:
         longest = min(self.longest, int(self.ceiling), n + max(1 + self.alternates, int(self.pace * n)))
         per_step = (left / natural) ** (1.0 / n) if natural > 0.0 else math.inf if left > 0.0 else 1.0
         fitting = self.shortest
+        if per_step <= 1.0:
+            return max(fitting, longest)
         while fitting < longest and per_step ** (fitting + 1) <= self._limit(fitting + 1):
             fitting += 1
         return fitting
