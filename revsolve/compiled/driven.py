@@ -78,10 +78,10 @@ class Driver:
 class Undriven:
     """In the place of a `Driver` where nothing drives the term: a table of nothing."""
 
-    first, most = torch.zeros(0, device="cpu"), 0
+    first, most, nothing = torch.zeros(0, device="cpu"), 0, torch.zeros(1, device="cpu")
 
     def table(self, start: int, stop: int) -> Tensor:
-        return torch.zeros(1, device="cpu")
+        return self.nothing
 
     def turn(self, update: CouplingUpdate, row: Tensor) -> None:
         pass

@@ -41,7 +41,7 @@ class Setting:
         self.call = problem.term, grid.times[0], y, grid.times[1], driver.first
         with driver:
             text, self.outside = transcript(*self.call)
-        self.apart = not problem.stand_in
+        self.given, self.apart = [x.detach() for x in self.outside], not problem.stand_in
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
@@ -107,15 +107,9 @@ class Setting:
         tape.flush(grads)
         return undone
 
-    def zeros(self) -> list[Tensor]:
-        """For the gradients of the tensors that the field uses; half precision ones in float32."""
-        used = [self.outside[i] for i, _ in self.wanted]
-        return [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in used]
-
-    def hand_over(self, sums: list[Tensor], tape: Tape) -> None:
-        """Add the gradients of the tensors that the field uses to those on the tape."""
-        for total, (_, i) in zip(sums, self.wanted, strict=True):
-            tape.sums[i] += total
+    def sums(self, tape: Tape) -> list[Tensor]:
+        """Those on the tape of the tensors that the field uses, to which programs add."""
+        return [tape.sums[place] for _, place in self.wanted]
 
     def cotangent(self, due: Tensor, grad_ys: Tensor, n: Tensor) -> Tensor:
         """That of the output after n steps, zero where none is due."""
@@ -133,7 +127,6 @@ class Swept(Sweep):
     def __init__(self, setting: Setting) -> None:
         self.setting, self.num_evaluations = setting, 0
         self.counts: dict[str, int] = {}
-        self.outside = [x.detach() for x in setting.outside]
 
 
 class Ahead(Swept):
@@ -156,7 +149,7 @@ class Ahead(Swept):
         self.looks = directions is not None
         given = [x for x in (pair[0], None if restart else pair[1]) if x is not None]
         table = setting.driver.table(start, stop)
-        constant = [setting.times, setting.due, self.ys, counted(start), table, *(directions or ()), *self.outside]
+        constant = [setting.times, setting.due, self.ys, counted(start), table, *(directions or ()), *setting.given]
         programs = setting.differentiating if self.looks else setting.programs
         program = programs, ("ahead", restart, self.looks), self
         self.numbers, y, *others = setting.run(*program, (start, stop), given, constant, range(2, 3))
@@ -215,11 +208,11 @@ class Ahead(Swept):
 
 
 class Back(Swept):
-    """Carries pairs and cotangents back over segments; `sums` are the gradients of the tensors that the field uses."""
+    """Carries pairs and cotangents back over segments, and adds up the gradients of the tensors that the field uses on a tape."""
 
-    def __init__(self, setting: Setting, grad_ys: Tensor) -> None:
+    def __init__(self, setting: Setting, grad_ys: Tensor, tape: Tape) -> None:
         super().__init__(setting)
-        self.grad_ys, self.sums = grad_ys.contiguous(), setting.zeros()
+        self.grad_ys, self.sums = grad_ys.contiguous(), setting.sums(tape)
 
     def __call__(self, pair: Pair, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
         """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
@@ -231,7 +224,7 @@ class Back(Swept):
         assert z is not None
         setting, self.restart = self.setting, restart
         table = setting.driver.table(start, stop)
-        constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, stored, *self.outside, *self.sums]
+        constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, stored, *setting.given, *self.sums]
         changed, program = (
             range(len(constant) - len(self.sums), len(constant)),
             (setting.differentiating, ("back", restart), self),

@@ -34,7 +34,7 @@ class Again(Swept):
         setting, self.restart = self.setting, restart
         given = [x.contiguous() for x in (pair[0], None if restart else pair[1]) if x is not None]
         table = setting.driver.table(start, stop)
-        constant = [setting.times, counted(origin), counted(start), table, *self.kept, *self.outside]
+        constant = [setting.times, counted(origin), counted(start), table, *self.kept, *setting.given]
         changed, program = range(4, 4 + len(self.kept)), (setting.programs, ("again", len(self.kept[0]), restart), self)
         y, *rest = setting.run(*program, (start, stop), given, constant, changed)
         return y, rest[0] if rest else None
@@ -73,11 +73,11 @@ class Again(Swept):
 
 
 class Through(Swept):
-    """Carries cotangents back over steps of which the first pairs are `kept`; `sums` are the gradients of the tensors used."""
+    """Carries cotangents back over steps of which the first pairs are `kept`; what the tensors used get is added up on a tape."""
 
-    def __init__(self, setting: Setting, again: Again, grad_ys: Tensor) -> None:
+    def __init__(self, setting: Setting, again: Again, grad_ys: Tensor, tape: Tape) -> None:
         super().__init__(setting)
-        self.kept, self.grad_ys, self.sums = again.kept, grad_ys.contiguous(), setting.zeros()
+        self.kept, self.grad_ys, self.sums = again.kept, grad_ys.contiguous(), setting.sums(tape)
 
     def __call__(self, grads: Grads, origin: int, start: int, stop: int, stored: Tensor, restart: bool) -> None:
         """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
@@ -95,7 +95,7 @@ class Through(Swept):
             table,
             stored.contiguous(),
         ]
-        constant += [*self.kept, *self.outside, *self.sums]
+        constant += [*self.kept, *setting.given, *self.sums]
         changed, name = range(len(constant) - len(self.sums), len(constant)), ("through", len(self.kept[0]), restart)
         program = setting.differentiating, name, self
         for member, grad in enumerate(setting.run(*program, (stop, start), given, constant, changed)):
@@ -152,7 +152,7 @@ def recompute(
     stop, (end, _) = grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     again = Again(setting, most, (problem.widened(end), None))
-    through, mismatches = Through(setting, again, grad_ys), []
+    through, mismatches = Through(setting, again, grad_ys, tape), []
     grads = Grads()
     for start in sorted(marks, reverse=True):
         size, pair = size_of(marks[start][0]), (problem.widened(marks[start][0]), marks[start][1])
@@ -166,7 +166,6 @@ def recompute(
             through(grads, start, a, b, before, a in grid.restarts)
         stop, (end, _) = start, marks.pop(start)
     tape.memo.num_evaluations += again.num_evaluations + through.num_evaluations
-    setting.hand_over(through.sums, tape)
     certify(problem, mismatches)
     if (grad := grads[0]) is not None:
         grads[0] = problem.narrowed(grad)

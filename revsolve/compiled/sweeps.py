@@ -90,7 +90,7 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
-        setting, back = self.setting, Back(self.setting, grad_ys)
+        back = Back(self.setting, grad_ys, tape)
         grads, missed = Grads(), []  # type: Grads, list[Tensor]
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         end = size_of(pair[0])
@@ -100,7 +100,6 @@ class Compiled:
             missed.append(back(pair, grads, start, stop, y, start in grid.restarts))
             pair, stop = stored, start
         tape.memo.num_evaluations += back.num_evaluations
-        setting.hand_over(back.sums, tape)
         distance, size = torch.stack(missed).unbind(-1)
         certify(problem, [relative(distance, size, torch.cat([end[None], size[:-1]]))])
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)

@@ -72,7 +72,7 @@ class Modes:
             onto_latest = (latest_product - cosine * before_product) / apart
             root = cmath.sqrt(onto_latest**2 / 4 + onto_before * self.stretch)
             self.rates = (onto_latest / 2 + root, onto_latest / 2 - root)
-        self.before, self.latest, self.stretch = self.latest, self.product / size, size
+        self.before, self.latest, self.stretch = self.latest, self.product, size
 
     def reach(self, h: float, numbers: list[float]) -> int:
         """After how many steps of length h from a restart the modes are amplified at most as much as they may be: by the
@@ -88,8 +88,8 @@ class Modes:
 
 
 def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The product w of v and the Jacobian of the term at (t, y), with before . v, before . w, v . w and w . w; None if there is
-    none. The memo keeps the value at (t, y)."""
+    """The direction of the product w of v and the Jacobian of the term at (t, y), with before . v, before . w, v . w and w . w;
+    None if there is no product. The memo keeps the value at (t, y)."""
     leaf, value = memo.recorded(t, y)
     if not value.requires_grad:
         return None
@@ -99,7 +99,8 @@ def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor
         return None
     w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
     flat = [x.reshape(-1) for x in (before, v, w)]
-    return w, torch.stack([torch.dot(flat[i], flat[j]) for i, j in ((0, 1), (0, 2), (1, 2), (2, 2))])
+    numbers = [torch.dot(flat[i], flat[j]) for i, j in ((0, 1), (0, 2), (1, 2), (2, 2))]
+    return w / numbers[-1].sqrt(), torch.stack(numbers)
 
 
 def _some_direction(y: Tensor) -> Tensor:
