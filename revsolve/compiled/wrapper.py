@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import cache
@@ -27,7 +27,9 @@ from torch._inductor.codegen.wrapper import (
     EnterSubgraphLine,
     ReinterpretLine,
     ReuseLine,
+    WrapperLine,
 )
+from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 LOOP = "while (1) {"
@@ -36,10 +38,41 @@ ABOVE = (1.335463976e-8, 2.060906507e-5, 3.495587022e-3, 0.1338102470, 1.0)
 BELOW = (7.776548935e-7, 3.285633048e-4, 2.587697795e-2, 0.4671434030, 1.0)
 
 
+@dataclasses.dataclass
+class HandOn(WrapperLine):
+    """What a step made becomes `outer`, what was carried so far.
+
+    The memory of that becomes `made`, into which the next step writes; that of the first is not ours, so `second` is.
+    """
+
+    outer: str
+    inner: str
+    made: AllocateLine | None = None
+
+    def codegen(self, code: IndentedBuffer) -> None:
+        before, made = f"{self.outer}_before", self.made and self.made.node.get_name()
+        code.writeline(f"auto {before} = std::move({self.outer});")
+        code.writeline(f"{self.outer} = std::move({self.inner});")
+        if made:
+            code.writeline(f"{made} = {made}_second.get() ? std::move({made}_second) : std::move({before});")
+
+
+@dataclasses.dataclass
+class Second(WrapperLine):
+    """Memory like that which this line allocates."""
+
+    line: AllocateLine
+
+    def codegen(self, code: IndentedBuffer) -> None:
+        x = self.line.node
+        like: Any = x.get_device(), x.get_dtype(), x.get_size(), x.get_stride()
+        code.writeline(self.line.wrapper.make_allocation(f"{x.get_name()}_second", *like))
+
+
 class Wrapper(CppWrapperCpu):
     """Inductor's C++ around kernels, but for what a step allocates: that stays from one step to the next.
 
-    Only what a step hands on to the next is allocated in it, for both are there at once.
+    Of what a step hands on to the next there are two, for both are there at once.
     """
 
     @staticmethod
@@ -56,6 +89,10 @@ class Wrapper(CppWrapperCpu):
                 self.writeline(f"RAIIAtenTensorHandle {inner}({inner}_handle);")
             else:
                 self.writeline(f"auto&& {inner} = {outer};")
+
+    def codegen_subgraph_suffix(self, subgraph: Any, outer_inputs: Any, outer_outputs: Any) -> None:
+        for inner, outer in zip(subgraph.graph.graph_outputs, outer_outputs, strict=True):
+            self.writeline(HandOn(outer, inner.codegen_reference()))
 
     def codegen_exact_buffer_reuse(self, old_name: str, new_name: str, del_line: str) -> str:
         way = "auto&" if old_name in self.staying else "auto"
@@ -76,16 +113,33 @@ class Wrapper(CppWrapperCpu):
         for line in reversed(inside):
             if isinstance(line, (ReuseLine, ReinterpretLine)) and line.reused_as.get_name() in handed_on:
                 handed_on.add(line.node.get_name())
-        self.staying = {name for graph in graphs for name in graph.graph_inputs} - handed_on
+        given = {name for graph in graphs for name in graph.graph_inputs}
+        swapped = {} if given & handed_on else _swapped(inside)
+        self.staying = given - handed_on
         behind: list[Any] = []
         for line in inside:
-            stays = isinstance(line, AllocateLine) and line.node.get_name() not in handed_on
-            (ahead if stays else behind).append(line)
-            if stays:
-                self.staying.add(line.node.get_name())
+            name = line.node.get_name() if isinstance(line, AllocateLine) else ""
+            if isinstance(line, AllocateLine) and name not in handed_on:
+                self.staying.add(name)
             elif isinstance(line, ReuseLine) and line.node.get_name() in self.staying:
                 self.staying.add(line.reused_as.get_name())
-        self.lines = ahead + behind
+            (ahead if name in self.staying or name in swapped else behind).append(line)
+        self.lines = ahead + [Second(line) for line in swapped.values()] + behind
+
+
+def _swapped(inside: Sequence[Any]) -> dict[str, AllocateLine]:
+    """What a loop allocates and hands on as it is."""
+    allocated = {line.node.get_name(): line for line in inside if isinstance(line, AllocateLine)}
+    named = {line.reused_as.get_name(): line for line in inside if isinstance(line, ReuseLine)}
+    handing = [line for line in inside if isinstance(line, HandOn)]
+    inner = [line.inner for line in handing]
+    for line in handing:
+        name, same = line.inner, inner.count(line.inner) == 1
+        while same and name in named:
+            old, new = named[name].node, named[name].reused_as
+            name, same = old.get_name(), old.get_size() == new.get_size() and old.get_stride() == new.get_stride()
+        line.made = allocated.get(name) if same else None
+    return {line.made.node.get_name(): line.made for line in handing if line.made}
 
 
 def tanh(x: Any) -> str:
