@@ -27,7 +27,7 @@ from revsolve.compiled.transcript import CompilationError, uncached
 OPTIONS = ("backend", "mode", "options")
 BACKENDS = ("inductor", "eager")
 MOST_PROGRAMS = 256
-WRITTEN_FOR = ("2.13.", "2.14.")  # versions of torch that `wrapper` has been tried with
+WRITTEN_FOR = ("2.13.", "2.14.")  # versions of torch that `inductor` has been tried with
 SMALL = 1024  # multiplications
 
 
@@ -65,10 +65,10 @@ class Compiler:
 
 
 def _own_code(way: Compiler) -> AbstractContextManager[None]:
-    """Inductor as `wrapper` changes it; as it is in a version of torch whose inside is not known, where solves take longer."""
+    """Inductor as programs use it; as it is in a version of torch whose inside is not known, where solves take longer."""
     if way.backend != "inductor" or not torch.__version__.startswith(WRITTEN_FOR):
         return nullcontext()
-    from revsolve.compiled.wrapper import own_code
+    from revsolve.compiled.inductor import own_code
 
     return own_code()
 

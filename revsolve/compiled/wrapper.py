@@ -1,26 +1,20 @@
-"""What inductor writes for a loop, but for two things: where memory is asked for, and tanh.
+"""What inductor writes for a loop, but for where memory is asked for.
 
 Inductor's own C++ gives every step new tensors for all that it computes, and new handles for all that it reads: for small
-states ten times the time of the kernels. Here that happens in front of the loop. Its tanh takes a third of the time of a solve
-through a small network: here it is a rational function.
+states ten times the time of the kernels. Here that happens in front of the loop. What a step hands on to the next is written
+into one of two tensors in turns, for both are there at once; what is small and for kernels alone is no tensor, but lies on
+the stack.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import copy_context
-from functools import cache
-from threading import Thread
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
-import torch
-from torch._inductor import cpu_vec_isa
-from torch._inductor.codecache import CppWrapperCodeCache
-from torch._inductor.codegen import common
-from torch._inductor.codegen.cpp import CppVecOverrides
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.codegen.wrapper import (
     AllocateLine,
@@ -33,16 +27,22 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 LOOP = "while (1) {"
-# tanh(x) = x P(x^2) / Q(x^2), fitted for a relative error of 2e-8 up to 9; from there on it is 1 in float32.
-ABOVE = (1.335463976e-8, 2.060906507e-5, 3.495587022e-3, 0.1338102470, 1.0)
-BELOW = (7.776548935e-7, 3.285633048e-4, 2.587697795e-2, 0.4671434030, 1.0)
+STACK = 8192  # numbers at most
+NAME = re.compile(r"\w+")
+DATA = re.compile(r"\b(\w+)\.data_ptr\(\)")
+ALIAS = re.compile(r"auto&&? (\w+) = (\w+);.*")
+ALLOCATION = re.compile(
+    r"AtenTensorHandle (\w+)_handle;|AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_empty_strided\(.*&(\w+)_handle\)\);|"
+    r"RAIIAtenTensorHandle (\w+)\(\w+_handle\);"
+)
 
 
 @dataclasses.dataclass
 class HandOn(WrapperLine):
-    """What a step made becomes `outer`, what was carried so far.
+    """What a step made, `inner`, becomes what is carried, `outer`.
 
-    The memory of that becomes `made`, into which the next step writes; that of the first is not ours, so `second` is.
+    Where `made` is what the step wrote into, the memory of what was carried so far is next. That of the first is not ours: there
+    is a second one instead.
     """
 
     outer: str
@@ -50,16 +50,17 @@ class HandOn(WrapperLine):
     made: AllocateLine | None = None
 
     def codegen(self, code: IndentedBuffer) -> None:
-        before, made = f"{self.outer}_before", self.made and self.made.node.get_name()
+        before = f"{self.outer}_before"
         code.writeline(f"auto {before} = std::move({self.outer});")
         code.writeline(f"{self.outer} = std::move({self.inner});")
-        if made:
-            code.writeline(f"{made} = {made}_second.get() ? std::move({made}_second) : std::move({before});")
+        if self.made is not None:
+            name = self.made.node.get_name()
+            code.writeline(f"{name} = {name}_second.get() ? std::move({name}_second) : std::move({before});")
 
 
 @dataclasses.dataclass
 class Second(WrapperLine):
-    """Memory like that which this line allocates."""
+    """Allocates the like of what another line does."""
 
     line: AllocateLine
 
@@ -72,8 +73,10 @@ class Second(WrapperLine):
 class Wrapper(CppWrapperCpu):
     """Inductor's C++ around kernels, but for what a step allocates: that stays from one step to the next.
 
-    Of what a step hands on to the next there are two, for both are there at once.
+    `staying` are the names of what is the same in all steps, `small` the type and number of entries of what may lie on the stack.
     """
+
+    small: Mapping[str, tuple[str, int]] = {}
 
     @staticmethod
     def create(*args: Any, **kwargs: Any) -> Wrapper:
@@ -109,12 +112,13 @@ class Wrapper(CppWrapperCpu):
             return
         ahead, inside = lines[: lines.index(LOOP)], lines[lines.index(LOOP) :]
         graphs = [line.graph for line in inside if isinstance(line, EnterSubgraphLine)]
+        given = {name for graph in graphs for name in graph.graph_inputs}
         handed_on = {name for graph in graphs for name in graph.get_output_names()}
         for line in reversed(inside):
             if isinstance(line, (ReuseLine, ReinterpretLine)) and line.reused_as.get_name() in handed_on:
                 handed_on.add(line.node.get_name())
-        given = {name for graph in graphs for name in graph.graph_inputs}
-        swapped = {} if given & handed_on else _swapped(inside)
+        # A step that hands on what it was given, or has branches of its own, gets new memory for what it hands on.
+        swapped = _swapped(inside) if len(graphs) == 2 and not given & handed_on else {}
         self.staying = given - handed_on
         behind: list[Any] = []
         for line in inside:
@@ -125,6 +129,12 @@ class Wrapper(CppWrapperCpu):
                 self.staying.add(line.reused_as.get_name())
             (ahead if name in self.staying or name in swapped else behind).append(line)
         self.lines = ahead + [Second(line) for line in swapped.values()] + behind
+        self.small = _smallest([line.node for line in inside if isinstance(line, AllocateLine)], self.staying)
+
+    def generate_return(self, output_refs: list[str]) -> None:
+        super().generate_return(output_refs)
+        code: Any = self.wrapper_call
+        code._lines = _on_the_stack(code._lines, self.small)
 
 
 def _swapped(inside: Sequence[Any]) -> dict[str, AllocateLine]:
@@ -142,62 +152,35 @@ def _swapped(inside: Sequence[Any]) -> dict[str, AllocateLine]:
     return {line.made.node.get_name(): line.made for line in handing if line.made}
 
 
-def tanh(x: Any) -> str:
-    """C++ for the tanh of a vector; in float32, within five roundings, in a fraction of the time of the vector library."""
-    if x.dtype is not torch.float32 or not isinstance(V.graph.wrapper_code, Wrapper):
-        return TANH(x)
-    above, below = (_horner([f"V({c}f)" for c in polynomial]) for polynomial in (ABOVE, BELOW))
-    bounded = "at::vec::clamp({}, V({}f), V({}f))".format
-    return (
-        f"[](auto given) {{ using V = decltype(given); const V x = {bounded('given', -9.0, 9.0)}, u = x * x; "
-        f"return {bounded(f'x * {above} / {below}', -1.0, 1.0)}; }}({x})"
-    )
+def _smallest(nodes: Sequence[Any], among: set[str]) -> dict[str, tuple[str, int]]:
+    """As many of those among these names as fit on the stack: their types and numbers of entries."""
+    sizes = [(int(V.graph.get_allocation_storage_size(x)), x) for x in nodes if x.get_name() in among]
+    sizes.sort(key=lambda sized: sized[0])
+    totals = accumulate(n for n, _ in sizes)
+    fitting = [x for x, total in zip(sizes, totals, strict=True) if total <= STACK]
+    return {x.get_name(): (DTYPE_TO_CPP[x.get_dtype()], max(n, 1)) for n, x in fitting}
 
 
-TANH = CppVecOverrides.tanh
-
-
-def _horner(coefficients: list[str]) -> str:
-    out, *rest = coefficients
-    for c in rest:
-        out = f"at::vec::fmadd({out}, u, {c})"
-    return out
-
-
-def vector_instructions_known() -> bool:
-    """Whether this x86 processor has vector instructions that torch itself makes use of. Compilers that know its headers know
-    these too: inductor need not try, which takes three seconds or more."""
-    has = cpu_vec_isa.x86_isa_checker() if platform.machine() in ("x86_64", "AMD64") else []
-    return torch.backends.cpu.get_cpu_capability() == ("AVX512" if "avx512" in has else "AVX2")
-
-
-@cache
-def precompiling() -> Thread:
-    """Prepares the header of all programs while the first is being recorded: it takes longer than a program does."""
-
-    def prepare() -> None:
-        with suppress(Exception):  # whatever it is, it comes again when a program is compiled
-            CppWrapperCodeCache.load_async("", needs_vec_isa=True)
-
-    thread = Thread(target=copy_context().run, args=(prepare,), daemon=True)
-    thread.start()
-    return thread
-
-
-@contextmanager
-def own_code() -> Iterator[None]:
-    """What is compiled meanwhile is written so."""
-    common.init_backend_registration()
-    usual = common.device_codegens["cpu"]
-    common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Wrapper)
-    CppVecOverrides.tanh = staticmethod(tanh)  # type: ignore[method-assign]
-    usual_trial = cpu_vec_isa.VecISA.check_build
-    if vector_instructions_known():
-        cpu_vec_isa.VecISA.check_build = lambda isa, code: True  # type: ignore[assignment]
-    try:
-        precompiling()
-        yield
-    finally:
-        cpu_vec_isa.VecISA.check_build = usual_trial  # type: ignore[method-assign]
-        common.device_codegens["cpu"] = usual
-        CppVecOverrides.tanh = staticmethod(TANH)  # type: ignore[method-assign]
+def _on_the_stack(lines: Sequence[Any], small: Mapping[str, tuple[str, int]]) -> list[Any]:
+    """The code with arrays in the place of small tensors of which nothing but the data is asked for."""
+    names = {name: name for name in small}  # and what else they are called
+    others: set[str] = set()
+    for line in lines:
+        written = isinstance(line, str)
+        text = line.strip() if written else str(getattr(line, "line", line))
+        if written and (called := ALIAS.fullmatch(text)) and called[2] in names:
+            names[called[1]] = names[called[2]]
+        elif not ALLOCATION.fullmatch(text):
+            asked = DATA.sub("", text) if written else text
+            others.update(names[name] for name in NAME.findall(asked) if name in names)
+    arrays = {name for name, root in names.items() if root not in others}
+    code: list[Any] = []
+    for line in lines:
+        written = isinstance(line, str)
+        made = ALLOCATION.fullmatch(line.strip()) if written else None
+        if made is None or made[made.lastindex or 0] not in arrays:
+            code.append(DATA.sub(lambda x: x[1] if x[1] in arrays else x[0], line) if written else line)
+        elif made[3]:
+            kind, n = small[made[3]]
+            code.append(f"alignas(64) {kind} {made[3]}[{n}];")
+    return code
