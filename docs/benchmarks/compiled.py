@@ -3,8 +3,9 @@
 Milliseconds of processor time of one gradient, as in `peers.py`, in the steps of RK4 that are stated for each size, whatever the
 method: medians of rounds in which all contenders take turns, also in multiples of what the pair as a solver of diffrax takes,
 which knows no restarts: the same steps without them are `restarts=None`.
-Then seconds until the first gradient is there, in a new process that has imported torch: with nothing compiled before on this
-machine ("cold"), another size with what the first one left, and the first one again from inductor's cache on disk ("warm").
+Then seconds until the first gradient is there, on all processors, in a new process that has imported torch: with nothing compiled
+before on this machine ("cold"), another size with what the first one left, and the first one again from inductor's cache on disk
+("warm").
 """
 
 import os
@@ -42,6 +43,8 @@ def times(name: str, size: Size, jax: Worker | None) -> dict[str, float]:
 
 def first_gradient(name: str) -> None:
     """Print the seconds that it takes."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     size = SIZES[name]
     field, solve, begin = Field(size), partial(revsolve.odeint, method="rev_rk4", compile=True), time.perf_counter()
     gradient(solve, field, size, size.num_steps)
@@ -51,7 +54,7 @@ def first_gradient(name: str) -> None:
 def starts() -> None:
     print("\n| a first gradient of rev_rk4 | seconds |\n|---|---|")
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}  # headers lie in the latter
         for label, name in (("tiny, cold", "tiny"), ("small, after that", "small"), ("tiny, warm", "tiny")):
             command = [sys.executable, __file__, "--first", name]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
