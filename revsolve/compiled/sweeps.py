@@ -47,17 +47,20 @@ class Compiled:
         self.setting = Setting(problem, grid, y0, self.way, driver)
         modes = Modes(problem.scheme, Memo(problem.term))
         ahead = Ahead(self.setting, grid, y0, modes if segments.judged else None)
+        as_foreseen = True  # was the length of the latest segment; else the next one's first step is taken alone
         while not stepper.done:
             start, begin = stepper.num_steps, pair
             restart = problem.scheme.reversible and (segments.resets or start == 0)
             segments.begin(start)
-            stepper.num_steps = min(start + segments.foreseen, grid.num_steps)
-            pair = ahead(begin, start, stepper.num_steps, restart)
+            foreseen = min(start + segments.foreseen, grid.num_steps)
+            stop = foreseen if as_foreseen else start + 1
+            stepper.num_steps, pair = stop, ahead(begin, start, stop, restart)
             if segments.judged:
                 first, *numbers = ahead.numbers.tolist()
                 segments.start(first, abs(last_step(grid, start + 1)))
-                if start + segments.length < stepper.num_steps:  # the first step says less than was foreseen
-                    stepper.num_steps = start + segments.length
+                stepper.num_steps = min(start + segments.length, grid.num_steps)
+                as_foreseen = stepper.num_steps == foreseen
+                if stepper.num_steps != stop:
                     pair = ahead(begin, start, stepper.num_steps, restart)
                     _, *numbers = ahead.numbers.tolist()
                 if not stays(segments, modes, stepper, start, pair[0].dtype, numbers[: 2 if stepper.done else None]):
