@@ -95,6 +95,36 @@ def test_compiled_is_direct(method: str) -> None:
 
 @needs_compiler
 @quiet
+@pytest.mark.parametrize("method", ["rev_heun2", pytest.param("reversible_heun", marks=pytest.mark.slow)])
+def test_states_too_large_for_the_stack(method: str) -> None:
+    """Tensors that steps write into in turns, and that a library multiplies."""
+    torch.manual_seed(0)
+    field, y0 = Network(50, 70).double(), torch.randn(60, 50, dtype=torch.float64, requires_grad=True)
+    inputs, t = [y0, field.net[0].weight, field.net[2].bias], torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    solves: list[dict[str, Any]] = [{"gradient": "direct"}, {"compile": True}]
+    wanted, got = (odeint(field, y0, t, method=method, options={"step_size": 0.1}, **how) for how in solves)
+    torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT)
+    gradients = [torch.autograd.grad(ys.square().sum(), inputs) for ys in (wanted, got)]
+    assert max(map(relative_difference, *gradients)) < 10 * EXACT
+
+
+def test_what_only_kernels_see_lieson_the_stack() -> None:
+    """Not what is handed to something else, be it under another name."""
+    from revsolve.compiled.wrapper import on_the_stack  # imports torch's compiler, which other tests are to be without
+
+    def allocated(name: str) -> list[str]:
+        size = f"AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, a, b, c, d, 0, &{name}_handle));"
+        return [f"AtenTensorHandle {name}_handle;", size, f"RAIIAtenTensorHandle {name}({name}_handle);"]
+
+    used = ["auto& x2 = x;  // reuse", "kernel((float*)(x2.data_ptr()), (float*)(y.data_ptr()));", "auto&& z = y;"]
+    lines = [*allocated("x"), *allocated("y"), *used, "aoti_torch_cpu_mm_out(z, w, w);"]
+    got = on_the_stack(lines, {"x": ("float", 3), "y": ("float", 4)})
+    kernel = "kernel((float*)(x2), (float*)(y.data_ptr()));"
+    assert got == ["alignas(64) float x[3];", *allocated("y"), used[0], kernel, used[2], lines[-1]]
+
+
+@needs_compiler
+@quiet
 def test_own_tanh() -> None:
     """Within five roundings of float32, at most 1, and NaN where it is asked for."""
     x = torch.cat(
@@ -125,6 +155,26 @@ def test_statistics_and_restarts_are_those_of_the_eager_solve(gradient: str) -> 
     torch.testing.assert_close(got.ys, wanted.ys, rtol=EXACT, atol=EXACT)
     assert (got.stats.num_restarts, got.times) == (wanted.stats.num_restarts, wanted.times)
     assert got.stats.num_restarts > 3
+
+
+def test_a_program_each_way(no_programs: None) -> None:
+    """Whatever the lengths of the segments: restarts and looks are part of them."""
+    field, y0 = Network().double(), torch.ones(2, 3, dtype=torch.float64)
+    through(field, y0.requires_grad_(), steps=90)[-1].sum().backward()
+    (forward,) = PROGRAMS.known.values()
+    (differentiating,) = forward.values()
+    assert sorted(map(str, differentiating)) == ["('ahead', True, True)", "('back', True)"]
+
+
+def test_a_decaying_solution_is_not_solved_much_more_often() -> None:
+    """Its segments get shorter than foreseen, which their first steps tell."""
+    y0, t = torch.ones(3, dtype=torch.float64), torch.linspace(0.0, 20.0, 9, dtype=torch.float64)
+    settings: dict[str, Any] = {"method": "rev_heun2", "options": {"step_size": 0.1}, "full_output": True}
+    got, wanted = (
+        odeint(lambda t, y: torch.exp(-t) - 2 * y, y0, t, compile=how, **settings).stats for how in (RECORDED, False)
+    )
+    assert got.num_restarts == wanted.num_restarts > 10
+    assert wanted.num_evaluations < got.num_evaluations < 1.6 * wanted.num_evaluations
 
 
 def test_dense_output() -> None:

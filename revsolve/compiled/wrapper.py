@@ -134,7 +134,7 @@ class Wrapper(CppWrapperCpu):
     def generate_return(self, output_refs: list[str]) -> None:
         super().generate_return(output_refs)
         code: Any = self.wrapper_call
-        code._lines = _on_the_stack(code._lines, self.small)
+        code._lines = on_the_stack(code._lines, self.small)
 
 
 def _swapped(inside: Sequence[Any]) -> dict[str, AllocateLine]:
@@ -161,7 +161,7 @@ def _smallest(nodes: Sequence[Any], among: set[str]) -> dict[str, tuple[str, int
     return {x.get_name(): (DTYPE_TO_CPP[x.get_dtype()], max(n, 1)) for n, x in fitting}
 
 
-def _on_the_stack(lines: Sequence[Any], small: Mapping[str, tuple[str, int]]) -> list[Any]:
+def on_the_stack(lines: Sequence[Any], small: Mapping[str, tuple[str, int]]) -> list[Any]:
     """The code with arrays in the place of small tensors of which nothing but the data is asked for."""
     names = {name: name for name in small}  # and what else they are called
     others: set[str] = set()
