@@ -188,8 +188,10 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
         parts, mix, gain = _absorbed(parts, mix, gain, tape.watch(update.source, source, grads)), 0.0, 1.0
     weighted = parts if equals(gain, 1.0) else [(gain * weight, k) for weight, k in parts]
     before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
-    grad = grads[update.target]
+    grad, sign = grads.signed(update.target)
     if grad is not None:
+        if sign != 1.0:
+            weighted = [(-weight, k) for weight, k in weighted]
         if len(weighted) == 1:
             tape.add(weighted[0][1], grad, weighted[0][0])
         else:
@@ -200,9 +202,9 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
                 tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
             tape.watch(update.source, source, grads)
-            tape.add(keep * before, grad)
+            tape.add(keep * before, grad, sign)
         if not equals(mix, 0.0):
-            grads.add(update.source, grad, mix)
+            grads.add(update.source, grad, sign * mix)
         if not equals(keep, 1.0):
             grads.scale(update.target, value_of(keep))
     return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]

@@ -95,6 +95,11 @@ class Grads:
             self[member] = total = linear(factor, total, 0.0, total)
         return total
 
+    def signed(self, member: int) -> tuple[Tensor | None, float]:
+        """A cotangent but for its sign, which goes on waiting, and the sign."""
+        factor = self.factors[member]
+        return (self.totals[member], -1.0) if factor == -1.0 else (self[member], 1.0)
+
     def __setitem__(self, member: int, total: Tensor | None) -> None:
         self.totals[member], self.factors[member] = total, 1.0
 
