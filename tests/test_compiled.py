@@ -206,6 +206,17 @@ def test_programs_are_found_again() -> None:
     assert len(PROGRAMS.known) == made + 1
 
 
+def test_a_hook_that_comes_late_sees_the_gradient_alone() -> None:
+    """Not what the transcript of a derivative takes, which without restarts is written in the backward pass."""
+    weight, seen = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True), []  # type: Tensor, list[Tensor]
+    y0, t = torch.ones(3, dtype=torch.float64), [0.0, 1.0]
+    settings: dict[str, Any] = {"method": "rev_heun2", "options": {"step_size": 0.1}, "restarts": None}
+    y = odeint(lambda t, y: torch.sin(y) * weight, y0, t, compile=RECORDED, **settings)[-1]
+    weight.register_hook(lambda grad: seen.append(grad.clone()))
+    (got,) = torch.autograd.grad(y.sum(), weight)
+    assert len(seen) == 1 and torch.equal(seen[0], got)
+
+
 def at_rest(cut: bool) -> Any:
     """y' = -8 y, of which a derivative sees nothing if it is cut."""
 

@@ -167,11 +167,8 @@ def loop(
     with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
         begin = _recorded(sweep.begin, example)
         carried = _fake(fakes, *(node.meta["val"] for node in _results(begin)))
-        inside, count, going = (
-            [example[0], *carried, *example[split:]],
-            1 + len(carried),
-            operator.lt if ahead else operator.gt,
-        )
+        inside, count = [example[0], *carried, *example[split:]], 1 + len(carried)
+        going = operator.lt if ahead else operator.gt
         more = make_fx(lambda n, *rest: going(n, rest[count - 1]), tracing_mode="fake")(*inside)
         parts = {"begin": begin, "body": _recorded(sweep.step, inside), "end": _recorded(sweep.end, inside)}
         hidden = {name: _lift_constants(part, fakes) for name, part in parts.items()}
@@ -280,11 +277,8 @@ def _compiling(way: Compiler) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()  # a sixth of the time went into walks through all that torch has imported
     try:
-        with (
-            _own_code(way),
-            uncached(),
-            torch.autograd.set_detect_anomaly(False),
-        ):  # a recording has no numbers to look at
+        # a recording has no numbers to look at
+        with _own_code(way), uncached(), torch.autograd.set_detect_anomaly(False):
             yield
     except Exception as error:
         raise CompilationError(

@@ -225,10 +225,8 @@ class Back(Swept):
         setting, self.restart = self.setting, restart
         table = setting.driver.table(start, stop)
         constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, stored, *setting.given, *self.sums]
-        changed, program = (
-            range(len(constant) - len(self.sums), len(constant)),
-            (setting.differentiating, ("back", restart), self),
-        )
+        program = setting.differentiating, ("back", restart), self
+        changed = range(len(constant) - len(self.sums), len(constant))
         numbers, grads[0], grads[1] = setting.run(*program, (stop, start), [y, z, *filled], constant, changed)
         return numbers
 

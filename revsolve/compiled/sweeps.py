@@ -71,9 +71,8 @@ class Compiled:
                 grid.restarts.add(start)
             if store is not None:
                 store(start, begin if start else (y0, None))
-        first = problem.first_value is not None  # an evaluation that was made beforehand
-        problem.first_value = None
-        conclude(problem, stepper, pair[0], y0, first + ahead.num_evaluations)
+        beforehand, problem.first_value = problem.first_value is not None, None
+        conclude(problem, stepper, pair[0], y0, beforehand + ahead.num_evaluations)
         return ahead.ys, pair
 
     def _adapted(self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None) -> tuple[Tensor, Pair]:
