@@ -16,7 +16,7 @@ from revsolve.compiled.programs import PROGRAMS, Compiler, Program, once
 from revsolve.compiled.recorded import Recalled, surroundings
 from revsolve.compiled.transcript import Swap, transcript
 from revsolve.core.coupling import Pair, Scheme, advance, over
-from revsolve.core.march import size_of
+from revsolve.core.march import parasitic
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
 
@@ -91,8 +91,8 @@ class Attempts:
         for update in self.scheme.updates:
             pair = advance(over(update, t0, t1), pair, memo, error)
         measured, gap = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
-        if z is not None and pair[1] is not None:
-            gap = size_of((pair[1] - z) * (t1 - t0).to(z.real.dtype) if self.scheme.staggered else pair[0] - pair[1])
+        if z is not None:
+            gap = parasitic(self.scheme, pair, z, (t1 - t0).to(z.real.dtype))
         counts.append(memo.num_evaluations)
         passed = tree_flatten(memo.latest[2])[0] if self.passes_on else []
         return measured, gap, *(x for x in pair if x is not None), *passed

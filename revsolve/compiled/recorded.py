@@ -20,7 +20,7 @@ from revsolve.compiled.programs import PROGRAMS, Compiler, Program, Sweep, loop
 from revsolve.compiled.transcript import Swap, derivative_transcript, transcript
 from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
-from revsolve.core.march import Problem, size_of
+from revsolve.core.march import Problem, parasitic, size_of
 from revsolve.core.modes import Modes, transposed_product
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -74,13 +74,26 @@ class Setting:
         sweep.num_evaluations += program.in_steps * abs(stop - start) + program.besides
         return program.run(first, *given, last, *constant)
 
-    def begun(self, restart: bool, pair: Pair, n: Tensor, times: Tensor, table: Tensor, memo: Memo) -> Pair:
-        """The pair behind a restart, if any, and the lead of step n, the first that the table tells of."""
-        t0, t1 = at(times, n), at(times, n + 1)
-        for update in (*(self.scheme.restart if restart else ()), *self.lead):
-            self.driver.turn(update, table[0])
+    def advanced(self, updates: Updates, pair: Pair, t0: Time, t1: Time, entries: Tensor, memo: Memo) -> Pair:
+        """The pair after updates of the step t0 -> t1, driven by a row of the table."""
+        for update in updates:
+            self.driver.turn(update, entries)
             pair = advance(over(update, t0, t1), pair, memo)
         return pair
+
+    def pulled_back(
+        self, updates: Updates, pair: Pair, t0: Time, t1: Time, entries: Tensor, grads: Grads, tape: Tape
+    ) -> Pair:
+        """The pair before them, with the cotangents in `grads` carried there."""
+        for update in reversed(updates):
+            self.driver.turn(update, entries)
+            pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair[1])
+        return pair
+
+    def begun(self, restart: bool, pair: Pair, n: Tensor, times: Tensor, table: Tensor, memo: Memo) -> Pair:
+        """The pair behind a restart, if any, and the lead of step n, the first that the table tells of."""
+        updates = self.scheme.restart + self.lead if restart else self.lead
+        return self.advanced(updates, pair, at(times, n), at(times, n + 1), table[0], memo)
 
     def pulled_before(
         self,
@@ -94,16 +107,10 @@ class Setting:
         tape: Tape,
     ) -> Tensor:
         """Carry cotangents from there to the pair before, of which y is `stored`; y as undone."""
-        t0, t1 = at(times, n), at(times, n + 1)
-        for update in reversed(self.lead):
-            self.driver.turn(update, table[0])
-            pair = pull_back(over(update, t0, t1), pair, grads, tape)
-        undone = pair[0]
+        step = at(times, n), at(times, n + 1), table[0], grads, tape
+        undone, z = self.pulled_back(self.lead, pair, *step)
         if restart:
-            pair = (stored, pair[1])
-            for update in reversed(self.scheme.restart):
-                self.driver.turn(update, table[0])
-                pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair[1])
+            self.pulled_back(self.scheme.restart, (stored, z), *step)
         tape.flush(grads)
         return undone
 
@@ -175,20 +182,15 @@ class Ahead(Swept):
         pair: Pair = (y, z)
         memo = Recalled(setting.term)
         with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]), setting.driver:
-            for update in setting.rest:
-                setting.driver.turn(update, row(table, n - first))
-                pair = advance(over(update, t0, t1), pair, memo)
-            if z is not None and pair[1] is not None:
-                gap = size_of(
-                    (pair[1] - z) * (t1 - t0).to(gap.dtype) if setting.scheme.staggered else pair[0] - pair[1]
-                )
+            pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - first), memo)
+            if z is not None:
+                gap = parasitic(setting.scheme, pair, z, (t1 - t0).to(gap.dtype))
             output = at(due, n + 1)
             place = output.clamp(min=0).reshape(1)
             y = setting.narrowed(pair[0])
             ys.index_copy_(0, place, torch.where(output >= 0, y[None], ys.index_select(0, place)))
-            for update in setting.lead:  # after the last step over no time at all
-                setting.driver.turn(update, row(table, n + 1 - first))
-                pair = advance(over(update, t1, t2), pair, memo)
+            # after the last step over no time at all
+            pair = setting.advanced(setting.lead, pair, t1, t2, row(table, n + 1 - first), memo)
         self.counts["step"] = memo.num_evaluations
         return n + 1, torch.where(n == first, gap, first_gap), gap.clone(), *apart(*pair)
 
@@ -240,13 +242,9 @@ class Back(Swept):
         t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, end)))
         pair, grads = (y, z), Grads(grad_y, grad_z)  # type: Pair, Grads
         with Recorder(setting, others) as tape:
-            for update in reversed(setting.lead):
-                setting.driver.turn(update, row(table, n - first))
-                pair = pull_back(over(update, t1, t2), pair, grads, tape)
+            pair = setting.pulled_back(setting.lead, pair, t1, t2, row(table, n - first), grads, tape)
             grads.add(0, setting.cotangent(due, grad_ys, n))
-            for update in reversed(setting.rest):
-                setting.driver.turn(update, row(table, n - 1 - first))
-                pair = pull_back(over(update, t0, t1), pair, grads, tape)
+            pair = setting.pulled_back(setting.rest, pair, t0, t1, row(table, n - 1 - first), grads, tape)
             tape.flush(grads)
         self.counts["step"] = tape.memo.num_evaluations
         return n - 1, *apart(*pair, grads[0], grads[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revsolve.compiled.recorded import Recalled, Recorder, Setting, Swept, apart, at, counted, row
 from revsolve.compiled.transcript import Swap
-from revsolve.core.coupling import Pair, advance, over
+from revsolve.core.coupling import Pair
 from revsolve.core.engine import certify, mismatch
 from revsolve.core.march import Problem, size_of
 from revsolve.core.stepper import Grid
@@ -58,12 +58,8 @@ class Again(Swept):
         with torch.no_grad(), Swap(setting.outside, others[size:]), setting.driver:
             for x, kept in zip(inputs[:size], others[:size], strict=True):
                 kept.index_copy_(0, (n - origin).reshape(1), x[None])
-            for update in setting.rest:
-                setting.driver.turn(update, row(table, n - first))
-                pair = advance(over(update, t0, t1), pair, memo)
-            for update in setting.lead:
-                setting.driver.turn(update, row(table, n + 1 - first))
-                pair = advance(over(update, t1, t2), pair, memo)
+            pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - first), memo)
+            pair = setting.advanced(setting.lead, pair, t1, t2, row(table, n + 1 - first), memo)
         self.counts["step"] = memo.num_evaluations
         return n + 1, *apart(*pair)
 
@@ -116,13 +112,9 @@ class Through(Swept):
         inputs = (*begun, *(leaves[i].requires_grad_() for i, _ in setting.wanted))
         pair: Pair = (begun[0], begun[1] if size == 2 else None)
         with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
-            for update in setting.rest:
-                setting.driver.turn(update, row(table, n - 1 - first))
-                pair = advance(over(update, t0, t1), pair, memo)
+            pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - 1 - first), memo)
             output = setting.narrowed(pair[0])
-            for update in setting.lead:
-                setting.driver.turn(update, row(table, n - first))
-                pair = advance(over(update, t1, t2), pair, memo)
+            pair = setting.advanced(setting.lead, pair, t1, t2, row(table, n - first), memo)
             outputs = [output, *(x for x in pair if x is not None)]
             found = vector_jacobian_product(outputs, inputs, [setting.cotangent(due, grad_ys, n), *cotangents])
         for total, grad in zip(sums, found[size:], strict=True):

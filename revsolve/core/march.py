@@ -125,10 +125,9 @@ class Walk:
 
     def parasitic(self, pair: Pair, h: float) -> Tensor:
         """The size of the parasitic part after a step."""
-        y, z = pair
         before = self.begun[1]
-        assert z is not None and before is not None
-        return size_of(((z - before) * h if self.scheme.staggered else y - z).detach())
+        assert before is not None
+        return parasitic(self.scheme, pair, before, h)
 
 
 def march(
@@ -290,6 +289,13 @@ class _Watch:
 
 def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
+
+
+def parasitic(scheme: Scheme, pair: Pair, before: Tensor, h: float | Tensor) -> Tensor:
+    """The size of the parasitic part that a step of length h left, which began with z = `before`."""
+    y, z = pair
+    assert z is not None
+    return size_of(((z - before) * h if scheme.staggered else y - z).detach())
 
 
 def size_of(x: Tensor) -> Tensor:
