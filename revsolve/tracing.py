@@ -23,6 +23,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Wrapped
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
+LEAF = torch._C._functions.AccumulateGrad  # not by its attribute `variable`, which functions of the user's may have too
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
 
 
@@ -104,7 +105,7 @@ def boundary(
         if node is None or edge in seen:
             continue
         seen.add(edge)
-        if hasattr(node, "variable"):
+        if type(node) is LEAF:
             leaves.append(node.variable)
         elif node._sequence_nr() < birthday:
             outside.append(edge)
@@ -185,7 +186,7 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
         if edge[0] is None or edge in seen:
             continue
         seen.add(edge)
-        if edge in edges or id(getattr(edge[0], "variable", None)) in leaves:
+        if edge in edges or (type(edge[0]) is LEAF and id(edge[0].variable) in leaves):
             return True
         stack.extend(edge[0].next_functions)
     return False

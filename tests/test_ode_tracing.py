@@ -130,6 +130,31 @@ def test_results_computed_from_one_another(mode: str) -> None:
     assert relative_difference(got, wanted) < EXACT
 
 
+class Remembering(torch.autograd.Function):
+    """y * shift * weight; the node has an attribute of the name by which those of leaves know them."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+        ctx.variable = weight
+        ctx.save_for_backward(y, shift)
+        return y * shift * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        y, shift = ctx.saved_tensors
+        return grad * shift * ctx.variable, grad * y * ctx.variable, grad * y * shift
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+def test_below_a_function_of_the_users_own(mode: str) -> None:
+    shift, weight = leaf(3), leaf(3)
+    held = SimpleNamespace(shift=torch.sin(shift), weight=weight)  # found only by walking the graph
+    field = lambda t, y: Remembering.apply(y, held.shift, held.weight)  # noqa: E731
+    got, wanted = (gradient(field, [shift, weight], gradient=g, **FIXED) for g in (mode, "direct"))
+    for mine, direct in zip(got, wanted, strict=True):
+        assert relative_difference(mine, direct) < EXACT
+
+
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
 def test_a_state_computed_from_what_the_field_holds(mode: str) -> None:
     """An encoder gives both the initial state and a tensor of the field."""
