@@ -14,7 +14,7 @@ from torch import Tensor
 from revsolve.compiled.recorded import Recalled, Recorder, Setting, Swept, apart, at, counted, row
 from revsolve.compiled.transcript import Swap
 from revsolve.core.coupling import Pair
-from revsolve.core.engine import certify, mismatch
+from revsolve.core.engine import certify
 from revsolve.core.march import Problem, size_of
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
@@ -144,21 +144,22 @@ def recompute(
     stop, (end, _) = grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     again = Again(setting, most, (problem.widened(end), None))
-    through, mismatches = Through(setting, again, grad_ys, tape), []
-    grads = Grads()
+    through, grads = Through(setting, again, grad_ys, tape), Grads()
+    distances, sizes = [], [size_of(end)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        size, pair = size_of(marks[start][0]), (problem.widened(marks[start][0]), marks[start][1])
+        sizes.append(size_of(marks[start][0]))
+        pair = problem.widened(marks[start][0]), marks[start][1]
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
         stored: list[Tensor] = []
         for a, b in runs:
             stored.append(pair[0])
             pair = again(pair, start, a, b, a in grid.restarts)
-        mismatches.append(mismatch(pair[0], end, size_of(end), size))
+        distances.append(size_of(pair[0] - end))
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
             through(grads, start, a, b, before, a in grid.restarts)
         stop, (end, _) = start, marks.pop(start)
     tape.memo.num_evaluations += again.num_evaluations + through.num_evaluations
-    certify(problem, mismatches)
+    certify(problem, distances, sizes)
     if (grad := grads[0]) is not None:
         grads[0] = problem.narrowed(grad)
     grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)

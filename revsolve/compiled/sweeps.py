@@ -19,7 +19,7 @@ from revsolve.compiled.programs import Compiler, compiler
 from revsolve.compiled.recorded import Ahead, Back, Setting
 from revsolve.compiled.repeated import recompute
 from revsolve.core.coupling import Pair
-from revsolve.core.engine import certify, relative
+from revsolve.core.engine import certify
 from revsolve.core.march import Problem, conclude, last_step, march, segments_of, size_of, stays
 from revsolve.core.modes import Modes
 from revsolve.core.replay import Frozen, Noisy
@@ -102,8 +102,8 @@ class Compiled:
             missed.append(back(pair, grads, start, stop, y, start in grid.restarts))
             pair, stop = stored, start
         tape.memo.num_evaluations += back.num_evaluations
-        distance, size = torch.stack(missed).unbind(-1)
-        certify(problem, [relative(distance, size, torch.cat([end[None], size[:-1]]))])
+        distances, sizes = torch.stack(missed).unbind(-1)
+        certify(problem, distances.unbind(), [end, *sizes.unbind()])
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0], {}
 

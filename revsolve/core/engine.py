@@ -9,6 +9,7 @@ All three give the gradient of the same discrete map. `Solved` is the single pla
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -114,10 +115,9 @@ def undo(
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
     scheme = problem.scheme
     grads = Grads()
-    mismatches: list[Tensor] = []
     clock = _Clock(grid, tape, moving)
     pair = marks.pop(grid.num_steps)
-    end = size_of(pair[0])
+    distances, sizes = [], [size_of(pair[0])]  # type: list[Tensor], list[Tensor]
     for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
         if (i := grid.output(stop)) is not None:
             grads.add(0, grad_ys[i])
@@ -127,17 +127,17 @@ def undo(
         if start in marks:
             tape.flush(grads)  # its graph need not be there with all that follows
             stored = marks.pop(start)
-            size = size_of(stored[0])
-            mismatches.append(mismatch(pair[0], stored[0], size, end))
+            distances.append(size_of(pair[0] - stored[0]))
+            sizes.append(size_of(stored[0]))
             if start in grid.restarts:
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
                     pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
-            pair, end, tape.audit_due = stored, size, True
+            pair, tape.audit_due = stored, True
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
-    certify(problem, mismatches)
+    certify(problem, distances, sizes)
     return grads[0], clock.close()
 
 
@@ -147,8 +147,8 @@ def recompute(
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: tuple[Tensor | None, ...] = (None, None)
     grad_times: dict[int, Tensor | None] = {}
-    mismatches: list[Tensor] = []
     stop, end = grid.num_steps, marks.pop(grid.num_steps)[0]
+    distances, sizes = [], [size_of(end)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
         leaves = [None if x is None else leaf_of(x) for x in marks[start]]
         times = (
@@ -159,7 +159,8 @@ def recompute(
             walk = Walk(problem.scheme, tape.memo)
             kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
-        mismatches.append(mismatch(after[0].detach(), end, size_of(end), size_of(marks[start][0])))
+        distances.append(size_of(after[0].detach() - end))
+        sizes.append(size_of(marks[start][0]))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
@@ -173,7 +174,7 @@ def recompute(
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
         tape.add_up(got[len(inputs) + len(times) :])
         stop, end = start, marks[start][0]
-    certify(problem, mismatches)
+    certify(problem, distances, sizes)
     grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
     return grad_y0, grad_times
 
@@ -250,21 +251,16 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
         return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows).to(t.device))[0]
 
 
-def mismatch(found: Tensor, stored: Tensor, *sizes: Tensor) -> Tensor:
-    """The difference from what was stored, relative to the larger of the states at both ends of the segment."""
-    return relative(size_of(found - stored), *sizes)
-
-
-def relative(distance: Tensor, *sizes: Tensor) -> Tensor:
-    """A distance by the larger of two sizes."""
-    return distance / torch.maximum(*sizes).clamp(min=torch.finfo(distance.dtype).tiny)
-
-
-def certify(problem: Problem, mismatches: list[Tensor]) -> None:
-    """Compare what was reconstructed with what was stored; a gradient is never silently wrong."""
+def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
+    """Judge how far what was reconstructed lies from what was stored, segment by segment, relative to the larger of the `sizes`
+    of the states at its ends; a gradient is never silently wrong. One device read."""
     if capturing():
         return
-    worst = float(torch.stack(mismatches).nan_to_num(nan=math.inf).max())
+    kind = torch.finfo(distances[0].dtype)
+    found = torch.stack([*distances, *sizes]).tolist()
+    ends = itertools.pairwise(found[len(distances) :])
+    relative = [distance / max(*size, kind.tiny) for distance, size in zip(found, ends, strict=False)]
+    worst = math.inf if any(map(math.isnan, relative)) else max(relative)
     problem.stats.reconstruction_error = worst
     done, remedies = "repeating", "make sure that the field is deterministic"
     if problem.gradient == "reversible":
@@ -273,7 +269,7 @@ def certify(problem: Problem, mismatches: list[Tensor]) -> None:
         raise RuntimeError(
             f"{done} the steps gave a state that is not finite, so the gradient would be wrong: {remedies}."
         )
-    limit = math.sqrt(problem.rounding or torch.finfo(mismatches[0].dtype).eps)
+    limit = math.sqrt(problem.rounding or kind.eps)
     if worst > limit:
         warnings.warn(
             f"{done} the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
