@@ -206,7 +206,7 @@ class Ahead(Swept):
         self.counts["end"] = memo.num_evaluations
         if found is None:
             return torch.stack(numbers), *pair
-        return torch.stack([*numbers, *found[1].unbind()]), *pair, found[0]
+        return torch.stack([*numbers, *found[1]]), *pair, found[0]
 
 
 class Back(Swept):

@@ -40,7 +40,7 @@ class Modes:
         self.rates: tuple[complex, ...] = ()
         self.latest: Tensor | None = None  # both of length 1; the product of `before` is stretch * latest
         self.before: Tensor | None = None
-        self.stretch = 0.0
+        self.stretch, self.cosine = 0.0, 1.0  # the cosine is that of the angle between the two
         self.rounding = 1.0
 
     def directions(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -58,13 +58,13 @@ class Modes:
         if found is None:
             return []
         self.product, numbers = found
-        return list(numbers.unbind())
+        return numbers
 
-    def _learn(self, cosine: float, before_product: float, latest_product: float, square: float) -> None:
+    def _learn(self, before_product: float, latest_product: float, square: float) -> None:
         if not 0.0 < square < math.inf:
             self.rates, self.before = (), None
             return
-        size, apart = math.sqrt(square), 1.0 - cosine * cosine
+        size, cosine, apart = math.sqrt(square), self.cosine, 1.0 - self.cosine**2
         if self.before is None or apart < PARALLEL:
             self.rates = (complex(latest_product, math.sqrt(max(square - latest_product**2, 0.0))),)
         else:
@@ -72,7 +72,8 @@ class Modes:
             onto_latest = (latest_product - cosine * before_product) / apart
             root = cmath.sqrt(onto_latest**2 / 4 + onto_before * self.stretch)
             self.rates = (onto_latest / 2 + root, onto_latest / 2 - root)
-        self.before, self.latest, self.stretch = self.latest, self.product, size
+        self.before, self.latest = self.latest, self.product / size
+        self.stretch, self.cosine = size, latest_product / size
 
     def reach(self, h: float, numbers: list[float]) -> int:
         """After how many steps of length h from a restart the modes are amplified at most as much as they may be: by the
@@ -87,9 +88,9 @@ class Modes:
         return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
 
 
-def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The direction of the product w of v and the Jacobian of the term at (t, y), with before . v, before . w, v . w and w . w;
-    None if there is no product. The memo keeps the value at (t, y)."""
+def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, list[Tensor]] | None:
+    """The product w of v and the Jacobian of the term at (t, y), with before . w, v . w and w . w; None if there is no product.
+    The memo keeps the value at (t, y)."""
     leaf, value = memo.recorded(t, y)
     if not value.requires_grad:
         return None
@@ -98,9 +99,8 @@ def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor
     if w is None:
         return None
     w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
-    flat = [x.reshape(-1) for x in (before, v, w)]
-    numbers = [torch.dot(flat[i], flat[j]) for i, j in ((0, 1), (0, 2), (1, 2), (2, 2))]
-    return w / numbers[-1].sqrt(), torch.stack(numbers)
+    flat = w.reshape(-1)
+    return w, [torch.dot(x.reshape(-1), flat) for x in (before, v, w)]
 
 
 def _some_direction(y: Tensor) -> Tensor:
