@@ -23,6 +23,9 @@ def moment(t0: Time, t1: Time, fraction: float) -> Time:
 
 def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar, factor: Scalar = 1.0) -> Tensor:
     """x + factor * weight * k, where x = None stands for zero."""
+    if weight.__class__ is float and factor.__class__ is float:
+        weight *= factor
+        return torch.add(x, k, alpha=weight) if x is not None else k if weight == 1.0 else k.mul(weight)
     if isinstance(factor, Tensor) or not isinstance(weight, Tensor):
         weight, factor = factor * weight, 1.0
     if not isinstance(weight, Tensor):

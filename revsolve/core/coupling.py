@@ -171,43 +171,44 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
     An update with keep = 0 overwrote its target: that is given back as `restored`. Gradients must be enabled, for the tape.
     """
     update, t0, t1, at = move
-    if tape.member == update.target:
+    i, j = update.target, update.source
+    if tape.member == i:
         tape.flush(grads)
     keep, mix, gain = update.coefficients(t0, t1)
-    target, source = pair[update.target], pair[update.source]
+    target, source = pair[i], pair[j]
     assert target is not None and source is not None
     parts: Combination = []
     if update.increment is not None:
-        leaf = tape.watch(update.source, source, grads)
+        leaf = tape.watch(j, source, grads)
         if at is None:
             parts, _ = update.increment(tape.memo, leaf, t0, t1)
         else:
             parts = frozen(tape.memo, leaf, at, t0, t1)
-    if isinstance(mix, Tensor) or isinstance(gain, Tensor):
+    if mix.__class__ is not float or gain.__class__ is not float:
         parts = [(weight, k.to(target.dtype)) for weight, k in parts]  # as wide as they were when they were added
-        parts, mix, gain = _absorbed(parts, mix, gain, tape.watch(update.source, source, grads)), 0.0, 1.0
-    weighted = parts if equals(gain, 1.0) else [(gain * weight, k) for weight, k in parts]
-    before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, weighted)
-    grad, sign = grads.signed(update.target)
+        parts, mix = _absorbed(parts, mix, gain, tape.watch(j, source, grads)), 0.0
+    elif parts and gain != 1.0:
+        parts = [(gain * weight, k) for weight, k in parts]
+    before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, parts)
+    grad, sign = grads.signed(i)
     if grad is not None:
-        if sign != 1.0:
-            weighted = [(-weight, k) for weight, k in weighted]
-        if len(weighted) == 1:
-            tape.add(weighted[0][1], grad, weighted[0][0])
-        else:
+        if len(parts) == 1:
+            tape.add(parts[0][1], grad, sign * parts[0][0])
+        elif parts:
             scaled: dict[Scalar, Tensor] = {1.0: grad}
-            for weight, k in weighted:
+            for weight, k in parts:
+                weight = sign * weight
                 if weight not in scaled:
                     scaled[weight] = grad.mul(weight)
                 tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
-            tape.watch(update.source, source, grads)
+            tape.watch(j, source, grads)
             tape.add(keep * before, grad, sign)
-        if not equals(mix, 0.0):
-            grads.add(update.source, grad, sign * mix)
+        if mix != 0.0:
+            grads.add(j, grad, sign * mix)
         if not equals(keep, 1.0):
-            grads.scale(update.target, value_of(keep))
-    return (before, pair[1]) if update.target == 0 else (pair[0], before)  # type: ignore[return-value]
+            grads.scale(i, value_of(keep))
+    return (before, pair[1]) if i == 0 else (pair[0], before)  # type: ignore[return-value]
 
 
 def _absorbed(parts: Combination, mix: Scalar, gain: Scalar, leaf: Tensor) -> Combination:

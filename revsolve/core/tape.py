@@ -117,10 +117,10 @@ class Grads:
         if grad is None:
             return
         total, factor = self.totals[member], self.factors[member]
-        if total is None or factor == 1.0:
-            self[member] = scaled_add(total, grad, weight)
-        elif factor == -1.0:  # the sign goes on waiting
-            self.totals[member] = scaled_add(total, grad, weight, -1.0)
+        if total is None:
+            self[member] = scaled_add(None, grad, weight)
+        elif factor == 1.0 or factor == -1.0:  # a sign goes on waiting
+            self.totals[member] = scaled_add(total, grad, weight, factor)
         else:
             self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
 
@@ -147,7 +147,9 @@ class Tape:
         self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
         self.audit_due = True
-        self.looks: set[tuple[int, ...]] = set()
+        self.looks: set[tuple[int, ...]] = (
+            set()
+        )  # the sizes of recorded graphs, each with the inputs that it does not use
         self.num_nodes = sequence_number()
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
@@ -204,28 +206,23 @@ class Tape:
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
             got = vector_jacobian_product(outputs, inputs, cotangents)
             unused = [i for i, grad in enumerate(got) if grad is None]
-            if self._looks_new(unused) or self.audit_due:
+            num_nodes = sequence_number()
+            look = (num_nodes - self.num_nodes, *unused)
+            self.num_nodes = num_nodes
+            if self.audit_due or look not in self.looks:  # walking the graph is dear
                 self.audit(self.outputs, inputs)
                 self.audit_due = False
+                self.looks.add(look)
             if joins:
                 grads[self.member] = got[0]
             else:
                 grads.add(self.member, got[0], self.weight)
-            for time, grad in zip(self.times, got[1:], strict=False):
-                if grad is not None:
-                    self.times[time] = scaled_add(self.times[time], grad, self.weight)
+            if self.times:
+                for time, grad in zip(self.times, got[1:], strict=False):
+                    if grad is not None:
+                        self.times[time] = scaled_add(self.times[time], grad, self.weight)
             self.add_up(got[1 + len(self.times) :], self.weight, complete=not unused)
         self._forget()
-
-    def _looks_new(self, unused: Sequence[int]) -> bool:
-        """Whether the recorded graph has another number of nodes, or uses other tensors, than all before: walking it is dear."""
-        num_nodes = sequence_number()
-        look = (num_nodes - self.num_nodes, *unused)
-        self.num_nodes = num_nodes
-        if look in self.looks:
-            return False
-        self.looks.add(look)
-        return True
 
     def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
         """Add weight * gradients of `tensors` to their sums; none of `complete` ones is None."""
