@@ -23,7 +23,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Wrapped
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
-LEAF = torch._C._functions.AccumulateGrad  # not by its attribute `variable`, which functions of the user's may have too
+LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 Edge = tuple[Any, int]  # a node of the autograd graph and which of its outputs
 
 
@@ -105,13 +105,18 @@ def boundary(
         if node is None or edge in seen:
             continue
         seen.add(edge)
-        if type(node) is LEAF:
-            leaves.append(node.variable)
+        if (leaf := leaf_at(node)) is not None:
+            leaves.append(leaf)
         elif node._sequence_nr() < birthday:
             outside.append(edge)
         else:
             stack.extend(node.next_functions)
     return leaves, outside
+
+
+def leaf_at(node: Any) -> Tensor | None:
+    """The leaf where a path ends. A user's own function may have an attribute `variable`, too: its class decides."""
+    return node.variable if type(node) is LEAF else None
 
 
 class Audit:
@@ -186,7 +191,7 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
         if edge[0] is None or edge in seen:
             continue
         seen.add(edge)
-        if edge in edges or (type(edge[0]) is LEAF and id(edge[0].variable) in leaves):
+        if edge in edges or id(leaf_at(edge[0])) in leaves:
             return True
         stack.extend(edge[0].next_functions)
     return False
