@@ -196,8 +196,7 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
             tape.add(parts[0][1], grad, sign * parts[0][0])
         elif parts:
             scaled: dict[Scalar, Tensor] = {1.0: grad}
-            for weight, k in parts:
-                weight = sign * weight
+            for weight, k in parts if sign == 1.0 else [(-weight, k) for weight, k in parts]:
                 if weight not in scaled:
                     scaled[weight] = grad.mul(weight)
                 tape.add(k, scaled[weight])
