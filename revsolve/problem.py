@@ -158,7 +158,7 @@ def prepare(
     repeatable, lent = _repeatable(term, noisy, buffers, span, x0)
     stand_in = depend_on_each_other(tensors) or any(map(has_hooks, tensors))
     wanted = any(x.requires_grad for x in (x0, *tensors)) or t is not None
-    first_value = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
+    value = values[0].detach() if isinstance(values[0], Tensor) else tree_map_only(Tensor, Tensor.detach, values[0])
     return Problem(
         scheme=scheme,
         term=repeatable if wanted or not torch.is_grad_enabled() else Constant(repeatable),
@@ -171,7 +171,7 @@ def prepare(
         stand_in=stand_in,
         constants=tuple(x for x in constants if not buffers.holds(x)),
         buffers=lent,
-        first_value=first_value if repeatable is term and lent is None and not dual_numbers() else None,
+        first_value=(span[0], value) if repeatable is term and lent is None and not dual_numbers() else None,
         tangents=dual_numbers(),
     )
 
