@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.compiled.programs import PROGRAMS, Compiler, Program, once
-from revsolve.compiled.recorded import Recalled, surroundings
+from revsolve.compiled.recorded import Recalled
+from revsolve.compiled.setting import surroundings
 from revsolve.compiled.transcript import Swap, transcript
 from revsolve.core.coupling import Pair, Scheme, advance, over
 from revsolve.core.march import parasitic

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from revsolve.compiled.recorded import Recalled, Recorder, Setting, Swept, apart, at, counted, row
+from revsolve.compiled.recorded import Recalled, Recorder
+from revsolve.compiled.setting import Setting, Swept, apart, at, counted, row
 from revsolve.compiled.transcript import Swap
 from revsolve.core.coupling import Pair
 from revsolve.core.engine import certify

@@ -16,8 +16,9 @@ from torch import Tensor
 from revsolve.compiled.attempts import Attempts
 from revsolve.compiled.driven import Driver, Source, Undriven
 from revsolve.compiled.programs import Compiler, compiler
-from revsolve.compiled.recorded import Ahead, Back, Setting
+from revsolve.compiled.recorded import Ahead, Back
 from revsolve.compiled.repeated import recompute
+from revsolve.compiled.setting import Setting
 from revsolve.core.coupling import Pair
 from revsolve.core.engine import certify
 from revsolve.core.march import Problem, conclude, last_step, march, segments_of, size_of, stays
