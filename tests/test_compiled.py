@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
-from revsolve.compiled.programs import PROGRAMS, CompilationError, Compiler, once
+from revsolve.compiled.compiler import Compiler
+from revsolve.compiled.programs import PROGRAMS, once
+from revsolve.compiled.transcript import CompilationError
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, relative_difference, worst_difference

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from revsolve import Solution, odeint
-from revsolve.compiled.programs import PROGRAMS, CompilationError
+from revsolve.compiled.programs import PROGRAMS
+from revsolve.compiled.transcript import CompilationError
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, loss_of, worst_difference
 from tests.test_compiled import EXACT, RECORDED, needs_compiler, quiet
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revsolve.compiled.programs import PROGRAMS, Compiler, Program, once
+from revsolve.compiled.compiler import Compiler
+from revsolve.compiled.programs import PROGRAMS, Program, once
 from revsolve.compiled.recorded import Recalled
 from revsolve.compiled.setting import surroundings
 from revsolve.compiled.transcript import Swap, transcript

@@ -6,10 +6,8 @@ the step's number, the times and every outside tensor as inputs; the loop around
 
 from __future__ import annotations
 
-import gc
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,72 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from revsolve.compiled.checked import check, rounding
-from revsolve.compiled.transcript import CompilationError, uncached
+from revsolve.compiled.compiler import Compiler, compiling
 
-OPTIONS = ("backend", "mode", "options")
-BACKENDS = ("inductor", "eager")
 MOST_PROGRAMS = 256
-WRITTEN_FOR = ("2.13.", "2.14.")  # versions of torch that `inductor` has been tried with
 SMALL = 1024  # multiplications
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """How programs are compiled: what `compile=` says.
-
-    Args:
-        backend: "inductor", or "eager" to run the recorded operations one by one, which shows whether it is recording or
-            compiling that fails.
-        options: of inductor, as in `torch.compile(options=...)`.
-    """
-
-    backend: str = "inductor"
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __call__(self, loop: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
-        if self.backend == "eager":
-            return loop
-        from torch._inductor.compile_fx import (
-            compile_fx,
-            compile_fx_inner,
-        )  # warns of things in torch that are deprecated
-
-        options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
-        made: list[Callable[[list[Tensor]], Any]] = []
-
-        def keep(*args: Any, **settings: Any) -> Any:
-            made.append(compile_fx_inner(*args, **settings))
-            return made[-1]
-
-        run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
-        # What is around it is for graphs that alias or need gradients; from a cache on disk it may come as a whole.
-        return (lambda *inputs: made[-1](list(inputs))) if made else run
-
-
-def _own_code(way: Compiler) -> AbstractContextManager[None]:
-    """Inductor as programs use it; as it is in a version of torch whose inside is not known, where solves take longer."""
-    if way.backend != "inductor" or not torch.__version__.startswith(WRITTEN_FOR):
-        return nullcontext()
-    from revsolve.compiled.inductor import own_code
-
-    return own_code()
-
-
-def compiler(given: Any) -> Compiler:
-    """What `compile=` means. Raises ValueError or TypeError for anything but True or a mapping of known options."""
-    if given is True:
-        return Compiler()
-    if not isinstance(given, Mapping):
-        raise TypeError(f"compile must be True, False or a dict of options of torch.compile, but it is {given!r}.")
-    for name in given:
-        if name not in OPTIONS:
-            raise ValueError(f"unknown option {name!r} in compile=: options are {', '.join(OPTIONS)}.")
-    backend = given.get("backend", "inductor")
-    if backend not in BACKENDS:
-        raise ValueError(f"compile={{'backend': {backend!r}}} must be one of {', '.join(map(repr, BACKENDS))}.")
-    options = dict(torch._inductor.list_mode_options(given["mode"])) if given.get("mode") else {}
-    options.update(given.get("options") or {})
-    return Compiler(backend, tuple(sorted(options.items())))
 
 
 class Sweep(Protocol):
@@ -164,7 +100,7 @@ def loop(
     """
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     example, split = _fake(fakes, number, *given, number, *constant), 1 + len(given)
-    with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
+    with torch.no_grad(), compiling(way), tracing(TracingContext(fakes)):
         begin = _recorded(sweep.begin, example)
         carried = _fake(fakes, *(node.meta["val"] for node in _results(begin)))
         inside, count = [example[0], *carried, *example[split:]], 1 + len(carried)
@@ -192,7 +128,7 @@ def once(
     """The program that does `step(*changing, *constant)` one time."""
     fakes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     example = _fake(fakes, *changing, *constant)
-    with torch.no_grad(), _compiling(way), tracing(TracingContext(fakes)):
+    with torch.no_grad(), compiling(way), tracing(TracingContext(fakes)):
         body = _recorded(step, example)
         hidden = _lift_constants(body, fakes)
         made = way(body, [*example, *_fake(fakes, *hidden)])
@@ -269,23 +205,3 @@ def _take_more(graph: fx.GraphModule, count: int) -> None:
         with graph.graph.inserting_after(places[-1]):
             graph.graph.placeholder(f"further{len(places)}")
     graph.recompile()
-
-
-@contextmanager
-def _compiling(way: Compiler) -> Iterator[None]:
-    """Python's garbage and the search for anomalies wait meanwhile; where torch cannot record or compile, say what to do."""
-    collects = gc.isenabled()
-    gc.disable()  # a sixth of the time went into walks through all that torch has imported
-    try:
-        # a recording has no numbers to look at
-        with _own_code(way), uncached(), torch.autograd.set_detect_anomaly(False):
-            yield
-    except Exception as error:
-        raise CompilationError(
-            f"compile= cannot turn this field into a program (backend {way.backend!r}): {type(error).__name__}: {error}. A field "
-            "may not look at numbers (if on a value, .item(), .numpy()), compute with complex ones, or use tensors that were not "
-            "there when it was first called; solve with compile=False, which has no such limits."
-        ) from error
-    finally:
-        if collects:
-            gc.enable()

@@ -8,8 +8,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from revsolve.compiled.compiler import Compiler
 from revsolve.compiled.driven import Driver, Undriven
-from revsolve.compiled.programs import PROGRAMS, Compiler, Program, Sweep, loop
+from revsolve.compiled.programs import PROGRAMS, Program, Sweep, loop
 from revsolve.compiled.transcript import derivative_transcript, transcript
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back

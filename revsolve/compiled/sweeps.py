@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from revsolve.compiled.attempts import Attempts
+from revsolve.compiled.compiler import Compiler, compiler
 from revsolve.compiled.driven import Driver, Source, Undriven
-from revsolve.compiled.programs import Compiler, compiler
 from revsolve.compiled.recorded import Ahead, Back
 from revsolve.compiled.repeated import recompute
 from revsolve.compiled.setting import Setting
