@@ -535,6 +535,57 @@ def test_fixed_point(settings: dict[str, Any]) -> None:
     assert worst_difference(gradients(compile=RECORDED), gradients(gradient="direct"))[0] < EXACT
 
 
+A = torch.linspace(-1, 1, 41 * 40)[:1600].sin().reshape(40, 40) / 20  # large enough for products to stay products
+PATH = torch.linspace(0, 9, 40 * 11 * 2).sin().reshape(40, 11, 2)
+MATRICES: dict[str, Any] = {
+    "odeint": lambda x, A, **k: odeint(lambda t, y: y @ A, x, [0.0, 1.0], options={"step_size": 0.1}, **k),
+    "within the field": lambda x, A, **k: odeint(
+        lambda t, y: torch.add(torch.sin(t) * y, y @ A, alpha=2.5), x, [0.0, 1.0], options={"step_size": 0.1}, **k
+    ),
+    "cdeint": lambda x, A, **k: cdeint(
+        LinearPath(PATH), lambda t, z: (z @ A)[..., None] * torch.tensor([1.0, 2.0]), x, [0.0, 10.0], **k
+    ),
+    "sdeint": lambda x, A, **k: sdeint((lambda t, y: y @ A, lambda t, y: 0.1 * y @ A), x, [0.0, 1.0], dt=0.1, **k),
+    "fixed_point": lambda x, A, beta=0.7, **k: fixed_point(lambda z: z @ A, x, beta=beta, tol=0, max_steps=6, **k),
+}
+
+
+CONSTANTS: dict[str, Any] = {
+    "number": lambda t, y: -y * torch.tensor(2.0),
+    "several": lambda t, y: torch.tensor([3.0, 4.0]) - y * torch.tensor([1.0, 2.0]).sin(),
+}
+
+
+@quiet
+@needs_compiler
+@pytest.mark.parametrize("field", CONSTANTS.values(), ids=CONSTANTS)
+def test_tensors_made_in_the_field_from_numbers(field: Any) -> None:
+    y0 = torch.randn(4, 2).requires_grad_()
+
+    def found(**solve: Any) -> dict[str, Tensor]:
+        y = odeint(field, y0, [0.0, 1.0], method="rev_bosh3", options={"step_size": 0.1}, **solve)[-1]
+        return {"y": y.detach(), "y0": torch.autograd.grad(y.square().sum(), y0)[0]}
+
+    assert worst_difference(found(compile=True), found(compile=False))[0] < 1e-5
+
+
+@quiet
+@needs_compiler
+@pytest.mark.parametrize("door", MATRICES)
+def test_weighted_products_of_matrices(door: str) -> None:
+    """inductor of torch 2.13 leaves out alpha in torch.add(x, a @ b, alpha=alpha)."""
+    x, matrix = torch.randn(40, 40).requires_grad_(), A.clone().requires_grad_()
+    settings: dict[str, Any] = {} if door == "fixed_point" else {"method": "reversible_heun"}
+
+    def found(**solve: Any) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        z = MATRICES[door](x, matrix, **settings, **solve)
+        gx, gA = torch.autograd.grad(z.square().sum(), (x, matrix))
+        return {"z": z.detach(), "x": gx, "A": gA}
+
+    assert worst_difference(found(compile=True), found(compile=False))[0] < 1e-5
+
+
 def test_what_other_front_doors_refuse() -> None:
     y0, noise = torch.ones(2, 3), (lambda t, y: -y, lambda t, y: 0.1 * torch.ones_like(y))
     with pytest.raises(ValueError, match="space-time area"):

@@ -84,6 +84,32 @@ def test_a_compiled_solve_follows_the_path_that_it_is_given() -> None:
         torch.testing.assert_close(compiled(y0, X), loss(y0, X))
 
 
+@quiet
+@pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf4_s3"])
+def test_nothing_is_weighted_by_alpha(method: str) -> None:
+    """inductor of torch 2.13 leaves it out in torch.add(x, a @ b, alpha=alpha)."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    A, y0, X = torch.randn(SIZE, SIZE), make_y0(torch.float32).detach(), path()
+    solve = torch.compile(lambda y0: through_odeint(lambda y: y @ A, y0, X, method=method), backend=keep)
+    assert solve(y0).isfinite().all()
+    assert graphs and not any("alpha" in node.kwargs for graph in graphs for node in graph.graph.nodes)
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf4_s3"])
+def test_a_linear_field(method: str) -> None:
+    A, y0, X = torch.randn(SIZE, SIZE).requires_grad_(), make_y0(torch.float32), path()
+    loss = squared(through_odeint, lambda y: y @ A, method=method)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(y0, X), (y0, A))
+    assert difference(list(found), list(torch.autograd.grad(loss(y0, X), (y0, A)))) < 1e-5
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "adaptive": (through_odeint, {"method": "rev_dopri5", "options": {}}, "adaptive steps are chosen"),
     "times": (through_odeint, {"t": torch.tensor([0.0, 1.0])}, "give a list of times"),

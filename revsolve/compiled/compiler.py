@@ -42,9 +42,11 @@ class Compiler:
         options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
         made: list[Callable[[list[Tensor]], Any]] = []
 
-        def keep(*args: Any, **settings: Any) -> Any:
-            made.append(compile_fx_inner(*args, **settings))
-            return made[-1]
+        def keep(graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+            inner = compile_fx_inner(graph, inputs, **settings)
+            if len(inputs) == len(example):  # nothing was added that only `run` would give it
+                made.append(inner)
+            return inner
 
         run: Any = compile_fx(loop, list(example), inner_compile=keep, config_patches=options)
         # What is around it is for graphs that alias or need gradients; from a cache on disk it may come as a whole.

@@ -81,7 +81,22 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float =
     return product if product is NotImplemented else beta * bias + alpha * product
 
 
-DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
+def _add(x: Tensor, k: Tensor, alpha: float = 1.0) -> Tensor:
+    """Without alpha, which inductor of torch 2.13 leaves out where k is a product of matrices."""
+    return NotImplemented if alpha == 1 else x + alpha * k
+
+
+def _add_(x: Tensor, k: Tensor, alpha: float = 1.0) -> Tensor:
+    return NotImplemented if alpha == 1 else x.add_(alpha * k)
+
+
+ATEN = torch.ops.aten
+DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    ATEN.mm.default: _mm,
+    ATEN.addmm.default: _addmm,
+    ATEN.add.Tensor: _add,
+    ATEN.add_.Tensor: _add_,
+}
 
 
 def loop(
@@ -194,6 +209,8 @@ def _lift_constants(graph: fx.GraphModule, fakes: FakeTensorMode) -> list[Tensor
         last.meta["val"] = fakes.from_tensor(tensor, static_shapes=True)
         node.replace_all_uses_with(last)
         graph.graph.erase_node(node)
+    for name in {str(node.target) for node in found}:
+        delattr(graph, name)  # or it would be an input a second time
     graph.recompile()
     return tensors
 

@@ -21,21 +21,27 @@ def moment(t0: Time, t1: Time, fraction: float) -> Time:
     return t0 + fraction * (t1 - t0)
 
 
+def plus(x: Tensor, k: Tensor, weight: float) -> Tensor:
+    """x + weight * k, in one kernel."""
+    if torch.compiler.is_compiling():  # inductor of torch 2.13 leaves out alpha where k is a product of matrices
+        return x + weight * k
+    return torch.add(x, k, alpha=weight)
+
+
 def scaled_add(x: Tensor | None, k: Tensor, weight: Scalar, factor: Scalar = 1.0) -> Tensor:
     """x + factor * weight * k, where x = None stands for zero."""
-    if weight.__class__ is float and factor.__class__ is float:
+    if not (isinstance(weight, Tensor) or isinstance(factor, Tensor)):
         weight *= factor
-        return torch.add(x, k, alpha=weight) if x is not None else k if weight == 1.0 else k.mul(weight)
-    if isinstance(factor, Tensor) or not isinstance(weight, Tensor):
-        weight, factor = factor * weight, 1.0
-    if not isinstance(weight, Tensor):
         if x is None:
             return k if weight == 1.0 else k.mul(weight)  # two thirds of the time of the operator
-        return torch.add(x, k, alpha=weight)
+        return plus(x, k, weight)
+    if isinstance(factor, Tensor):
+        weight, factor = factor * weight, 1.0
+    assert isinstance(weight, Tensor)
     if x is not None and x.dtype == k.dtype == weight.dtype:
         return torch.addcmul(x, k, weight, value=factor)
     scaled = like(weight, k) * k
-    return scaled * factor if x is None else torch.add(x, scaled, alpha=factor)
+    return scaled * factor if x is None else plus(x, scaled, factor)
 
 
 def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> Tensor | None:
@@ -54,12 +60,12 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if mix == 0.0:
         return target if keep == 1.0 else -target if keep == -1.0 else target.mul(keep)
     if keep == 1.0:
-        return torch.add(target, source, alpha=mix)
+        return plus(target, source, mix)
     if abs(keep + mix - 1.0) < 1e-14:
         return source.lerp_(target, keep) if own else torch.lerp(source, target, keep)
     if keep == -1.0:
-        return -torch.add(target, source, alpha=-mix)
-    return torch.add(target.mul(keep), source, alpha=mix)
+        return -plus(target, source, -mix)
+    return plus(target.mul(keep), source, mix)
 
 
 def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from revsolve.core.arithmetic import plus
 from revsolve.transforms.levels import followed
 
 Time: TypeAlias = float | Tensor
@@ -246,7 +247,7 @@ def _weighted_sum(terms: Sequence[Tensor], weights: Sequence[Time]) -> Tensor:
     """The first of `terms`, and each later one times its weight; a single kernel per term if weights are numbers."""
     value = terms[0]
     for c, weight in zip(terms[1:], weights, strict=True):
-        value = value + weight * c if isinstance(weight, Tensor) else torch.add(value, c, alpha=weight)
+        value = value + weight * c if isinstance(weight, Tensor) else plus(value, c, weight)
     return value
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, moment
+from revsolve.core.arithmetic import Time, moment, plus
 from revsolve.core.coupling import Combination, frozen
 from revsolve.core.tape import Memo
 from revsolve.schemes.tableau import Tableau
@@ -46,7 +45,7 @@ class RungeKutta:
         for c, row in self._stages if with_error else self._stages[: len(self.nodes)]:
             xi = x
             for j, a in row:
-                xi = torch.add(xi, stages[j], alpha=a * scale)
+                xi = plus(xi, stages[j], a * scale)
             scale, k = term.weighted(term.value(moment(t0, t1, c), xi), t0, t1)
             stages.append(k)
         parts: Combination = [(b * scale, stages[i]) for i, b in self._weights]

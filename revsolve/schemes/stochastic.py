@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, moment
+from revsolve.core.arithmetic import Time, moment, plus
 from revsolve.core.coupling import Combination, Scheme
 from revsolve.core.tape import Memo
 from revsolve.schemes.reversible import plain, reversible
@@ -80,7 +79,7 @@ class StochasticRungeKutta:
             xi = x
             for key, weight in self._stages[i]:
                 scale, k = pieces[key]
-                xi = torch.add(xi, k, alpha=weight * scale)
+                xi = plus(xi, k, weight * scale)
             value = term.value(moment(t0, t1, c), xi)
             for driver in self._needed[i]:
                 k, factor = term.product(Piece(value, driver), t0, t1)

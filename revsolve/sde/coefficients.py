@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.core.arithmetic import plus
+
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
 NAMES = {
@@ -128,7 +130,7 @@ def increment(noise_type: str, product_only: bool) -> Callable[[Tensor, Any, Any
 
     def general(f: Tensor, h: Any, g: Any, dW: Tensor) -> Tensor:
         noise = multiply(g, dW)
-        return torch.addcmul(noise, f, h) if isinstance(h, Tensor) else torch.add(noise, f, alpha=h)
+        return torch.addcmul(noise, f, h) if isinstance(h, Tensor) else plus(noise, f, h)
 
     return general
 
