@@ -115,7 +115,8 @@ def prepare(
     gradient: str | None,
     restarts: Any,
 ) -> Problem:
-    """Call the term once over `span`, and gather what the engine needs.
+    """Call the term once over `span`, twice where it takes results from outside that nobody holds, and gather what the engine
+    needs.
 
     `owners` are the callables and objects whose tensors the term may use; tensors that they hold without being found by the
     traced call get zero gradients if they stay unused.

@@ -34,10 +34,8 @@ class Compiler:
     def __call__(self, loop: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
         if self.backend == "eager":
             return loop
-        from torch._inductor.compile_fx import (
-            compile_fx,
-            compile_fx_inner,
-        )  # warns of things in torch that are deprecated
+        # imported here, for it warns of things in torch that are deprecated
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         options = {"cpp_wrapper": example[0].device.type == "cpu", **dict(self.options)}
         made: list[Callable[[list[Tensor]], Any]] = []

@@ -18,9 +18,8 @@ from revsolve.core.march import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
-LEAST_TIMES = (
-    64  # arrays over steps have this length, or the next power of two: another number of steps finds the same program
-)
+# Arrays over steps have this length, or the next power of two: another number of steps finds the same program.
+LEAST_TIMES = 64
 Updates = tuple[CouplingUpdate, ...]
 
 

@@ -192,11 +192,13 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
     before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, parts)
     grad, sign = grads.signed(i)
     if grad is not None:
+        if sign != 1.0:
+            parts = [(-weight, k) for weight, k in parts]
         if len(parts) == 1:
-            tape.add(parts[0][1], grad, sign * parts[0][0])
+            tape.add(parts[0][1], grad, parts[0][0])
         elif parts:
             scaled: dict[Scalar, Tensor] = {1.0: grad}
-            for weight, k in parts if sign == 1.0 else [(-weight, k) for weight, k in parts]:
+            for weight, k in parts:
                 if weight not in scaled:
                     scaled[weight] = grad.mul(weight)
                 tape.add(k, scaled[weight])

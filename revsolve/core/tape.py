@@ -147,9 +147,7 @@ class Tape:
         self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
         self.audit_due = True
-        self.looks: set[tuple[int, ...]] = (
-            set()
-        )  # the sizes of recorded graphs, each with the inputs that it does not use
+        self.looks: set[tuple[int, ...]] = set()  # sizes of recorded graphs, with the inputs that each does not use
         self.num_nodes = sequence_number()
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
