@@ -152,7 +152,7 @@ def prepare(
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
     replays = gradient != "direct" and torch.is_grad_enabled()
     with refusing_sharded_calls() if replays else nullcontext():
-        (tensors, constants), noisy = random_state_changed_by(lambda: traced(call, held, (leaf,)), x0.device)
+        (tensors, constants), noisy = random_state_changed_by(lambda: traced(call, held, (leaf,), buffers), x0.device)
     if capturing() and noisy:
         raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
     buffers.keep_changed()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
@@ -67,10 +67,10 @@ class _UnseenWitness(_Witness):
 
 
 def traced(
-    call: Callable[[], Tensor], held: Sequence[Tensor], own: Sequence[Tensor]
+    call: Callable[[], Tensor], held: Sequence[Tensor], own: Sequence[Tensor], aside: AbstractContextManager[Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """All tensors outside `call()` that the gradient of its value reaches (those `held` first, `own` left out), and the
-    constants: others among those `held` that it uses and does not change."""
+    constants: others among those `held` that it uses and does not change. A second call is made `aside`."""
     constants = [(x, x._version) for x in held if not (x.requires_grad or x.is_inference())]
     witness = _UnseenWitness() if "torch._dynamo" in sys.modules else _Witness()
     witness.seen = {(x.grad_fn, x.output_nr): x for x in held if x.grad_fn is not None}
@@ -80,7 +80,7 @@ def traced(
             value = call()
         leaves, outside = boundary([value], birthday)
         if not constants and any(edge not in witness.seen for edge in outside):
-            with witness:
+            with aside, witness:
                 call()
     found = {id(x): x for x in held if x.requires_grad}
     mine = {id(x) for x in own}

@@ -1,24 +1,25 @@
 """Overhead: the time of a gradient over the bare cost of the same field calls: `python docs/benchmarks/overhead.py`.
 
 Bare cost: as many calls of the field without gradients as the forward pass makes, and as many calls with a vector-Jacobian
-product as the backward pass makes, one after another. Rounds alternate between the two, on one thread, in milliseconds of
-processor time; the table has medians. The field is a network with two hidden layers, in float32. Wanted are ratios of at most
-1.10, and of 1.35 on the tiny problem, where calls of Python are all there is. Once more without restarts, as these schemes were
-published: the difference is what restarts take besides their calls, of which each is a vector-Jacobian product in the forward
-pass that the bare cost does not have.
+product as the backward pass makes, one after another. Rounds alternate between the two for half a minute, on one thread, in
+milliseconds of processor time; the table has medians. The field is a network with two hidden layers, in float32. Wanted are
+ratios of at most 1.10, and of 1.35 on the tiny problem, where calls of Python are all there is. Once more without restarts, as
+these schemes were published: the difference is what restarts take besides their calls, of which each is a vector-Jacobian
+product in the forward pass that the bare cost does not have.
 """
 
 import itertools
 
 import torch
-from contest import Field, milliseconds, start, tiny
+from contest import Field, milliseconds, start, timed, tiny
 from sizes import SIZES, Size
 
 import revsolve
 from revsolve.schemes.names import scheme
 
 METHODS = ("rev_rk4", "reversible_heun", "alf4", "rk4")
-ROUNDS = {"large": 3}
+LASTING = 30_000.0  # milliseconds for the rounds of a row, unless fewer than
+FEWEST = 7
 
 
 class Contest:
@@ -55,7 +56,7 @@ def row(method: str, name: str, size: Size) -> str:
     if scheme(method).reversible:
         contests.append(Contest(method, size, restarts=None))
     calls = {(i, part): getattr(c, part) for i, c in enumerate(contests) for part in ("gradient", "bare")}
-    taken = milliseconds(calls, ROUNDS.get(name, 9))
+    taken = milliseconds(calls, max(FEWEST, int(LASTING / sum(map(timed, calls.values())))))
     ratios = [f"{taken[i, 'gradient'] / taken[i, 'bare']:.2f}" for i in range(len(contests))]
     count = f"{contests[0].num_forward} + {contests[0].num_backward}"
     times = f"{taken[0, 'bare']:.0f} | {taken[0, 'gradient']:.0f}"
