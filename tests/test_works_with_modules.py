@@ -162,6 +162,33 @@ def test_fields_compiled_to_machine_code(gradient: str, device: torch.device) ->
     assert difference(gradients(DOORS["odeint"], torch.compile(net), y0, gradient=gradient), wanted) < EXACT
 
 
+class FreedAtOnce(torch.autograd.Function):
+    """The sine, differentiated as code that inductor made is: whoever asks for its gradient must give up the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert not torch._C._autograd._get_current_graph_task_keep_graph()
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return FreedAtOnce.apply(x)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "direct"])
+@every_door
+def test_functions_whose_graph_is_used_once(door: Any, gradient: str, device: torch.device) -> None:
+    """Looks at the modes, which direct gradients take too, must not ask for more."""
+    net, y0 = make_net(Sine, device=device), make_y0(device=device)
+    assert all(torch.isfinite(x).all() for x in gradients(door, net, y0, gradient=gradient))
+
+
 def saved_and_loaded(module: Any) -> Any:
     file = io.BytesIO()
     torch.save(module, file)

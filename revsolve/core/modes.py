@@ -90,12 +90,12 @@ class Modes:
 
 def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, list[Tensor]] | None:
     """The product w of v and the Jacobian of the term at (t, y), with before . w, v . w and w . w; None if there is no product.
-    The memo keeps the value at (t, y)."""
+    The memo keeps the value at (t, y), unless gradients are recorded."""
     leaf, value = memo.recorded(t, y)
     if not value.requires_grad:
         return None
     cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
-    (w,) = vector_jacobian_product((value,), (leaf,), (cotangent,), torch.is_grad_enabled())
+    (w,) = vector_jacobian_product((value,), (leaf,), (cotangent,))
     if w is None:
         return None
     w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)

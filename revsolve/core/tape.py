@@ -57,15 +57,15 @@ class Memo(Wrapped):
         return kept
 
     def recorded(self, t: Time, x: Tensor) -> tuple[Tensor, Any]:
-        """A leaf that stands for x (x itself, where gradients are recorded anyway), and the value there as its function.
+        """A leaf that stands for x, and the value there as its function.
 
-        It is remembered as the value at x.
+        It is remembered as the value at x; but not while gradients are recorded, for what they need must not be freed with it.
         """
+        latest, keeps, leaf = self.latest, not torch.is_grad_enabled(), leaf_of(x)
+        self.latest = (None, None, None)
         with torch.enable_grad():
-            leaf = x if x.requires_grad else leaf_of(x)
-            self.latest = (None, None, None) if leaf is not x else self.latest
             value = self.value(t, leaf)
-        self.latest = (x, t, value if torch.is_grad_enabled() else value.detach())
+        self.latest = (x, t, value.detach()) if keeps else latest
         return leaf, value
 
     def weighted(self, value: Any, t0: Time, t1: Time) -> tuple[float, Tensor]:
@@ -237,11 +237,9 @@ class Tape:
 
 
 def vector_jacobian_product(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], keep_graph: bool = False
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
     if ENGINE is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, keep_graph, allow_unused=True)
-    return ENGINE.run_backward(
-        tuple(outputs), tuple(cotangents), keep_graph, False, inputs, True, accumulate_grad=False
-    )
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)
