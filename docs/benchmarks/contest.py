@@ -1,8 +1,9 @@
 """What the benchmarks share: contenders that take turns, the sizes of the problems, their field, and where results go.
 
-Every script runs on one thread and takes `--tiny`, with which it shrinks to a second or so: its numbers mean nothing then.
+Every script runs on one thread of one processor and takes `--tiny`, with which it shrinks to a second or so: its numbers mean nothing then.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -62,6 +63,9 @@ class Field(nn.Module):
 
 
 def start() -> None:
-    """One thread, and the same numbers every time."""
+    """One thread on one processor, and the same numbers every time. On two, JAX takes twice the time of both for a small solve:
+    threads of its own wait for each other, busily."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     torch.manual_seed(0)
