@@ -1,5 +1,6 @@
 """Every benchmark runs: on a problem so small that its numbers mean nothing, but its table is whole."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ def as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["benchmark", "--tiny"])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the other tests
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """What the benchmarks share: contenders that take turns, the sizes of the problems, their field, and where results go.
 
-Every script runs on one thread of one processor and takes `--tiny`, with which it shrinks to a second or so: its numbers mean nothing then.
+Every script runs on one thread of one processor and takes `--tiny`, with which it shrinks to a second or so: its numbers mean
+nothing then.
 """
 
 import os

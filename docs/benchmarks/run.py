@@ -1,8 +1,8 @@
 """Run every benchmark of this folder and keep what it prints: `make bench`, or `python docs/benchmarks/run.py NAME ...`.
 
-Each script is a program of its own, run on one thread of one processor; its table is written to `results/NAME.txt` below a line that says when, on
-what and with which versions, and plots beside it. Ratios within a table were measured in turns; for times, keep the machine
-quiet. The load before each script is written down too, for one that was not quiet.
+Each script is a program of its own, run on one thread of one processor; its table is written to `results/NAME.txt` below a line
+that says when, on what and with which versions, and plots beside it. Ratios within a table were measured in turns; for times,
+keep the machine quiet. The load before each script is written down too, for one that was not quiet.
 """
 
 import datetime
