@@ -4,7 +4,6 @@ Most tests of compiled solves run recordings operation by operation; faults of t
 sides of that from which products of matrices are handed to a library.
 """
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.front_doors import DOORS
+from tests.test_compiled import needs_compiler, quiet
 
-NUM_EXAMPLES = 24  # of some 15 seconds each, nearly all of which is the compiler's
+NUM_EXAMPLES = 24  # of some 20 seconds each, nearly all of which is the compiler's
 # In float32 what is undone carries roundings that a relaxation by half multiplies by 4 in each of its 5 steps.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
-]
+pytestmark = [pytest.mark.slow, needs_compiler, quiet]
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "x @ w + b": lambda x, w, b: x @ w + b,
@@ -114,14 +110,13 @@ def test_compiled_by_inductor(
     torch.manual_seed(0)
     (door, method), field = solve, Field(dim, width, product, maps).to(dtype)
     y0 = torch.randn(batch, dim, dtype=dtype, requires_grad=True)
-    settings: dict[str, Any] = {"gradient": gradient}
+    way: dict[str, Any] = {"gradient": gradient}
     if method is not None:
-        settings |= {"method": method} | ({} if method == "rk4" else {"restarts": restarts})
-    found = []
+        way |= {"method": method} | ({} if method == "rk4" else {"restarts": restarts})
+    inputs, found = [y0, *field.parameters()], []
     for compiled in (False, True):
         torch.manual_seed(1)
-        ys = DOORS[door](field, y0, compile=compiled, **settings)
-        inputs = [y0, *field.parameters()]
+        ys = DOORS[door](field, y0, compile=compiled, **way)
         found.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), inputs, materialize_grads=True)])
     assert max(map(apart, *found)) < TOLERANCE[dtype]
 

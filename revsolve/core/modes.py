@@ -52,7 +52,7 @@ class Modes:
         return self.latest, self.latest if self.before is None else self.before
 
     def look(self, t: Time, y: Tensor) -> list[Tensor]:
-        """Take a product of the evaluation at (t, y), which the memo keeps; the numbers for `reach`, none if there is none."""
+        """Take a product of the evaluation at (t, y); the numbers for `reach`, none if there is none."""
         directions = self.directions(y)
         found = None if directions is None else transposed_product(self.memo, t, y, *directions)
         if found is None:
