@@ -1,17 +1,17 @@
 """Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
 
+from revsolve.backends.inductor.transcript import CompilationError
+from revsolve.brownian.path import BrownianPath
 from revsolve.cde import cdeint
-from revsolve.compiled.transcript import CompilationError
-from revsolve.core.engine import ReconstructionWarning
-from revsolve.core.march import Stats
+from revsolve.core.gradient import ReconstructionWarning
+from revsolve.core.integrate import Stats
 from revsolve.core.restarts import Restarts
-from revsolve.drivers.brownian import BrownianPath
-from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
-from revsolve.drivers.log_ode import LogODEField
-from revsolve.drivers.logsignature import LogSignaturePath, logsignature
-from revsolve.equilibrium import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
+from revsolve.extras.progress import AcceptedStep
+from revsolve.fixed_point import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point
 from revsolve.ode import odeint, odeint_event
-from revsolve.progress import AcceptedStep
+from revsolve.paths.control import HermitePath, LinearPath, NaturalCubicPath
+from revsolve.paths.log_ode import LogODEField
+from revsolve.paths.logsignature import LogSignaturePath, logsignature
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import Tableau

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
-from revsolve.core.engine import solve
-from revsolve.core.march import Problem
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.dense import Dense, every_step
-from revsolve.event_steps import Event, steps_until
-from revsolve.events import solve_until
-from revsolve.own_steps import check_own_steps, steps_of_each
-from revsolve.packing import Clock, Packing, as_tensor
-from revsolve.per_sample import ClockOfEach, check_times_of_each, steps_for_each
-from revsolve.problem import check_times, values_hidden
-from revsolve.progress import AcceptedStep
+from revsolve.extras.dense import Dense, every_step
+from revsolve.extras.event_steps import Event, steps_until
+from revsolve.extras.events import solve_until
+from revsolve.extras.per_sample import ClockOfEach, check_times_of_each, steps_for_each
+from revsolve.extras.per_sample_steps import check_own_steps, steps_of_each
+from revsolve.extras.progress import AcceptedStep
+from revsolve.field.functorch import dual_numbers, followed
+from revsolve.prepare.options import Tolerances, adapts
+from revsolve.prepare.problem import check_times, values_hidden
+from revsolve.prepare.state import Clock, Packing, as_tensor
 from revsolve.solution import Solution
-from revsolve.steps import Tolerances, adapts
-from revsolve.transforms.levels import dual_numbers, followed
 
 
 @dataclass

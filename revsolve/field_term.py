@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.packing import Packing
+from revsolve.prepare.state import Packing
 
 
 class FieldTerm:

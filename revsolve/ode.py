@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
-from revsolve.core.engine import solve
-from revsolve.core.march import Problem
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.equation import Way, densely_again, solution_at, until_event
-from revsolve.event_steps import EVENT_OPTIONS, FAR
+from revsolve.extras.event_steps import EVENT_OPTIONS, FAR
+from revsolve.extras.progress import AcceptedStep, watched
+from revsolve.field.functorch import followed
 from revsolve.field_term import FieldTerm
-from revsolve.packing import Clock, Packing, as_tensor
-from revsolve.problem import by_programs, check_times, prepare
-from revsolve.progress import AcceptedStep, watched
+from revsolve.prepare.options import choose_steps, explain, restarts_of, scheme_and_options
+from revsolve.prepare.problem import by_programs, check_times, prepare
+from revsolve.prepare.state import Clock, Packing, as_tensor
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import choose_steps, explain, restarts_of, scheme_and_options
-from revsolve.transforms.levels import followed
 
 
 def odeint(

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from revsolve.core.march import Stats
-from revsolve.dense import Dense
+from revsolve.core.integrate import Stats
+from revsolve.extras.dense import Dense
 
 
 @dataclass(frozen=True)

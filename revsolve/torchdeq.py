@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.equilibrium import FixedPoint, fixed_point
+from revsolve.fixed_point import FixedPoint, fixed_point
 
 try:
     from torchdeq import add_deq_args, register_deq

@@ -11,9 +11,9 @@ import torchcde
 from torch import Tensor, nn
 
 from revsolve.cde import cdeint
-from revsolve.drivers.control import HermitePath, LinearPath, NaturalCubicPath
-from revsolve.drivers.log_ode import LogODEField
-from revsolve.drivers.logsignature import LogSignaturePath
+from revsolve.paths.control import HermitePath, LinearPath, NaturalCubicPath
+from revsolve.paths.log_ode import LogODEField
+from revsolve.paths.logsignature import LogSignaturePath
 from tests.equations import loss_of
 
 BATCH, LENGTH, CHANNELS, HIDDEN = 2, 7, 3, 4

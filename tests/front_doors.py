@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revsolve import fixed_point, odeint, sdeint
 from revsolve.cde import cdeint
-from revsolve.drivers.control import LinearPath
+from revsolve.paths.control import LinearPath
 
 SIZE, BATCH = 3, 4
 Field = Callable[[Tensor], Tensor]

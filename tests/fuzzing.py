@@ -1,4 +1,4 @@
-"""What random solves are made of (tests/test_fuzz.py): strategies, states of any structure, how gradients compare."""
+"""What random solves are made of (tests/fuzz/test_fuzz.py): strategies, states of any structure, how gradients compare."""
 
 from typing import Any
 

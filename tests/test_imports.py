@@ -17,28 +17,26 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
-    {"compiled", "transforms"},
-    {"schemes", "drivers"},
-    {"packing", "tracing"},
-    {"free_tensors"},
-    {"dense", "field_term", "grids", "problem", "progress"},
-    {"solution", "steps"},
-    {"event_steps", "per_sample"},
-    {"own_steps"},
-    {"events"},
+    {"backends"},
+    {"schemes", "field"},
+    {"brownian", "paths"},
+    {"compat"},
+    {"prepare"},
+    {"extras"},
+    {"field_term", "solution"},
     {"equation"},
-    {"ode", "cde", "sde", "equilibrium"},
+    {"ode", "cde", "sde", "fixed_point"},
     {"torchdeq"},
     {"__init__"},
 )
-TORCH_ONLY = {"core", "compiled", "transforms"}
+TORCH_ONLY = {"core", "backends"}
 # Imported by a module of the same name only, which nothing else imports.
 OPTIONAL = {"torchdeq": {"torchdeq"}}
 DEPENDENCIES = {re.match(r"[\w-]+", r).group() for r in requires("revsolve") if "extra ==" not in r} | {"numpy"}
 
 
 def module_name(path: Path) -> str:
-    """`revsolve.core.engine`; a package is named by its folder."""
+    """`revsolve.core.gradient`; a package is named by its folder."""
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -57,7 +55,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def part(name: str) -> str:
-    """What stands in LAYERS for a dotted name: `core` for `revsolve.core.engine`; a public name is `__init__`'s."""
+    """What stands in LAYERS for a dotted name: `core` for `revsolve.core.gradient`; a public name is `__init__`'s."""
     first = name.split(".")[1:2]
     return first[0] if first and {first[0], f"{first[0]}.py"} & CONTENTS else "__init__"
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Grid
-from revsolve.drivers.control import Control
-from revsolve.drivers.piecewise import check_inside
-from revsolve.grids import distance
-from revsolve.packing import Packing
-from revsolve.problem import check_choice
+from revsolve.paths.control import Control
+from revsolve.paths.piecewise import check_inside
+from revsolve.prepare.grid import distance
+from revsolve.prepare.options import Tolerances, adapts, given
+from revsolve.prepare.problem import check_choice
+from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import OneEvaluation
-from revsolve.steps import Tolerances, adapts, given
 
 CLOSE = 1e-9  # knots nearer than so much of the whole to an output time give way to it
 FORMS = ("derivative", "increment")

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from revsolve.cde.each import PathOfEach
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme, evaluations, moves, over
-from revsolve.drivers.control import Control
-from revsolve.transforms.levels import wrapped
+from revsolve.field.functorch import wrapped
+from revsolve.paths.control import Control
 
 Key = tuple[Any, ...]  # times
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
-from revsolve.drivers.control import Control
-from revsolve.drivers.piecewise import PiecewisePath
-from revsolve.per_sample import ClockOfEach
+from revsolve.extras.per_sample import ClockOfEach
+from revsolve.paths.control import Control
+from revsolve.paths.piecewise import PiecewisePath
 
 CLOSE = 1e-9  # kinks nearer to each other than so many steps between outputs count as one
 

@@ -15,22 +15,23 @@ from revsolve.cde.arguments import check_path, choose_form, choose_gradient, cho
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
 from revsolve.cde.each import PathOfEach, kinks_of_each
 from revsolve.cde.term import Deferred, MatrixTerm, ProductTerm, cde_term, source_of, whole
+from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
-from revsolve.core.engine import solve
-from revsolve.core.march import Problem, Stats
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Problem, Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.drivers.control import Control, as_control
 from revsolve.equation import Way, densely_again, solution_at, until_event, with_kinks
-from revsolve.event_steps import EVENT_OPTIONS
-from revsolve.packing import Packing, as_tensor
-from revsolve.per_sample import ClockOfEach
-from revsolve.problem import by_programs, check_times, prepare
-from revsolve.progress import AcceptedStep, watched
+from revsolve.extras.event_steps import EVENT_OPTIONS
+from revsolve.extras.per_sample import ClockOfEach
+from revsolve.extras.progress import AcceptedStep, watched
+from revsolve.field.functorch import followed
+from revsolve.paths.control import Control
+from revsolve.prepare.options import adapts, choose_steps, explain, restarts_of, scheme_and_options
+from revsolve.prepare.problem import by_programs, check_times, prepare
+from revsolve.prepare.state import Packing, as_tensor
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
-from revsolve.steps import adapts, choose_steps, explain, restarts_of, scheme_and_options
-from revsolve.transforms.levels import followed
 
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 

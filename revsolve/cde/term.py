@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.backends.inductor.driven import Source
 from revsolve.cde.drive import Drive, Slopes
-from revsolve.compiled.driven import Source
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.tape import Term
-from revsolve.packing import Clock, Packing
+from revsolve.prepare.state import Clock, Packing
 
 
 class MatrixTerm:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.drivers.brownian import BrownianPath, clamped
-from revsolve.drivers.drawn import DrawnPath
-from revsolve.drivers.foreign_brownian import ForeignBrownian, as_brownian
-from revsolve.per_sample import check_times_of_each
-from revsolve.problem import check_times
+from revsolve.brownian.drawn import DrawnPath
+from revsolve.brownian.path import BrownianPath, clamped
+from revsolve.compat.torchsde import ForeignBrownian, as_brownian
+from revsolve.extras.per_sample import check_times_of_each
+from revsolve.field.functorch import followed, outside, sample_numbers
+from revsolve.prepare.problem import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
-from revsolve.transforms.levels import followed, outside, sample_numbers
 
 Brownian = BrownianPath | ForeignBrownian
 Path = Callable[..., Any]

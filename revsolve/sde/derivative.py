@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from revsolve.core.tape import leaf_of
-from revsolve.transforms.levels import dual_numbers, followed_innermost, transformed
+from revsolve.field.functorch import dual_numbers, followed_innermost, transformed
 
 Fields = Callable[[Tensor], tuple[Tensor, Tensor]]  # y -> (f, g)
 

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.compiled.driven import Source
+from revsolve.backends.inductor.driven import Source
+from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
-from revsolve.core.engine import solve
-from revsolve.core.march import Problem
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.drivers.foreign_brownian import as_brownian
-from revsolve.grids import adaptive_grid, explain_field, fixed_grid, given_grid
-from revsolve.packing import Clock, as_tensor
-from revsolve.per_sample import ClockOfEach, points_for_each, refuse_options
-from revsolve.problem import by_programs, prepare, values_hidden
-from revsolve.progress import AcceptedStep, watched
+from revsolve.extras.per_sample import ClockOfEach, points_for_each, refuse_options
+from revsolve.extras.progress import AcceptedStep, watched
+from revsolve.field.discover import Constant
+from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, given_grid
+from revsolve.prepare.options import restarts_of
+from revsolve.prepare.problem import by_programs, prepare, values_hidden
+from revsolve.prepare.state import Clock, as_tensor
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
     as_sde,
@@ -39,8 +41,6 @@ from revsolve.sde.ito import refuse_dependence, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
-from revsolve.steps import restarts_of
-from revsolve.tracing import Constant
 
 
 def sdeint(

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from revsolve.field.functorch import of_every_sample, outside
 from revsolve.sde.derivative import Derivative, differentiated
-from revsolve.transforms.levels import of_every_sample, outside
 
 Shift = Callable[[Derivative], Tensor | None]  # of g at the state; None where g has no derivative there
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.brownian.path import BrownianPath
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
-from revsolve.drivers.brownian import BrownianPath
-from revsolve.per_sample import ClockOfEach
+from revsolve.extras.per_sample import ClockOfEach
 from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment
 from revsolve.sde.derivative import differentiated

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revsolve import odeint
-from revsolve.grids import fixed_grid
+from revsolve.prepare.grid import fixed_grid
 
 FINE = {"rtol": 1e-6, "atol": 1e-6}
 

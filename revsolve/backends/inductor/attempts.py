@@ -1,0 +1,119 @@
+"""Adaptive steps by programs: an attempted step and the measure of its error, recorded from the code that steps eagerly.
+
+The controller stays where it is: `march` and `Adaptive` take these steps as they take those of `Walk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from revsolve.backends.inductor.compiler import Compiler
+from revsolve.backends.inductor.programs import PROGRAMS, Program, once
+from revsolve.backends.inductor.recorded import Recalled
+from revsolve.backends.inductor.setting import surroundings
+from revsolve.backends.inductor.transcript import Swap, transcript
+from revsolve.core.coupling import Pair, Scheme, advance, over
+from revsolve.core.integrate import parasitic
+from revsolve.core.stepper import Measure
+from revsolve.core.tape import Memo
+
+
+class Attempts:
+    """Takes single steps and measures their error, as `Walk` does; `gap` is the parasitic part that the latest step left.
+
+    Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
+    """
+
+    def __init__(self, way: Compiler, scheme: Scheme, memo: Memo) -> None:
+        self.way, self.scheme, self.memo = way, scheme, memo
+        self.begins = next(update.source for update in scheme.updates if update.increment is not None)
+        self.passes_on = _ends_where_it_begins(scheme, self.begins)
+        self.program: Program | None = None
+
+    def __call__(
+        self, pair: Pair, times: Sequence[float], restart: bool, measure: Measure | None = None
+    ) -> tuple[Pair, Tensor | None]:
+        assert measure is not None
+        (t0, t1), memo = times, self.memo
+        self.before_attempt = memo.latest
+        if restart:
+            for update in self.scheme.restart:
+                pair = advance(over(update, t0, t1), pair, memo)
+        source = pair[self.begins]
+        assert source is not None
+        value, form = tree_flatten(memo.value(t0, source) if self.passes_on else ())
+        moments = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in times]
+        inputs = [*moments, *(x.contiguous() for x in (*pair, *value) if x is not None)]
+        if self.program is None:
+            self._find(times, inputs, measure, form)
+        assert self.program is not None
+        measured, self.gap, y, *rest = self.program.run(*inputs, *self.outside)
+        memo.num_evaluations += self.program.besides
+        pair = (y, rest.pop(0)) if self.scheme.reversible else (y, None)
+        memo.latest = (pair[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
+        return pair, measured
+
+    def forget_attempt(self) -> None:
+        self.memo.latest = self.before_attempt
+
+    def parasitic(self, pair: Pair, h: float) -> Tensor:
+        return self.gap
+
+    def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
+        """The program for inputs like these, made now unless there is one."""
+        (t0, t1), y = times, inputs[2]
+        text, outside = transcript(self.memo.term, t0, y, t1, y.new_zeros(0), lambda x: measure(x, x, x))
+        states = [(x.shape, x.stride(), x.dtype) for x in inputs]
+        made = PROGRAMS.made((self.scheme, self.way, text, *surroundings(), *states))
+        self.outside = [x.detach() for x in outside]
+        if "attempt" not in made:
+            counts: list[int] = []
+
+            def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+                with torch.no_grad(), Swap(outside, tensors[len(inputs) :]):
+                    return self._step(counts, measure, form, *tensors[: len(inputs)])
+
+            run = once(step, inputs, self.outside, self.way)
+            made["attempt"] = Program(run, counts[-1])
+        self.program = made["attempt"]
+
+    def _step(
+        self, counts: list[int], measure: Measure, form: Any, t0: Tensor, t1: Tensor, y: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        z, *value = rest if self.scheme.reversible else (None, *rest)
+        begun: Pair = (y, z)
+        pair, memo, error = begun, Recalled(self.memo.term), []  # type: Pair, Memo, list[Tensor]
+        if self.passes_on:
+            memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
+        for update in self.scheme.updates:
+            pair = advance(over(update, t0, t1), pair, memo, error)
+        measured, gap = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
+        if z is not None:
+            gap = parasitic(self.scheme, pair, z, (t1 - t0).to(z.real.dtype))
+        counts.append(memo.num_evaluations)
+        passed = tree_flatten(memo.latest[2])[0] if self.passes_on else []
+        return measured, gap, *(x for x in pair if x is not None), *passed
+
+
+def _ends_where_it_begins(scheme: Scheme, begins: int) -> bool:
+    """Whether the last evaluation of an attempt is the first of the step after it."""
+    memo, one = Memo(_Unmoved()), torch.ones((), device="cpu")
+    pair: Pair = (one, one)
+    for update in scheme.updates:
+        pair = advance(over(update, 0.0, 1.0), pair, memo, [])
+    return memo.latest[0] is pair[begins] and bool(memo.latest[1] == 1.0)
+
+
+class _Unmoved:
+    """y' = 0."""
+
+    def value(self, t: Any, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def product(self, value: Tensor, t0: Any, t1: Any) -> tuple[Tensor, float]:
+        return value, 1.0

@@ -1,0 +1,1 @@
+"""Brownian motion as a pure function of seed and place."""

@@ -1,0 +1,1 @@
+"""Objects of other packages: Brownian motion of torchsde, paths of torchcde."""

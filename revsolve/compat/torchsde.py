@@ -1,0 +1,91 @@
+"""Brownian motions of other packages behind the interface of `BrownianPath`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from revsolve.brownian.path import BrownianPath, clamped
+from revsolve.field.functorch import outside, transformed
+
+
+class ForeignBrownian:
+    """A torchsde path that is asked like a `BrownianPath`: both directions, rounded end times, H instead of U.
+
+    torchsde's U is the integral of W_r - W_ta over the span, hence H = U/h - W/2.
+    """
+
+    def __init__(self, bm: Any) -> None:
+        self.bm = bm
+        self.shape, self.dtype, self.device = torch.Size(bm.shape), bm.dtype, torch.device(bm.device)
+        self.levy_area = "none" if bm.levy_area_approximation == "none" else "space-time"
+        interval = getattr(bm, "_interval", bm)  # BrownianPath and BrownianTree wrap a BrownianInterval
+        self.t0, self.t1 = getattr(interval, "_start", -math.inf), getattr(interval, "_end", math.inf)
+
+    @overload
+    def __call__(self, ta: float, tb: float, return_H: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return W(tb) - W(ta), or (W, H), of shape `shape`; ValueError outside [t0, t1] or without H."""
+        if transformed():  # what the path keeps must belong to no torch.func transform
+            with outside():
+                return self(ta, tb, return_H)  # type: ignore[call-overload]
+        if return_H:
+            _require_area(self)
+        a, b = (clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb))
+        low, high = min(a, b), max(a, b)
+        if not return_H:
+            W = self.bm(low, high)
+            return W if a <= b else -W
+        W, U = self.bm(low, high, return_U=True)
+        H = U / (high - low) - W / 2 if low < high else U
+        return (W if a <= b else -W), H
+
+
+def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownian:
+    """Return the Brownian motion as one that answers `bm(ta, tb)` and `bm(ta, tb, return_H=True)` in both directions.
+
+    Args:
+        bm: a `BrownianPath`, returned as it is; torchsde's BrownianInterval, BrownianPath or BrownianTree; or anything
+            called alike that has their `shape`, `dtype`, `device` and `levy_area_approximation`.
+        area: whether the space-time area H will be asked for.
+
+    Raises:
+        TypeError: bm is none of these.
+        ValueError: an area is wanted of a path without.
+
+    Paper: Kidger, Foster, Li and Lyons (2021), "Efficient and accurate gradients for neural SDEs" (torchsde's paths).
+
+    Example:
+        >>> import torchsde
+        >>> path = as_brownian(torchsde.BrownianInterval(0.0, 1.0, (2, 3), entropy=0))
+        >>> torch.equal(path(0.5, 0.2), -path(0.2, 0.5))
+        True
+    """
+    if isinstance(bm, BrownianPath | ForeignBrownian):
+        path = bm
+    else:
+        needed = ("__call__", "shape", "dtype", "device", "levy_area_approximation")
+        missing = [name for name in needed if not hasattr(bm, name)]
+        if missing:
+            raise TypeError(
+                f"bm is a {type(bm).__name__} without {', '.join(missing)}: pass a revsolve.BrownianPath or a Brownian "
+                "motion of torchsde."
+            )
+        path = ForeignBrownian(bm)
+    if area:
+        _require_area(path)
+    return path
+
+
+def _require_area(path: BrownianPath | ForeignBrownian) -> None:
+    if path.levy_area != "none":
+        return
+    raise ValueError(
+        "The space-time area H was asked of a Brownian motion without: make BrownianPath with "
+        'levy_area="space-time", or torchsde\'s paths with levy_area_approximation="space-time".'
+    )

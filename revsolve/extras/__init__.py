@@ -1,0 +1,1 @@
+"""What hangs outside the loop: events, dense output, times of each sample, progress."""

@@ -1,0 +1,162 @@
+"""Dense output: the solution between the accepted steps, as a piecewise polynomial through states and field values.
+
+Between two steps, Hermite interpolation through k of the nearest steps t_j,
+
+    y(t) = sum_j [(1 - 2 (t - t_j) c_j) y_j + (t - t_j) f(t_j, y_j)] l_j(t)^2,    c_j = l_j'(t_j),
+
+with the Lagrange polynomials l_j, has an error of order 2 k, and its derivative 2 k - 1. With 2 k at least two above the order of
+the method, it is as accurate between adaptive steps as at them (dopri5 with rtol 1e-7; with k one less, 30 times less accurate).
+At breaks, where the derivative jumps, the polynomials end: those of a piece use the steps within it alone, and as few as it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from revsolve.core.integrate import Problem
+from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
+
+
+def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
+    """Steppers as `make` makes them, with an output after every accepted step."""
+
+    def made() -> Stepper:
+        stepper = make()
+        if isinstance(stepper, FixedGrid):
+            stepper.grid.outputs[:] = range(stepper.num_total + 1)
+        else:
+            assert isinstance(stepper, Adaptive)
+            stepper.every_step = True
+        return stepper
+
+    return made
+
+
+class Dense:
+    """The solution at any time, from the states after every step. Differentiable, in the time too.
+
+    states: (steps + 1, *packed state). shift: what the field sees times later by, see `Clock`. breaks: the numbers of the
+    steps after which the derivative may jump. results: states with `num_dims` dimensions in front, as users see them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        states: Tensor,
+        results: Callable[[Tensor, int], Any],
+        shift: Tensor | None = None,
+        breaks: Sequence[int] = (),
+    ) -> None:
+        assert problem.grid is not None
+        self.term, self.buffers, self.results = problem.term, problem.buffers or nullcontext(), results
+        self.states, self.shift = states, shift
+        self.keeps_rates = (
+            problem.values_hidden or problem.tangents or problem.rule is not None
+        )  # torch.func transforms know no saved-tensor hooks
+        self.steps = problem.grid.times
+        self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
+        self.breaks = torch.tensor(sorted({0, len(self.steps) - 1, *breaks}), device=states.device)
+        self.num_knots = max(2, (problem.scheme.order + 3) // 2)
+
+    def evaluate(self, t: Any) -> Any:
+        """The state at the times t, of any shape: like y0, with the dimensions of t where those of output times are."""
+        return self._interpolated(t, _weights)
+
+    def derivative(self, t: Any) -> Any:
+        """The derivative of what `evaluate` gives, with respect to t."""
+        return self._interpolated(t, _weight_derivatives)
+
+    def _interpolated(self, t: Any, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+        t = torch.as_tensor(t, device=self.states.device)
+        s = t.double().reshape(-1)
+        first, counts = self._knots(s.detach())
+        groups = [(counts == n).nonzero().squeeze(1) for n in counts.unique().tolist()]
+        parts = [self._combined(s[i], first[i], int(counts[i[0]]), weights) for i in groups]
+        total = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(groups).argsort()]
+        return self.results(total.reshape((*t.shape, *self.states.shape[1:])), t.ndim)
+
+    def _combined(
+        self, s: Tensor, first: Tensor, num_knots: int, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Weighted states and rates at the knots from `first` on."""
+        knots = first[:, None] + torch.arange(num_knots, device=s.device)  # (len(s), num_knots)
+        before = torch.zeros_like(knots)  # 1 where the rate is that of the piece that ends at the knot
+        before[:, -1] = torch.isin(knots[:, -1], self.breaks)
+        used, place = torch.unique(2 * knots + before, return_inverse=True)
+        rates = torch.stack([self._rate(key // 2, key // 2 + (-1 if key % 2 else 1)) for key in used.tolist()])
+        nodes = self.times[knots]
+        for_states, for_rates = weights(s[:, None], nodes if self.shift is None else nodes + self.shift.to(nodes))
+        total = sum(
+            _column(for_states, j, rates) * self.states[knots[:, j]] + _column(for_rates, j, rates) * rates[place[:, j]]
+            for j in range(num_knots)
+        )
+        assert isinstance(total, Tensor)
+        return total
+
+    def _knots(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Which steps each time is interpolated from, as the first and their number: those nearest to the step that it lies
+        in, without passing a break."""
+        forward = 1.0 if self.steps[-1] > self.steps[0] else -1.0
+        outside = (forward * s < forward * self.times[0]) | (forward * s > forward * self.times[-1])
+        if bool(outside.any()):
+            worst = float(s[outside][0])
+            raise ValueError(
+                f"dense output covers [{self.steps[0]}, {self.steps[-1]}], but was asked for t = {worst}: solve further, a "
+                "polynomial says nothing about what lies outside."
+            )
+        left = torch.searchsorted(forward * self.times, forward * s, right=True) - 1
+        left = left.clamp(max=len(self.steps) - 2)
+        piece = torch.searchsorted(self.breaks, left, right=True)
+        low, high = self.breaks[piece - 1], self.breaks[piece]
+        counts = (high - low + 1).clamp(max=self.num_knots)
+        return (left - (counts - 2) // 2).maximum(low).minimum(high - counts + 1), counts
+
+    def _rate(self, i: int, other: int) -> Tensor:
+        """The rate of change after step i, on the side of another; evaluated again for its gradient instead of kept."""
+        if torch.is_grad_enabled() and not self.keeps_rates:
+            return checkpoint(self._value, self.steps[i], self.steps[other], self.states[i], use_reentrant=False)
+        return self._value(self.steps[i], self.steps[other], self.states[i])
+
+    def _value(self, t: float, other: float, x: Tensor) -> Tensor:
+        with self.buffers:
+            k, scale = self.term.product(self.term.value(t, x), t, other)
+        weight = scale / (other - t)
+        return k if weight == 1.0 else k * weight
+
+
+def _weights(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the states and of the field values, each (len(s), num_knots)."""
+    basis, _, slopes = _lagrange(s, nodes)
+    away = s - nodes
+    return (1 - 2 * away * slopes) * basis**2, away * basis**2
+
+
+def _weight_derivatives(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    basis, derivative, slopes = _lagrange(s, nodes)
+    away, product = s - nodes, 2 * basis * derivative
+    return (1 - 2 * away * slopes) * product - 2 * slopes * basis**2, basis**2 + away * product
+
+
+def _lagrange(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """l_j(s), l_j'(s) and l_j'(t_j), each (len(s), num_knots)."""
+    k = nodes.shape[1]
+    basis, derivative, slopes = [], [], []
+    for j in range(k):
+        others = [m for m in range(k) if m != j]
+        gaps = nodes[:, j, None] - nodes[:, others]
+        factors = (s - nodes[:, others]) / gaps  # exactly 1 where s is the knot
+        rest = torch.stack([factors[:, [i for i in range(k - 1) if i != m]].prod(1) for m in range(k - 1)], 1)
+        basis.append(factors.prod(1))
+        derivative.append((rest / gaps).sum(1))
+        slopes.append((1 / gaps).sum(1))
+    return torch.stack(basis, 1), torch.stack(derivative, 1), torch.stack(slopes, 1)
+
+
+def _column(weights: Tensor, j: int, like: Tensor) -> Tensor:
+    return weights[:, j].to(like.real.dtype).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,159 @@
+"""Events: solve until a function of time and state crosses zero, with exact gradients of when and where that happens.
+
+The event function g is looked at after every accepted step. Where a component changes sign, the step is repeated with half its
+length, to a time tm, and that is where the solve ends; one more step from there, of the length s - tm for which g(s, y(s)) = 0,
+leads to the event. A change of anything else moves the event by the implicit function theorem,
+
+    ds = -dg / (d/ds g(s, y(s))),
+
+where y(s) is that last step as a function of its own end: the derivative of the discrete solve, not of the equation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Problem, Walk
+from revsolve.core.tape import Memo
+from revsolve.extras.event_steps import Crossing, Event
+from revsolve.field.discover import boundary
+
+NEWTON_STEPS = 3  # each makes one more derivative of a root right
+MOST_EXTENSIONS = 8
+
+
+def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """The time of the event, a float64 number on the CPU, and the states at the start and then, (2, *x0.shape).
+
+    The problem's steppers are `UntilEvent` ones of this event. The event's time has its first three derivatives.
+    """
+    middle = solve(problem, x0, None)[1]
+    assert problem.grid is not None and event.crossing is not None
+    last = _LastStep(problem, event, problem.grid.times[-1], middle)
+    with problem.buffers or nullcontext():  # trial steps are no evaluations that running statistics should see
+        with torch.no_grad():
+            found, component = last.locate(event.crossing)
+        time = torch.tensor(found, dtype=torch.float64, device="cpu")
+        if torch.is_grad_enabled():
+            time = last.differentiable(found, component)
+        return time, torch.stack([x0, last.state(time, middle)])
+
+
+class _LastStep:
+    """The step from where the solve ended to a time s, and the event function there, as functions of s."""
+
+    def __init__(self, problem: Problem, event: Event, t0: float, y: Tensor) -> None:
+        self.problem, self.event, self.t0, self.y = problem, event, t0, y
+
+    def state(self, s: Time, y: Tensor) -> Tensor:
+        walk = Walk(self.problem.scheme, Memo(self.problem.term))
+        return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
+
+    def value(self, s: Time, y: Tensor, component: int) -> Tensor:
+        return self.event.value(s, self.state(s, y))[component]
+
+    def locate(self, crossing: Crossing) -> tuple[float, int]:
+        """When the first component fires, to rounding, and which one it is."""
+
+        def heights(s: float) -> list[tuple[float, int]]:
+            values = self.event.values(s, self.y if s == self.t0 else self.state(s, self.y))
+            return [(sign * values[i], i) for i, sign in crossing.signs.items()]
+
+        def lowest(s: float) -> float:
+            return min(heights(s))[0]
+
+        here = lowest(self.t0)
+        a, b = self.t0, crossing.between[1 if here > 0 else 0]
+        for _ in range(MOST_EXTENSIONS):  # steps of another length may cross a little later
+            if ((there := lowest(b)) > 0) != (here > 0):
+                break
+            b += 0.5 * (b - a)
+            b = b if abs(b - a) < abs(self.event.end - a) else self.event.end
+        else:
+            raise RuntimeError(
+                f"event_fn changed sign between t = {crossing.between[0]} and {crossing.between[1]}, but not in steps of other "
+                "lengths: the steps are too long for it, take smaller ones (step_size, max_step, or rtol and atol)."
+            )
+        eps = torch.finfo(self.y.dtype).eps
+        found = find_root(lowest, (a, here), (b, there), 4 * eps * max(abs(a), abs(b)))
+        if found == self.t0:  # a step of no length has no velocity
+            found = math.nextafter(found, b)
+        return found, min(heights(found))[1]
+
+    def differentiable(self, s: float, component: int) -> Tensor:
+        """s as a function of all that it depends on."""
+        found = torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True)
+        for _ in range(NEWTON_STEPS):
+            value = self.value(found, self.y, component)
+            if not self.y.requires_grad and all(leaf is found for leaf in boundary([value])[0]):
+                return found.detach()
+            (rate,) = torch.autograd.grad(value, found, retain_graph=True)
+            found = _Newton.apply(found, value, _checked(rate, s))
+        return found
+
+
+class _Newton(torch.autograd.Function):
+    """A root of `value`, a function of `end` that is zero there and changes at a `rate`: one step of Newton's method.
+
+    The rate is differentiated in its turn only where the gradient is: only then must the field be differentiable twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, end: Tensor, value: Tensor, rate: float) -> Tensor:
+        ctx.save_for_backward(end, value)
+        ctx.rate = rate
+        return end.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        end, value = ctx.saved_tensors
+        rate = ctx.rate
+        if torch.is_grad_enabled():
+            (rate,) = torch.autograd.grad(value, end, create_graph=True)
+        return grad, (-grad / rate).to(value), None
+
+
+def _checked(rate: Tensor, s: float) -> float:
+    number = float(rate)
+    if not math.isfinite(number) or number == 0.0:
+        raise RuntimeError(
+            f"event_fn changes at the rate {number} at its zero t = {s}, so the time of the event has no derivative: the "
+            "solution only touches the event, or event_fn is not differentiable there."
+        )
+    return number
+
+
+def find_root(
+    f: Callable[[float], float], left: tuple[float, float], right: tuple[float, float], tolerance: float
+) -> float:
+    """A zero of f between two points (x, f(x)) where its signs differ, to a tolerance in x.
+
+    Inverse quadratic interpolation where that is safe, else bisection (Chandrupatla 1997, Advances in Engineering Software 28).
+    """
+    (b, fb), (a, fa) = left, right
+    c, fc = b, fb
+    fraction = 0.5
+    while True:
+        x, fx = (x := a + fraction * (b - a)), f(x)
+        if (fx > 0) == (fa > 0):
+            c, fc = a, fa
+        else:
+            c, fc, b, fb = b, fb, a, fa
+        a, fa = x, fx
+        best, fbest = (a, fa) if abs(fa) < abs(fb) else (b, fb)
+        least = max(0.5 * tolerance, abs(math.ulp(best))) / abs(b - a)
+        if fbest == 0.0 or least > 0.5:
+            return best
+        xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
+        fraction = 0.5
+        if phi**2 < xi and (1 - phi) ** 2 < 1 - xi:
+            fraction = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+        fraction = min(1 - least, max(least, fraction))

@@ -1,0 +1,139 @@
+"""Adaptive steps of each sample's own length: all samples go through a step together, each as far as its own error allows.
+
+An attempt in which every sample's error is small enough is accepted; else it is made again, with shorter steps where the error
+was too large. A sample that has reached its next output time waits there, with steps of length zero, until the others have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.coupling import Pair
+from revsolve.core.stepper import SHORTEST, Adaptive, Control, Grid, Step, Stepper
+from revsolve.extras.per_sample import ClockOfEach
+from revsolve.field.functorch import batching
+
+LANDS = 1 + 1e-9  # a step so much longer ends at the output
+
+
+def check_own_steps(wanted: Any, adaptive: bool, options: Mapping[str, Any], kinks: Sequence[float]) -> bool:
+    """Whether samples are to have steps of their own. Raises where they cannot."""
+    if not wanted:
+        return False
+    why = None if adaptive else "steps are fixed here"
+    why = "samples of samples have none inside torch.vmap" if batching() else why
+    why = "option 'norm' measures all samples together" if "norm" in options else why
+    why = "steps land on the kinks of the path, which lie elsewhere for every sample" if kinks else why
+    if why is not None:
+        raise ValueError(f"steps_of_each gives every sample adaptive steps of its own, but {why}: leave it out.")
+    return True
+
+
+def steps_of_each(clock: ClockOfEach, make_shared: Callable[[], Stepper]) -> Callable[[], Stepper]:
+    """Steppers with the tolerances and limits of shared ones."""
+
+    def make() -> Stepper:
+        clock.pace = None  # the first step is guessed for all samples
+        shared = make_shared()
+        assert isinstance(shared, Adaptive)
+        return StepsOfEach(clock, shared.control)
+
+    return make
+
+
+class StepsOfEach:
+    """Steps numbered 0, 1, 2, ...; the clock knows how far each of them takes every sample."""
+
+    num_total = None
+
+    def __init__(self, clock: ClockOfEach, control: Control) -> None:
+        self.clock, self.control = clock, control
+        self.pace = clock.pace = []
+        self.grid = Grid([0.0], [0])
+        self.spans = clock.t.detach().to("cpu", torch.float64).diff(dim=0).abs()  # (T - 1, batch)
+        self.h = control.first_step * self.spans.amax(0)
+        self.previous = torch.ones_like(self.h)
+        self.num_rejected, self.done = 0, False
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+        n = self.num_steps
+        i, start = self._place()
+        span, grow = self.spans[i], torch.full_like(start, self.control.grow)
+        while True:
+            self._check_progress(i, start)
+            end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
+            self.pace[n:] = [(i, start.to(self.clock.t.device), end.to(self.clock.t.device))]
+            after, ratio = step(pair, (float(n), float(n + 1)), restart, self._ratios)
+            assert ratio is not None
+            length = (end - start) * span
+            factor, good = self._factors(ratio, grow), ratio <= 1.0
+            if bool(good.all()):
+                self._accept(i, end, length * factor, ratio)
+                return after
+            step.forget_attempt()
+            self.num_rejected += 1
+            self.h = torch.where(good, self.h, length * factor.clamp(max=0.9))
+            grow = torch.where(good, grow, 1.0)
+
+    def rewind(self, num_steps: int) -> None:
+        self.num_rejected += self.num_steps - num_steps
+        del self.grid.times[num_steps + 1 :], self.pace[num_steps:]
+        while self.grid.outputs[-1] > num_steps:
+            self.grid.outputs.pop()
+        self.done = False
+
+    def tolerance(self, size: float) -> float:
+        atol, rtol = self.control.loosest
+        return atol + rtol * size
+
+    def _place(self) -> tuple[int, Tensor]:
+        """Between which outputs the samples are, and how far each has come."""
+        if not self.pace:
+            return 0, torch.zeros_like(self.h)
+        i, _, end = self.pace[-1]
+        return (i + 1, torch.zeros_like(self.h)) if bool((end == 1).all()) else (i, end.cpu())
+
+    def _accept(self, i: int, end: Tensor, h: Tensor, ratio: Tensor) -> None:
+        moved, landed = h > 0, end == 1
+        self.h = torch.where(moved, torch.where(landed, h.maximum(self.h), h), self.h)
+        self.previous = torch.where(moved, ratio.clamp(min=1e-4), self.previous)
+        self.grid.times.append(float(self.num_steps + 1))
+        if bool(landed.all()):
+            self.grid.outputs.append(self.num_steps)
+            self.done = i + 1 == len(self.spans)
+
+    def _ratios(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
+        """The error of each sample, relative to what it may be."""
+        size = y0.detach().abs().maximum(y1.detach().abs())
+        scaled = (error / (self.control.atol + self.control.rtol * size)).reshape(len(error), -1)
+        return torch.linalg.vector_norm(scaled, dim=1).to("cpu", torch.float64) / scaled.shape[1] ** 0.5
+
+    def _factors(self, ratio: Tensor, grow: Tensor) -> Tensor:
+        c, k = self.control, self.control.error_order + 1
+        wanted = c.safety * ratio ** (-0.7 / k) * self.previous ** (0.4 / k)
+        return torch.where(ratio.isfinite(), wanted, 0.0).clamp(min=c.shrink).minimum(grow)
+
+    def _check_progress(self, i: int, start: Tensor) -> None:
+        c, t = self.control, self.clock.t.detach().to("cpu", torch.float64)[i : i + 2].abs().amax(0)
+        told = (
+            f"after {self.num_steps} steps and {self.num_rejected} rejected ones, between the outputs {i} and {i + 1}"
+        )
+        if self.num_steps + self.num_rejected >= c.max_num_steps:
+            raise RuntimeError(
+                f"max_num_steps = {c.max_num_steps} was reached {told}: raise it, loosen rtol and atol, or use a method for "
+                "stiff problems."
+            )
+        short = (start < 1) & (self.h < SHORTEST * torch.finfo(torch.float64).eps * t) & (self.spans[i] > 0)
+        if bool(short.any()):
+            raise RuntimeError(
+                f"the step size of sample {int(short.nonzero()[0])} fell below rounding {told}: its field has a singularity, is "
+                "discontinuous, not finite or stiff there, or the tolerances are too tight."
+            )

@@ -1,0 +1,147 @@
+"""A term as a function of the tensors that its field takes from outside, one sample at a time or a batch of them.
+
+Below a torch.func transform a field must run on other tensors than those it holds: on what they are at that level, and
+on all samples at once where torch.vmap is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch._functorch.vmap import vmap_increment_nesting
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from revsolve.core.arithmetic import Scalar, Time, scaled_add
+from revsolve.core.tape import Term
+from revsolve.field.functorch import of_all, of_sample, stray
+
+CONTAINERS = (list, tuple, dict)
+
+
+class Opening(Protocol):
+    """What gives a term for any tensors in the place of those that its field takes from outside."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Term]: ...
+
+    @property
+    def adds_up(self) -> bool:
+        """As a `Term` may have it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The term as it is, whose field takes `originals` from outside."""
+
+    term: Term
+    originals: tuple[Tensor, ...]
+
+    @contextmanager
+    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
+        with Swapped(self.originals, tensors):
+            yield self.term
+
+    @property
+    def adds_up(self) -> bool:
+        return getattr(self.term, "adds_up", False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in `own`."""
+
+    sample: Opening
+    own: tuple[bool, ...]
+    size: int
+    randomness: str
+
+    @contextmanager
+    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
+        yield _BatchTerm(self, tensors)
+
+    @property
+    def adds_up(self) -> bool:
+        return self.sample.adds_up
+
+
+class _BatchTerm:
+    """Values are pytrees in which `_Rows` stand for what differs from sample to sample."""
+
+    def __init__(self, batch: Batch, tensors: Sequence[Tensor]) -> None:
+        self.batch, self.tensors = batch, tuple(tensors)
+        self.adds_up = batch.adds_up
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        specs: list[Any] = []
+
+        def value(term: Term, x: Tensor) -> list[Any]:
+            value = term.value(t, x)
+            leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
+            specs.append(spec)
+            return leaves
+
+        leaves = [leaf if dim is None else _Rows(leaf.movedim(dim, 0)) for leaf, dim in self._mapped(value, [x])]
+        return leaves[0] if specs[0] is None else tree_unflatten(leaves, specs[0])
+
+    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
+        leaves, spec = ([value], None) if _complete(value) else tree_flatten(value, is_leaf=_complete)
+        places = [i for i, leaf in enumerate(leaves) if _complete(leaf)]
+
+        def product(term: Term, *rows: Tensor) -> list[Any]:
+            of_one = dict(zip(places, rows, strict=True))
+            parts = [of_one.get(i, x) for i, x in enumerate(leaves)]
+            k, scale = term.product(parts[0] if spec is None else tree_unflatten(parts, spec), t0, t1)
+            return [scaled_add(None, k, scale), 1.0] if isinstance(scale, Tensor) else [k, scale]
+
+        (k, dim), (scale, _) = self._mapped(product, [leaves[i].rows for i in places])
+        return (k.expand(self.batch.size, *k.shape) if dim is None else k.movedim(dim, 0)), scale
+
+    def _mapped(self, call: Callable[..., list[Any]], rows: list[Tensor]) -> list[tuple[Any, int | None]]:
+        """What the call gives for one sample after the other, with the dimension in which they lie (None: the same for all)."""
+        batch = self.batch
+        with vmap_increment_nesting(batch.size, batch.randomness) as level:
+            tensors = [of_sample(x, level) if own else x for x, own in zip(self.tensors, batch.own, strict=True)]
+            with batch.sample(tensors) as term:
+                return [of_all(out, level) for out in call(term, *(of_sample(row, level) for row in rows))]
+
+
+class _Rows(NamedTuple):
+    """One value for every sample, in the leading dimension; of batches in batches, those of the outermost lie innermost."""
+
+    rows: Any
+
+
+def _complete(x: Any) -> bool:
+    return isinstance(x, _Rows) and isinstance(x.rows, Tensor)
+
+
+class Swapped(TorchFunctionMode):
+    """Puts `tensors` in the place of `originals` wherever they are used.
+
+    Raises:
+        RuntimeError: something belongs to a transform that is not active here, so it is not among the originals.
+    """
+
+    def __init__(self, originals: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.by_id = {id(x): new for x, new in zip(originals, tensors, strict=True)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [tree_map(self._swap, x) if isinstance(x, CONTAINERS) else self._swap(x) for x in args]
+        return func(*args, **tree_map(self._swap, kwargs)) if kwargs else func(*args)
+
+    def _swap(self, x: Any) -> Any:
+        new = self.by_id.get(id(x))
+        if new is not None:
+            return new
+        if isinstance(x, Tensor) and stray(x):
+            raise RuntimeError(
+                f"the field depends on a tensor of shape {tuple(x.shape)} that it did not use when it was first called, so its "
+                "gradient would be lost: pass it through args=, or say gradient='direct'."
+            )
+        return x

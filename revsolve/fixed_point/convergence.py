@@ -1,0 +1,141 @@
+"""When an iteration z <- f(z) has converged: residuals of the state or of every sample, and what to say if they stay large."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from revsolve.field.functorch import batching, of_every_sample, outside
+from revsolve.prepare.state import Packing
+
+RESIDUALS = ("absolute", "relative")
+SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)
+DIVERGING = 1e3  # a residual that has grown so far above its least is no slow convergence
+
+
+class ConvergenceWarning(UserWarning):
+    """A fixed-point iteration stopped before its residual was small enough."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Stop when the residual, `||z - f(z)||` or that over `1e-5 + ||f(z)||`, is at most tol: the largest of all leaves of the
+    state and of all samples of a torch.vmap, and with `per_sample` of every sample (leading dimension) for itself."""
+
+    tol: float
+    max_steps: int
+    min_steps: int = 1
+    residual: str = "relative"
+    per_sample: bool = False
+
+
+@dataclass
+class Convergence:
+    """The residuals of one iteration as it goes on, and the steps that each sample has taken."""
+
+    criterion: Criterion
+    packing: Packing
+    report: Callable[[int, Tensor, float], None] | None = None
+    solving: str = "the fixed-point iteration"
+    contracting: bool = True  # whether it needs f to contract
+    trace: list[Tensor] = field(default_factory=list)  # one (2,) or (2, samples) a step: absolute, relative
+    worst: list[float] = field(default_factory=list)  # the largest absolute ones
+    num_steps: int = 0
+    content: bool = False
+
+    def __post_init__(self) -> None:
+        self.counts: Tensor | None = None
+        if self.criterion.per_sample:
+            if self.criterion.tol > 0 and batching():
+                raise ValueError(
+                    "stop='sample' is for the samples of one state, and each sample of torch.vmap is a state: leave it out, or "
+                    "solve all of them as one state, outside of torch.vmap."
+                )
+            samples = self.packing.shapes[0][0]
+            with outside():
+                self.counts = torch.full((samples,), self.criterion.max_steps, device=self.packing.device)
+
+    def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
+        """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
+        both = self.measure(y, value)
+        absolute, relative = both.reshape(2, -1).amax(1).tolist()
+        residual = absolute if self.criterion.residual == "absolute" else relative
+        self.num_steps = n
+        self.trace.append(both)
+        self.worst.append(absolute)
+        if not math.isfinite(absolute + relative):
+            raise RuntimeError(f"{self.solving} diverges: the residual is not finite after {n} steps. {self.hint()}")
+        if self.report is not None:
+            self.report(n, y, residual)
+        self.content = residual <= self.criterion.tol
+        if n < self.criterion.min_steps:
+            return False
+        if self.counts is not None:
+            stops = (self.latest() <= self.criterion.tol) & (self.counts > n)
+            self.counts = torch.where(stops, n, self.counts)
+        return self.content
+
+    def measure(self, y: Tensor, value: Tensor) -> Tensor:
+        """Absolute and relative residual, shape (2,) or (2, samples)."""
+        rows, dim = [], -1 if self.counts is None else 0
+        with torch.no_grad():
+            for a, b in zip(self._leaves(y), self._leaves(value), strict=True):
+                gap, size = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, b))
+                relative = gap / (SMALLEST + size) + 0.0 * size  # NaN, not 0, where the norm of f overflows
+                rows.append(torch.stack([gap, relative], dim))
+            both = rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
+            if self.counts is not None:
+                return both
+            both = of_every_sample(both)  # (samples of every torch.vmap around, 2)
+            return both if both.ndim == 1 else both.reshape(-1, 2).amax(0)
+
+    def latest(self) -> Tensor:
+        """The residual that decides, of the whole state () or of every sample (samples,)."""
+        return self.trace[-1][RESIDUALS.index(self.criterion.residual)]
+
+    def moves(self, n: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """1 for the entries of the packed state whose sample takes part in step n, 0 for those that have stopped."""
+        assert self.counts is not None
+        going = (self.counts > n).to(dtype)
+        if self.packing.lone:
+            return going.view(-1, *(1 for _ in self.packing.shapes[0][1:]))
+        return torch.cat([going.repeat_interleave(size // len(going)) for size in self.packing.sizes])
+
+    def conclude(self, on_failure: str) -> None:
+        """Say that the iteration did not converge, if it did not."""
+        if self.content or on_failure == "ignore" or not self.worst:
+            return
+        residual = float(self.latest().max())
+        kind, tol = self.criterion.residual, self.criterion.tol
+        text = f"after {self.num_steps} steps the {kind} residual is {residual:.2e}, not {tol:.2e}"
+        if self.worst[-1] > DIVERGING * min(self.worst):
+            raise RuntimeError(f"{self.solving} diverges: {text}. {self.hint()}")
+        message = f"{self.solving} has not converged: {text}. Allow more steps, a larger tol, or: {self.hint()}"
+        if on_failure == "raise":
+            raise RuntimeError(message)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+    def hint(self) -> str:
+        """How fast the residual grows or shrinks, and what that asks for."""
+        if not self.contracting:
+            return "the Jacobian of f must have no eigenvalue near 1, for where it has one there is no gradient."
+        recent = [r for r in self.worst[-4:] if math.isfinite(r) and r > 0.0]
+        rate = (recent[-1] / recent[0]) ** (1 / (len(recent) - 1)) if len(recent) > 1 else math.nan
+        seen = "" if math.isnan(rate) else f" (the residual changed by a factor of {rate:.3g} a step)"
+        return (
+            f"f must contract: the spectral radius of its Jacobian must stay below 1{seen}. Normalise the weights of f "
+            "(torch.nn.utils.parametrizations.weight_norm or spectral_norm), or make its last layer or beta smaller."
+        )
+
+    def _leaves(self, x: Tensor) -> list[Tensor]:
+        parts = [x] if self.packing.lone else list(x.split(self.packing.sizes, dim=-1))
+        if self.counts is not None:
+            return [part.reshape(len(self.counts), -1) for part in parts]
+        if not self.packing.lone:
+            return parts
+        return [x.reshape(*x.shape[: x.ndim - len(self.packing.shapes[0])], -1)]

@@ -1,0 +1,258 @@
+"""Deep equilibria: `fixed_point`, whose term is the value of f itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.gradient import solve
+from revsolve.core.integrate import Stats
+from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
+from revsolve.extras.progress import AcceptedStep, watched
+from revsolve.fixed_point.arguments import check_whole, checked, refuse
+from revsolve.fixed_point.convergence import Convergence
+from revsolve.fixed_point.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
+from revsolve.fixed_point.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
+from revsolve.prepare.problem import by_programs, check_choice, check_options, prepare
+from revsolve.prepare.state import Packing
+from revsolve.schemes.reversible import relaxation
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The result of `fixed_point` with ``full_output=True``.
+
+    Attributes:
+        z: the fixed point, like z0.
+        num_steps: steps taken, a number; with ``stop="sample"`` those of every sample, shape (samples,).
+        residual: the residual that decides at z, of shape () or (samples,); None where tol is 0, for then none is measured.
+        converged: whether it is at most tol, of the same shape.
+        trace: absolute and relative residuals after every step, shape (steps, 2) or (steps, 2, samples).
+        stats: what the solve did; the backward pass fills in its own counters when it has run.
+    """
+
+    z: Any
+    num_steps: int | Tensor
+    residual: Tensor | None
+    converged: Tensor | None
+    trace: Tensor | None
+    stats: Stats
+
+
+class ValueTerm:
+    """The term of a fixed-point iteration: the value of f in `dtype`, whatever those of the pair and of f are."""
+
+    def __init__(self, f: Callable[[Any], Any], packing: Packing, dtype: torch.dtype) -> None:
+        self.f, self.packing, self.dtype = f, packing, dtype
+        self.alike = False
+
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        state = self.packing.unpack(x.to(self.packing.dtypes[0]) if self.packing.lone else x)
+        out = self.f(state)
+        if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):
+            self.packing.check_like(out, "f")
+            self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
+        return self.packing.pack(out).to(self.dtype)
+
+    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
+        return value, 1.0
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any,
+    *,
+    args: Any = (),
+    method: str = "reversible",
+    beta: Any = 0.8,
+    tol: float = 1e-3,
+    max_steps: int | Callable[[], int] = 50,
+    min_steps: int = 1,
+    residual: str = "relative",
+    stop: str = "batch",
+    gradient: str | None = None,
+    pair_dtype: torch.dtype | None = None,
+    anchor_every: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_failure: str = "warn",
+    full_output: bool = False,
+    progress: bool = False,
+    callback: Callable[[AcceptedStep], Any] | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
+) -> Any:
+    """The fixed point `z = f(z, *args)`, reached from z0, with the exact gradient of the iteration that was made.
+
+    The reversible iteration of McCallum, Arora & Foster (2025, arXiv 2509.12917) keeps a pair (y, z), undoes its steps when
+    gradients are taken, and needs two evaluations a step forward and two backward:
+
+        z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
+
+    Real eigenvalues of the Jacobian of f must lie in (-1, 1), whatever beta is; those off the real axis ask for a smaller beta.
+    What f draws at random (dropout) it draws once a call: the same in every step, so that there is a fixed point.
+
+    Args:
+        f: any callable `f(z, *args)`; its value is shaped like z.
+        z0: where the iteration starts: a tensor of any shape, real or complex, or a pytree of tensors. It gets a gradient.
+        args: a tuple of further arguments for f, the injected input for example; anything else is passed as a single one.
+        method: "reversible", or for comparison "simple", "relaxed" (by beta) or "anderson".
+        beta: how far a step goes, in (0, 2) but not 1: a number, a tensor that broadcasts against z (shape (channels, 1, 1) for
+            one number a channel) or a pytree of these like z0. It gets a gradient. Undoing a step divides by 1 - beta, so
+            gradient="reversible" needs |1 - beta| >= 1.3e-3 (3e-5 if f computes in bfloat16, 9e-5 if in float64; with float32
+            pairs 0.03 and, if f computes in float32, 0.016). Where 1 - beta is a power of 1/2, as for 0.5 and 0.75, fewer
+            states are stored.
+        tol: stop at this residual; 0 makes exactly max_steps steps and measures none.
+        max_steps: the most steps; a callable without arguments is called for it, to draw it at random in training.
+        min_steps: the fewest steps.
+        residual: "relative", ||z - f(z)|| / (1e-5 + ||f(z)||), or "absolute", of each leaf; the largest counts.
+        stop: "batch", one residual over all entries, or "sample", one for every sample (the leading dimension of all leaves):
+            a sample that has converged stays as it is.
+        gradient: "reversible" (the default), "checkpoint" (about 2 sqrt(steps) states) or "direct" (keep everything); for the
+            other methods "implicit" (the default; the implicit function theorem), "phantom" (a few damped steps from the
+            fixed point) or "direct".
+        pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
+        anchor_every: keep the pair after so many steps; by default as many as the dtypes and beta allow.
+        options: for the other methods, see `revsolve.implicit`.
+        on_failure: "warn", "raise" or "ignore" when max_steps are not enough, or b_max_steps of an implicit gradient.
+        full_output: return a `FixedPoint` instead of z alone.
+        progress: show a progress bar.
+        callback: called with an `AcceptedStep` after every step; by the methods for comparison only if tol > 0.
+        compile: make machine code of the steps, as in `odeint`: for the reversible method, tol=0 and a number beta.
+
+    Returns:
+        The last y: like z0.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before any step.
+        RuntimeError: if the iteration diverges, or does not converge with on_failure="raise".
+
+    Example:
+        >>> import torch
+        >>> from revsolve import fixed_point
+        >>> x = torch.tensor([0.5], requires_grad=True)
+        >>> z = fixed_point(lambda z, x: 0.5 * torch.tanh(z) + x, torch.zeros(1), args=x, tol=1e-6)
+        >>> z.detach(), torch.autograd.grad(z, x)[0]
+        (tensor([0.8439]), tensor([1.3576]))
+    """
+    packing, criterion = checked(f, z0, tol, max_steps, min_steps, residual, stop, on_failure)
+    if criterion.tol > 0 and torch.compiler.is_dynamo_compiling():
+        raise ValueError(
+            "residuals are numbers, which torch.compile hides: use tol=0 and max_steps, or solve outside of what is compiled."
+        )
+    arguments = args if isinstance(args, tuple) else (args,)
+    check_choice("method", method, ("reversible", *METHODS))
+    unpack = functools.partial(_unpacked, packing)
+    bar = tqdm(total=criterion.max_steps, desc="fixed point") if progress else None
+    report = functools.partial(_report, bar, None if method == "reversible" else callback, unpack)
+    convergence = Convergence(criterion, packing, report)
+    x0 = packing.pack(z0)
+    if method == "reversible":
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # what cotangents are added up in
+    term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing, x0.dtype)
+    with nullcontext() if bar is None else bar:
+        if method == "reversible":
+            check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
+            refuse(method, METHODS, options=options)
+            wide = pair_dtype_of(packing, pair_dtype)
+            betas = packed_beta(beta, packing, wide.to_real() if wide.is_complex else wide)
+            watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
+            y, stats = _iterate(
+                term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch, compile
+            )
+        else:
+            refuse(method, ("reversible",), compile=compile or None, pair_dtype=pair_dtype, anchor_every=anchor_every)
+            check_choice("gradient", gradient or "implicit", GRADIENTS)
+            betas = packed_beta(beta, packing, x0.real.dtype)
+            y, stats = equilibrium(
+                term,
+                x0,
+                betas,
+                method,
+                gradient or "implicit",
+                convergence,
+                check_options(options, OPTIONS, method),
+                on_failure,
+            )
+    convergence.conclude(on_failure)
+    z = unpack(y)
+    return _full_output(z, convergence, stats) if full_output else z
+
+
+def _iterate(
+    term: ValueTerm,
+    x0: Tensor,
+    wide: torch.dtype,
+    beta: Scalar,
+    gradient: str | None,
+    anchor_every: int | None,
+    convergence: Convergence,
+    owners: tuple[Any, ...],
+    watch: Callable[[Callable[[], Stepper]], Callable[[], Stepper]],
+    compile: bool | Mapping[str, Any],  # noqa: A002
+) -> tuple[Tensor, Stats]:
+    criterion = convergence.criterion
+    stops = convergence.counts is not None and criterion.tol > 0 and criterion.min_steps < criterion.max_steps
+    scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
+
+    def stepper() -> Stepper:
+        if criterion.tol == 0.0:
+            return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
+        return UntilConverged(criterion.max_steps, convergence.observe)
+
+    problem = prepare(term, x0.to(wide), None, (0.0, 0.0), (*owners, beta), scheme, watch(stepper), gradient, None)
+    if x0.dtype != wide:
+        problem.narrow, problem.wide = x0.dtype, wide
+    if problem.gradient == "reversible":
+        computed = computed_dtype(term.packing)
+        problem.anchor_every = anchor_every or anchor_spacing(beta, wide, computed, x0.dtype)
+        problem.rounding = max(torch.finfo(computed).eps, torch.finfo(wide).eps)
+        problem.remedy = (
+            "store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64"
+        )
+    problem.explain = lambda t, y: (
+        f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
+    )
+    if compile:
+        if isinstance(beta, Tensor):
+            raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
+        by_programs(problem, compile, x0)
+    y = solve(problem, x0, None)[0]
+    return y, problem.stats
+
+
+def _with_arguments(f: Callable[..., Any], arguments: tuple[Any, ...], z: Any) -> Any:
+    return f(z, *arguments)
+
+
+def _unpacked(packing: Packing, y: Tensor) -> Any:
+    return packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
+
+
+def _report(
+    bar: Any,
+    callback: Callable[[AcceptedStep], Any] | None,
+    unpack: Callable[[Tensor], Any],
+    n: int,
+    y: Tensor,
+    residual: float,
+) -> None:
+    if bar is not None:
+        bar.update(n - bar.n)
+        bar.set_postfix_str(f"residual={residual:.1e}", refresh=False)
+    if callback is not None:
+        callback(AcceptedStep(n, float(n), 1.0, unpack(y.detach()), 0))
+
+
+def _full_output(z: Any, convergence: Convergence, stats: Stats) -> FixedPoint:
+    steps = stats.num_steps if convergence.counts is None else convergence.counts
+    if not convergence.trace:
+        return FixedPoint(z, steps, None, None, None, stats)
+    residual = convergence.latest()
+    return FixedPoint(z, steps, residual, residual <= convergence.criterion.tol, torch.stack(convergence.trace), stats)

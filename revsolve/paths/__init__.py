@@ -1,0 +1,1 @@
+"""Control paths through data, and their log-signatures."""

@@ -1,0 +1,169 @@
+"""The state of any shape as one tensor, and times as the field receives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from revsolve.field.functorch import wrapped
+
+REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
+
+
+class Packing:
+    """A pytree of tensors as one tensor and back: a lone tensor stays as it is, several become one real vector."""
+
+    def __init__(self, state: Any, name: str = "y0") -> None:
+        leaves, self.spec = tree_flatten(state)
+        self.name, self.lone = name, isinstance(state, Tensor)
+        if not leaves:
+            raise ValueError(f"{name} holds no tensor, it is {state!r}: pass one, or a pytree of them.")
+        for leaf in leaves:
+            _check_leaf(leaf, name)
+        devices = {leaf.device for leaf in leaves}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the tensors of {name} lie on different devices, {sorted(map(str, devices))}: move them to one."
+            )
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.device = leaves[0].device
+        real = [leaf.real.dtype if leaf.is_complex() else leaf.dtype for leaf in leaves]
+        self.real_dtype = real[0]
+        for dtype in real[1:]:
+            self.real_dtype = torch.promote_types(self.real_dtype, dtype)
+        self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
+
+    def pack(self, state: Any) -> Tensor:
+        if self.lone:
+            return state
+        leaves, spec = tree_flatten(state)
+        if spec != self.spec and len(leaves) != len(self.shapes):
+            raise ValueError(f"expected the structure of {self.name}, {self.spec}, but got {spec}.")
+        return torch.cat([_flat(leaf, self.real_dtype) for leaf in leaves])
+
+    def unpack(self, x: Tensor) -> Any:
+        """The pytree whose leaves keep the leading dimensions of x, if it has any."""
+        if self.lone:
+            return x
+        parts = x.split(self.sizes, dim=-1)
+        leaves = []
+        for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True):
+            if dtype.is_complex:
+                # view_as_complex would need an even offset and even strides, which a slice of the vector may not have
+                part = torch.complex(*part.unflatten(-1, (-1, 2)).unbind(-1))
+            leaves.append(part.reshape((*x.shape[:-1], *shape)).to(dtype))
+        return tree_unflatten(leaves, self.spec)
+
+    def spread(self, numbers: Any, name: str) -> Any:
+        """Numbers or tensors for the leaves of the state, as one tensor that goes with a packed state; a lone one as it is."""
+        if numbers is None or isinstance(numbers, (Tensor, float, int)):
+            return numbers
+        leaves, spec = tree_flatten(numbers)
+        if spec != self.spec:
+            raise ValueError(
+                f"{name} must have the structure of {self.name}, {self.spec}, or be one number, but it is {numbers!r}."
+            )
+        parts = []
+        for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
+            part = torch.as_tensor(leaf, dtype=self.real_dtype, device=self.device)
+            try:
+                part = part.expand(shape).reshape(-1)
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} of shape {tuple(part.shape)} does not fit a part of {self.name} of shape {tuple(shape)}."
+                ) from None
+            parts.append(part.repeat_interleave(size // part.numel()))
+        return torch.cat(parts)
+
+    def check_like(self, out: Any, where: str) -> None:
+        """Raise unless the field's value has the structure and shapes of the state."""
+        leaves, spec = tree_flatten(out)
+        if len(leaves) != len(self.shapes) or (spec != self.spec and not self.lone):
+            raise ValueError(f"{where} must return the structure of {self.name}, {self.spec}, but it returned {spec}.")
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r}.")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}."
+                )
+            if leaf.device != self.device:
+                raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")
+            if leaf.dtype != dtype and not _autocast(self.device):
+                raise TypeError(
+                    f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
+                    "(under torch.autocast the value is cast to the state's dtype)."
+                )
+
+
+class Clock:
+    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state.
+
+    They are later by `shift`, a tensor that is zero: its gradient is that of moving all times at once.
+    """
+
+    adds_up = True  # what passes in two spans, one after the other, passes at one speed
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None) -> None:
+        self.dtype, self.device = dtype, device
+        self.shift = None if shift is None else shift.to(device, dtype)
+        self.recent: dict[float, Tensor] = {}
+
+    def __call__(self, t: float | Tensor) -> Tensor:
+        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self.recent.get(t)
+        if now is None:
+            now = self._constant(t)
+        return now if self.shift is None else now + self.shift
+
+    def lapse(self, t0: Any, t1: Any) -> Any:
+        """How much time passes."""
+        return t1 - t0
+
+    def foresee(self, times: Iterable[float]) -> None:
+        """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
+            made = torch.tensor(new, dtype=self.dtype, device=self.device)
+            if not wrapped(made):
+                self.recent.update(zip(new, made.unbind(), strict=True))
+
+    def _constant(self, t: Any) -> Tensor:
+        if len(self.recent) >= REMEMBERED_TIMES:
+            self.recent.clear()
+        made = torch.full((), t, dtype=self.dtype, device=self.device)
+        if torch.compiler.is_compiling() or not wrapped(
+            made
+        ):  # not that of a transform, which ends before the solve does
+            self.recent[t] = made
+        return made
+
+
+def as_tensor(x: Any) -> Tensor:
+    """Numbers as a tensor; one stays where it is, while torch's function of this name moves it to the default device."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x)
+
+
+def _check_leaf(leaf: Any, name: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r}.")
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(
+            f"{name} must be floating point or complex, but it has dtype {leaf.dtype}: cast it, say with .float()."
+        )
+    if leaf.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(leaf.shape)}, which holds no numbers.")
+
+
+def _flat(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    # view_as_real would need even offsets of the gradient, which a slice of the vector's may not have
+    return (torch.stack((leaf.real, leaf.imag), -1) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
+
+
+def _autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)

@@ -1,1 +1,0 @@
-"""Solves inside torch.func: which transforms are active, and rules by which a solve goes through them."""
