@@ -206,18 +206,22 @@ def _iterate(
             return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
         return UntilConverged(criterion.max_steps, convergence.observe)
 
-    problem = prepare(term, x0.to(wide), None, (0.0, 0.0), (*owners, beta), scheme, watch(stepper), gradient, None)
-    if x0.dtype != wide:
-        problem.narrow, problem.wide = x0.dtype, wide
-    if problem.gradient == "reversible":
-        computed = computed_dtype(term.packing)
-        problem.anchor_every = anchor_every or anchor_spacing(beta, wide, computed, x0.dtype)
-        problem.rounding = max(torch.finfo(computed).eps, torch.finfo(wide).eps)
-        problem.remedy = (
-            "store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64"
-        )
-    problem.explain = lambda t, y: (
-        f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}"
+    computed = computed_dtype(term.packing)
+    problem = prepare(
+        term,
+        x0,
+        None,
+        (0.0, 0.0),
+        (*owners, beta),
+        scheme,
+        watch(stepper),
+        gradient,
+        None,
+        explain=lambda t, y: f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}",
+        pair_dtype=wide,
+        anchor_every=lambda: anchor_every or anchor_spacing(beta, wide, computed, x0.dtype),
+        rounding=max(torch.finfo(computed).eps, torch.finfo(wide).eps),
+        remedy="store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64",
     )
     if compile:
         if isinstance(beta, Tensor):

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,44 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def prepare(
+    term: Term,
+    x0: Tensor,
+    t: Tensor | None,
+    span: tuple[float, float],
+    owners: Sequence[Any],
+    scheme: Scheme,
+    make_stepper: Callable[[], Stepper],
+    gradient: str | None,
+    restarts: Any,
+    *,
+    explain: Callable[[float, Tensor], str] | None = None,
+    pair_dtype: torch.dtype | None = None,
+    anchor_every: Callable[[], int] | None = None,
+    rounding: float | None = None,
+    remedy: str | None = None,
+) -> Problem:
+    """Everything the engine needs, found by a first call of the term over `span`.
+
+    Args:
+        explain: the message where the state stops being finite, from a time and a state.
+        pair_dtype: the dtype of the pair, where it is wider than that of x0.
+        anchor_every: gives the steps between stored pairs; asked only where steps will be undone, as are the next two.
+        rounding: that of the field, where it is coarser than the state's.
+        remedy: advice where undoing the steps is too inaccurate.
+    """
+    wide = None if pair_dtype == x0.dtype else pair_dtype
+    x = x0 if wide is None else x0.to(wide)
+    problem = _traced(term, x, t, span, owners, scheme, make_stepper, gradient, restarts)
+    given: dict[str, Any] = {"explain": explain}
+    if wide is not None:
+        given |= {"narrow": x0.dtype, "wide": wide}
+    if problem.gradient == "reversible":
+        every = None if anchor_every is None else anchor_every()
+        given |= {"anchor_every": every, "rounding": rounding, "remedy": remedy}
+    return replace(problem, **{name: value for name, value in given.items() if value is not None})
+
+
+def _traced(
     term: Term,
     x0: Tensor,
     t: Tensor | None,
