@@ -2,26 +2,26 @@
 
     path(ta, tb) = W(tb) - W(ta)
 
-Over the steps of a known grid the noise is counted, not stored (`brownian_steps`); between two knots the path is a
-virtual Brownian tree (`brownian_tree`) whose noise is counted too. Both keep only small caches.
+The noise over the steps of a known grid is a function of seed and step number (`grid`); between two knots the path is a virtual
+Brownian tree (`tree`), whose noise is a function of seed and node. Neither is stored, but for small caches.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from revsolve.brownian.noise import Noise
-from revsolve.brownian.space_time import Spans, concatenate
-from revsolve.brownian.steps import Steps
-from revsolve.brownian.tree import Tree
+from revsolve.brownian.counter_rng import CounterRNG
+from revsolve.brownian.grid import GridIncrements
+from revsolve.brownian.increments import Increments, concatenate
+from revsolve.brownian.thread_cache import ThreadCache
+from revsolve.brownian.tree import BrownianTree
 from revsolve.field.functorch import exported, outside, transformed
 
 _ROUNDINGS = 4  # a solver's first and last times may miss ours by so much
@@ -95,18 +95,18 @@ class BrownianPath:
         self.shape, self.dtype, self.device = torch.Size(size), dtype, torch.device(device)
         self.levy_area = levy_area
         self.tol = _tolerance(tol, self.t0, self.t1)
+        self.seed = _integer(seed)
         source = self.device if noise_device is None else torch.device(noise_device)
         areas = levy_area == "space-time"
-        noise = Noise(seed, self.shape, dtype=dtype, device=self.device, source=source, areas=areas)
-        self.seed = noise.seed
-        self._steps = Steps(noise, knots)
-        self._tree = Tree(noise, self.tol)
-        self._latest: tuple[float, float, Spans] | None = None
+        rng = CounterRNG(self.seed, self.shape, dtype, self.device, source, areas)
+        self._grid = GridIncrements(rng, knots)
+        self._tree = BrownianTree(rng, self.tol)
+        self._cache = ThreadCache()  # of one interval, as a reversible step asks for both of its directions
 
     def __repr__(self) -> str:
         return (
             f"BrownianPath({self.t0}, {self.t1}, {tuple(self.shape)}, seed={self.seed}, dtype={self.dtype}, "
-            f"device='{self.device}', steps={self._steps.last + 1}, levy_area={self.levy_area!r})"
+            f"device='{self.device}', steps={self._grid.last + 1}, levy_area={self.levy_area!r})"
         )
 
     @overload
@@ -115,58 +115,50 @@ class BrownianPath:
     def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return W(tb) - W(ta), or (W, H): see the class."""
-        if not return_H and (known := self._steps.known(ta, tb)) is not None:
-            return known
-        if exported():  # the path is a constant of the program
-            with _disable_current_modes():
-                return self(ta, tb, return_H)  # type: ignore[call-overload]
-        if transformed():  # what is kept must belong to no torch.func transform
+        if not return_H and (W := self._grid.cached(ta, tb)) is not None:
+            return W
+        if transformed() or exported():  # what is kept must belong to no transform, nor to a program
             with outside():
                 return self(ta, tb, return_H)  # type: ignore[call-overload]
         if return_H and self.levy_area == "none":
             raise ValueError('H was asked of a path with levy_area="none": make it with levy_area="space-time".')
         a, b = float(ta), float(tb)
-        low, high = (a, b) if a <= b else (b, a)
-        steps = self._steps
-        step = bisect_left(steps.knots, low, 0, steps.last)
-        if steps.knots[step] == low and steps.knots[step + 1] == high:
-            block, row = steps.block(step)
-            W = block.known[a, b]
-            return (W, block.areas[row]) if return_H else W
-        if not return_H and step + 2 < len(steps.knots) and (steps.knots[step], steps.knots[step + 2]) == (low, high):
-            W = steps.two(step)
-            return W if a <= b else -W
-        span = self._span(*(clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb)))
-        W = span.W[0] if a <= b else -span.W[0]
-        return W if span.H is None or not return_H else (W, span.H[0])
+        W, H = self._grid.between_knots(a, b) or (None, None)
+        if W is None or (return_H and H is None):
+            total = self._between(*(clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb)))
+            W, H = total.W[0] if a <= b else -total.W[0], None if total.H is None else total.H[0]
+        return W if H is None or not return_H else (W, H)
 
     @torch.inference_mode(False)  # what is kept may meet autograd later
-    def _span(self, ta: float, tb: float) -> Spans:
-        """Return the span between two times; the latest is kept, as a reversible step asks for both directions."""
+    def _between(self, ta: float, tb: float) -> Increments:
+        """Return W and H between two times, of the earlier to the later."""
         low, high = min(ta, tb), max(ta, tb)
-        if self._latest is None or self._latest[:2] != (low, high):
-            start, end = self._steps.locate(low), self._steps.locate(high)
-            self._latest = low, high, self._nothing() if start == end else self._join(start, end)
-        return self._latest[2]
+        for kept_low, kept_high, kept in self._cache.latest:
+            if (kept_low, kept_high) == (low, high):
+                return kept
+        start, end = self._grid.locate(low), self._grid.locate(high)
+        total = self._empty() if start == end else self._join(start, end)
+        self._cache.keep(total.W, (low, high, total))
+        return total
 
-    def _join(self, start: tuple[int, float], end: tuple[int, float]) -> Spans:
-        """Return the span between two places: the end of a step, whole steps, the start of a step."""
-        steps, tree = self._steps, self._tree
+    def _join(self, start: tuple[int, float], end: tuple[int, float]) -> Increments:
+        """Return the increments between two places: the end of a step, whole steps, the start of a step."""
+        grid, tree = self._grid, self._tree
         (first, x), (last, y) = start, end
         if first == last and x > 0:
-            return concatenate(tree.between(first, steps.whole(first), x, y)).joined()
+            return concatenate(tree.between(first, grid.step(first), x, y)).total()
         groups = []
         if x > 0:
-            groups += tree.after(first, steps.whole(first), x)
+            groups += tree.after(first, grid.step(first), x)
             first += 1
-        groups += steps.between(first, last)
+        groups += grid.between(first, last)
         if y > 0:
-            groups += tree.before(last, steps.whole(last), y)
-        return concatenate(groups).joined()
+            groups += tree.before(last, grid.step(last), y)
+        return concatenate(groups).total()
 
-    def _nothing(self) -> Spans:
+    def _empty(self) -> Increments:
         zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
-        return Spans([0.0], zero, None if self.levy_area == "none" else zero)
+        return Increments([0.0], zero, None if self.levy_area == "none" else zero)
 
 
 def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> float:
@@ -181,6 +173,16 @@ def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> floa
             "make the path with t0 and t1 that cover all times of the solve."
         )
     return min(max(value, t0), t1)
+
+
+def _integer(seed: SupportsIndex | None) -> int:
+    """Return the seed as an integer; None draws one from torch's default generator."""
+    if seed is None:
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, but is {seed!r}: pass one, or None to draw it from torch.") from None
 
 
 def _knots(t0: float, t1: float, grid: Sequence[float] | Tensor | None, dt: float | None) -> list[float]:

@@ -10,106 +10,95 @@ a node.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from typing import NamedTuple, TypeVar
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
-from revsolve.brownian.noise import Noise
-from revsolve.brownian.space_time import Shares, Spans, difference
+from revsolve.brownian.counter_rng import CounterRNG
+from revsolve.brownian.increments import Increments, Partition, remainder
+from revsolve.brownian.thread_cache import ThreadCache
 
 FANOUT = 8  # a power of two: then the digits of a place are exact
-_CACHED_NUMBERS = 2**22
-_CACHED_WALKS = 3  # a span's two ends, and the start of the next one
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+_CACHED_DESCENTS = 3  # to both ends of an interval, and to the start of the next one
 
 
-class Walk(NamedTuple):
-    """The way down to a point: the children met and the digit taken at each depth; the leaf split at the point."""
+class Descent(NamedTuple):
+    """The way down to a point x of a step: the children met and the digit taken at each depth; the leaf split at x."""
 
-    rows: list[Spans]
+    step: int
+    x: float
+    rows: list[Increments]
     digits: list[int]
-    leaf: Spans  # two spans, before and after the point
+    leaf: Increments  # before and after the point
 
 
-class Tree:
-    """Splits the steps of a grid; keeps a few walks' worth of nodes, so that neighbouring queries share their way."""
+class BrownianTree:
+    """Splits the steps of a grid; keeps the latest descents, so that neighbouring queries share their beginnings."""
 
-    def __init__(self, noise: Noise, tol: float) -> None:
-        self._noise = noise
+    def __init__(self, rng: CounterRNG, tol: float) -> None:
+        self._rng = rng
         self._tol = tol
-        self._row = torch.empty((0, *noise.size), dtype=noise.dtype, device=noise.device)
-        self._equal = Shares.of([1.0] * FANOUT, self._row)
-        self._walks: OrderedDict[tuple[int, float], Walk] = OrderedDict()
-        self._nodes: OrderedDict[tuple[int, int], Spans] = OrderedDict()
-        numbers_per_node = max(1, (1 + noise.areas) * FANOUT * noise.size.numel())
-        self._num_nodes = min(64, max(16, _CACHED_NUMBERS // numbers_per_node))
+        self._row = torch.empty((0, *rng.size), dtype=rng.dtype, device=rng.device)
+        self._equal = Partition.of([1.0] * FANOUT, self._row)
+        self._cache = ThreadCache()  # of descents
 
-    def between(self, step: int, whole: Spans, x: float, y: float) -> list[Spans]:
+    def between(self, step: int, whole: Increments, x: float, y: float) -> list[Increments]:
         """Return adjacent groups that make up the fraction from x to y, 0 < x < y < 1, of the grid's step."""
-        start, end = self._walk(step, whole, x), self._walk(step, whole, y)
-        same = [a == b for a, b in zip(start.digits, end.digits, strict=True)]
-        if all(same):
-            return [difference(end.leaf.part(0, 1), start.leaf.part(0, 1))]
-        fork = same.index(False)
-        middle = start.rows[fork].part(start.digits[fork] + 1, end.digits[fork])
+        start, end = self._descend(step, whole, x), self._descend(step, whole, y)
+        fork = _num_equal(start.digits, end.digits)
+        if fork == len(start.digits):
+            return [remainder(end.leaf.slice(0, 1), start.leaf.slice(0, 1))]
+        middle = start.rows[fork].slice(start.digits[fork] + 1, end.digits[fork])
         return [*_after(start, fork + 1), middle, *_before(end, fork + 1)]
 
-    def before(self, step: int, whole: Spans, x: float) -> list[Spans]:
+    def before(self, step: int, whole: Increments, x: float) -> list[Increments]:
         """Return adjacent groups that make up the first fraction 0 < x < 1 of the grid's step."""
-        return _before(self._walk(step, whole, x), 0)
+        return _before(self._descend(step, whole, x), 0)
 
-    def after(self, step: int, whole: Spans, x: float) -> list[Spans]:
+    def after(self, step: int, whole: Increments, x: float) -> list[Increments]:
         """Return adjacent groups that make up what follows the first fraction 0 < x < 1 of the grid's step."""
-        return _after(self._walk(step, whole, x), 0)
+        return _after(self._descend(step, whole, x), 0)
 
-    def _walk(self, step: int, whole: Spans, x: float) -> Walk:
-        walk = self._walks.get((step, x))
-        if walk is None:
-            walk = self._descend(step, whole, x)
-            _keep(self._walks, (step, x), walk, _CACHED_WALKS)
-        return walk
-
-    def _descend(self, step: int, whole: Spans, x: float) -> Walk:
-        depth = max(0, math.ceil(math.log(whole.widths[0] / self._tol, FANOUT) - 1e-9))
-        rows, digits, node = [], [], 1  # node numbers: the root is 1, the children of n are FANOUT n + digit
+    def _descend(self, step: int, whole: Increments, x: float) -> Descent:
+        kept = [descent for descent in self._cache.latest if descent.step == step]
+        for descent in kept:
+            if descent.x == x:
+                return descent
+        depth = max(0, math.ceil(math.log(whole.lengths[0] / self._tol, FANOUT) - 1e-9))
+        digits, place = [], x
         for _ in range(depth):
-            row = self._children(step, node, whole)
-            x *= FANOUT
-            digit = int(x)
-            x -= digit
-            rows.append(row)
-            digits.append(digit)
-            whole = row.part(digit, digit + 1)
+            place *= FANOUT
+            digits.append(int(place))
+            place -= digits[-1]
+        rows: list[Increments] = []
+        for descent in kept:
+            rows = max(rows, descent.rows[: _num_equal(digits, descent.digits) + 1], key=len)
+        rows, node = list(rows), 1  # node numbers: the root is 1, the children of n are FANOUT n + digit
+        for n, digit in enumerate(digits):
+            if n == len(rows):
+                rows.append(self._equal.split(whole, *self._rng.normal(FANOUT, step, node)))
+            if n + 1 == len(rows):
+                whole = rows[n].slice(digit, digit + 1)
             node = node * FANOUT + digit
-        leaf = Shares.of([x, 1 - x], self._row).split(whole, *self._noise.draw(2, step, node))
-        return Walk(rows, digits, leaf)
-
-    def _children(self, step: int, node: int, whole: Spans) -> Spans:
-        row = self._nodes.get((step, node))
-        if row is None:
-            row = self._equal.split(whole, *self._noise.draw(FANOUT, step, node))
-        _keep(self._nodes, (step, node), row, self._num_nodes)
-        return row
+        leaf = Partition.of([place, 1 - place], self._row).split(whole, *self._rng.normal(2, step, node))
+        found = Descent(step, x, rows, digits, leaf)
+        self._cache.keep(leaf.W, found, *self._cache.latest[: _CACHED_DESCENTS - 1])
+        return found
 
 
-def _keep(cache: OrderedDict[Key, Value], key: Key, value: Value, capacity: int) -> None:
-    """Make an entry the latest of a cache and drop the oldest beyond its capacity."""
-    cache[key] = value
-    cache.move_to_end(key)
-    if len(cache) > capacity:
-        cache.popitem(last=False)
+def _num_equal(one: list[int], other: list[int]) -> int:
+    """The length of the common beginning of two lists of digits."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _before(walk: Walk, depth: int) -> list[Spans]:
-    """What lies before the point within the node at this depth of the walk, in order of time."""
-    below = zip(walk.rows[depth:], walk.digits[depth:], strict=True)
-    return [*(row.part(0, digit) for row, digit in below), walk.leaf.part(0, 1)]
+def _before(descent: Descent, depth: int) -> list[Increments]:
+    """What lies before the point within the node at this depth of the descent, in order of time."""
+    below = zip(descent.rows[depth:], descent.digits[depth:], strict=True)
+    return [*(row.slice(0, digit) for row, digit in below), descent.leaf.slice(0, 1)]
 
 
-def _after(walk: Walk, depth: int) -> list[Spans]:
-    """What lies after the point within the node at this depth of the walk, in order of time."""
-    below = list(zip(walk.rows[depth:], walk.digits[depth:], strict=True))
-    return [walk.leaf.part(1, 2), *(row.part(digit + 1, FANOUT) for row, digit in reversed(below))]
+def _after(descent: Descent, depth: int) -> list[Increments]:
+    """What lies after the point within the node at this depth of the descent, in order of time."""
+    below = list(zip(descent.rows[depth:], descent.digits[depth:], strict=True))
+    return [descent.leaf.slice(1, 2), *(row.slice(digit + 1, FANOUT) for row, digit in reversed(below))]

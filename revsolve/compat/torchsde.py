@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Literal, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,19 +13,31 @@ from torch import Tensor
 from revsolve.brownian.path import BrownianPath, clamped
 from revsolve.field.functorch import outside, transformed
 
+_ATTRIBUTES = ("__call__", "shape", "dtype", "device", "levy_area_approximation")
+_AREAS = ("none", "space-time", "davie", "foster")
+_LOCKS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the id of the path, one for all its wrappers
+
 
 class ForeignBrownian:
-    """A torchsde path that is asked like a `BrownianPath`: both directions, rounded end times, H instead of U.
+    """A torchsde path that is asked like a `BrownianPath`: both directions, rounded end times, H instead of U, any thread.
 
-    torchsde's U is the integral of W_r - W_ta over the span, hence H = U/h - W/2.
+    torchsde's U is the integral of W_r - W_ta over the interval, hence H = U/h - W/2.
     """
 
     def __init__(self, bm: Any) -> None:
         self.bm = bm
+        self._lock = _LOCKS.setdefault(id(bm), threading.RLock())  # because a query changes the path's tree
         self.shape, self.dtype, self.device = torch.Size(bm.shape), bm.dtype, torch.device(bm.device)
+        if bm.levy_area_approximation not in _AREAS:
+            raise ValueError(
+                f"bm.levy_area_approximation must be one of {', '.join(_AREAS)}, but is {bm.levy_area_approximation!r}."
+            )
         self.levy_area = "none" if bm.levy_area_approximation == "none" else "space-time"
         interval = getattr(bm, "_interval", bm)  # BrownianPath and BrownianTree wrap a BrownianInterval
         self.t0, self.t1 = getattr(interval, "_start", -math.inf), getattr(interval, "_end", math.inf)
+
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        return ForeignBrownian, (self.bm,)
 
     @overload
     def __call__(self, ta: float, tb: float, return_H: Literal[False] = False) -> Tensor: ...
@@ -38,12 +52,24 @@ class ForeignBrownian:
             _require_area(self)
         a, b = (clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb))
         low, high = min(a, b), max(a, b)
-        if not return_H:
-            W = self.bm(low, high)
-            return W if a <= b else -W
-        W, U = self.bm(low, high, return_U=True)
-        H = U / (high - low) - W / 2 if low < high else U
-        return (W if a <= b else -W), H
+        with self._lock:
+            W, U = self.bm(low, high, return_U=True) if return_H else (self.bm(low, high), None)
+        self._check(W)
+        directed = W if a <= b else -W
+        if U is None:
+            return directed
+        self._check(U)
+        return directed, U / (high - low) - W / 2 if low < high else U
+
+    def _check(self, answer: Any) -> None:
+        if not isinstance(answer, Tensor) or (answer.shape, answer.dtype) != (self.shape, self.dtype):
+            found = (
+                f"{answer.dtype}, shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            )
+            raise ValueError(
+                f"bm returned {found}, but says that it has {self.dtype}, shape {tuple(self.shape)}: a {type(self.bm).__name__} "
+                "must answer bm(ta, tb) with W, and bm(ta, tb, return_U=True) with (W, U), of its own shape and dtype."
+            )
 
 
 def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownian:
@@ -51,12 +77,13 @@ def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownia
 
     Args:
         bm: a `BrownianPath`, returned as it is; torchsde's BrownianInterval, BrownianPath or BrownianTree; or anything
-            called alike that has their `shape`, `dtype`, `device` and `levy_area_approximation`.
+            called alike that has their `shape`, `dtype`, `device` and `levy_area_approximation`. Channels are taken to be
+            independent: where the noise has the covariance L L^T, multiply the diffusion by L.
         area: whether the space-time area H will be asked for.
 
     Raises:
         TypeError: bm is none of these.
-        ValueError: an area is wanted of a path without.
+        ValueError: an area is wanted of a path without; an unknown kind of area.
 
     Paper: Kidger, Foster, Li and Lyons (2021), "Efficient and accurate gradients for neural SDEs" (torchsde's paths).
 
@@ -69,12 +96,12 @@ def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownia
     if isinstance(bm, BrownianPath | ForeignBrownian):
         path = bm
     else:
-        needed = ("__call__", "shape", "dtype", "device", "levy_area_approximation")
-        missing = [name for name in needed if not hasattr(bm, name)]
+        missing = [name for name in _ATTRIBUTES if not hasattr(bm, name)]
         if missing:
             raise TypeError(
-                f"bm is a {type(bm).__name__} without {', '.join(missing)}: pass a revsolve.BrownianPath or a Brownian "
-                "motion of torchsde."
+                f"bm is a {type(bm).__name__} without {', '.join(missing)}: pass a revsolve.BrownianPath or a Brownian motion of "
+                "torchsde. For correlated channels, pass one with independent channels and multiply the diffusion by L, where "
+                "L L^T is the covariance of the noise."
             )
         path = ForeignBrownian(bm)
     if area:
@@ -83,9 +110,8 @@ def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownia
 
 
 def _require_area(path: BrownianPath | ForeignBrownian) -> None:
-    if path.levy_area != "none":
-        return
-    raise ValueError(
-        "The space-time area H was asked of a Brownian motion without: make BrownianPath with "
-        'levy_area="space-time", or torchsde\'s paths with levy_area_approximation="space-time".'
-    )
+    if path.levy_area == "none":
+        raise ValueError(
+            "The space-time area H was asked of a Brownian motion without: make BrownianPath with "
+            'levy_area="space-time", or torchsde\'s paths with levy_area_approximation="space-time".'
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._C import _functorch
 from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def transformed() -> bool:
@@ -151,6 +153,8 @@ def exported() -> bool:
     )
 
 
-def outside() -> AbstractContextManager[Any]:
-    """A context in which no transform is active: what is made there is the same for all of them."""
-    return temporarily_clear_interpreter_stack()
+@contextmanager
+def outside() -> Iterator[None]:
+    """A context in which no transform and no torch.export is active: what is made there is the same for all of them."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes() if exported() else nullcontext():
+        yield

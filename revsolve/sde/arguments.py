@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.brownian.drawn import DrawnPath
 from revsolve.brownian.path import BrownianPath, clamped
+from revsolve.brownian.presampled import PresampledPath
 from revsolve.compat.torchsde import ForeignBrownian, as_brownian
 from revsolve.extras.per_sample import check_times_of_each
 from revsolve.field.functorch import followed, outside, sample_numbers
@@ -149,7 +149,7 @@ def followed_path(bm: Any, size: tuple[int, ...], y0: Tensor, area: bool, grid: 
             "methods with space-time area need noise that torch.compile cannot follow: use another, say 'reversible_heun', or "
             "solve outside of what is compiled."
         )
-    return DrawnPath(grid, size, y0.dtype, y0.device)
+    return PresampledPath(grid, size, y0.dtype, y0.device)
 
 
 def _of_one(path: Path, number: Tensor, ta: float, tb: float, return_H: bool = False) -> Any:

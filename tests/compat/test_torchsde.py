@@ -83,3 +83,43 @@ def test_a_wanted_area_is_refused_by_a_path_without(bm):
 def test_what_is_no_brownian_motion_is_refused(bm):
     with pytest.raises(TypeError, match=r"bm is a \w+ without .*levy_area_approximation: pass a revsolve.BrownianPath"):
         as_brownian(bm)
+
+
+class Duck:
+    """Called like a path of torchsde, with answers that a test chooses."""
+
+    shape, dtype, device, levy_area_approximation = (2, 3), torch.float64, "cpu", "space-time"
+
+    def __init__(self, W, U=None, area="space-time"):
+        self.W, self.U, self.levy_area_approximation = W, U, area
+
+    def __call__(self, ta, tb, return_U=False):
+        return (self.W, self.U) if return_U else self.W
+
+
+GOOD = torch.ones(2, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("bm", "found"),
+    [
+        (Duck(torch.ones(2, 4, dtype=torch.float64)), r"torch.float64, shape \(2, 4\)"),
+        (Duck(torch.ones(2, 3)), r"torch.float32, shape \(2, 3\)"),
+        (Duck((GOOD, GOOD)), "tuple"),
+        (Duck(GOOD, GOOD[:1]), r"torch.float64, shape \(1, 3\)"),
+    ],
+)
+def test_increments_that_are_not_what_the_path_says_are_refused(bm, found):
+    says = r"torch.float64, shape \(2, 3\): a Duck must answer"
+    with pytest.raises(ValueError, match=f"bm returned {found}, but says that it has {says}"):
+        as_brownian(bm)(0.0, 0.5, return_H=bm.U is not None)
+
+
+def test_an_unknown_area_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of none, space-time, davie, foster, but is 'exact'"):
+        as_brownian(Duck(GOOD, area="exact"))
+
+
+def test_correlated_channels_are_explained():
+    with pytest.raises(TypeError, match=r"For correlated channels, .* multiply the diffusion by L"):
+        as_brownian(lambda ta, tb: GOOD)
