@@ -5,9 +5,8 @@ The front doors `odeint` and `cdeint` say how their equations become a term and 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +25,9 @@ from revsolve.extras.per_sample_steps import check_own_steps, steps_of_each
 from revsolve.extras.progress import AcceptedStep
 from revsolve.field.functorch import dual_numbers, followed
 from revsolve.prepare.options import Tolerances, adapts
-from revsolve.prepare.problem import check_times, values_hidden
-from revsolve.prepare.state import Clock, Packing, as_tensor
+from revsolve.prepare.problem import values_hidden
+from revsolve.prepare.state import Packing
+from revsolve.prepare.times import Clock, as_tensor, check_times
 from revsolve.solution import Solution
 
 
@@ -131,17 +131,6 @@ def densely(equation: Equation, t: Any) -> Solution:
     steps = problem.grid.times
     interpolant = Dense(problem, states, equation.results, clock.shift, equation.breaks(steps))
     return Solution(as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
-
-
-def densely_again(equation: Any, steps: list[float], t: Any) -> Callable[[], Solution]:
-    """What takes the same steps again, for the solution in between."""
-    return functools.partial(_densely_over, equation, steps, t.clone() if isinstance(t, Tensor) else list(t))
-
-
-def _densely_over(equation: Any, steps: list[float], t: Any) -> Solution:
-    options = {"grid_constructor": lambda *_: steps}
-    over = replace(equation, options=options, tolerances=(None, None), progress=False, callback=None)
-    return densely(over, t[[0, -1]] if isinstance(t, Tensor) else [t[0], t[-1]])
 
 
 def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:

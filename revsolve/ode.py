@@ -16,14 +16,15 @@ from revsolve.core.gradient import solve
 from revsolve.core.integrate import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.equation import Way, densely_again, solution_at, until_event
+from revsolve.equation import Way, solution_at, until_event
 from revsolve.extras.event_steps import EVENT_OPTIONS, FAR
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.field.functorch import followed
 from revsolve.field_term import FieldTerm
-from revsolve.prepare.options import choose_steps, explain, restarts_of, scheme_and_options
-from revsolve.prepare.problem import by_programs, check_times, prepare
-from revsolve.prepare.state import Clock, Packing, as_tensor
+from revsolve.prepare.options import choose_steps, explain, scheme_and_options
+from revsolve.prepare.problem import by_programs, prepare
+from revsolve.prepare.state import Packing
+from revsolve.prepare.times import Clock, as_tensor, check_times
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 
@@ -60,8 +61,7 @@ def odeint(
             broadcast against y0, or, where y0 is a pytree, one of these for each of its parts.
         method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`; None is the default.
         options: `step_size` or `grid_constructor` for fixed steps; `first_step`, `safety`, `ifactor`, `dfactor`, `min_step`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf);
-            `restart`, which is restarts by another name.
+            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf).
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given. `dense`: steps need not land on output times, which are interpolated; keeps the
             state after every step. `steps_of_each`: with 2-D t, each sample has adaptive steps of its own length.
@@ -95,7 +95,6 @@ def odeint(
     """
     known = EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each")
     scheme, settings = scheme_and_options("rev_dopri5" if method is None else method, options, known)
-    restarts = restarts_of(settings, restarts)
     way = (scheme, settings, (rtol, atol), gradient, restarts, progress, callback, compile)
     equation = _Equation(*way, func, y0, args)
     if event_fn is not None:
@@ -208,10 +207,7 @@ class _Equation(Way):
         problem = self.problem(term, times, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving) if len(times) > 1 else self.x0[None]
         steps = times if problem.grid is None else problem.grid.times
-        again = None
-        if len(steps) > 1 and not self.options.get("jump_t"):
-            again = densely_again(self, steps, t)
-        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, steps, again=again)
+        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, steps)
 
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:

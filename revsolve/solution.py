@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,7 @@ class Solution:
         ys: the states there, like y0 with a leading dimension len(t).
         stats: what the solve did; the backward pass fills in its own counters when it has run.
         times: the accepted time steps, one more than there were steps; with times of each sample, in steps or outputs counted.
-        interpolant: the solution between the steps: from the start with `options={"dense": True}`, else once it is asked for.
-        again: solves once more over the same steps and keeps them all; None where that is not possible.
+        interpolant: the solution between the steps, with `options={"dense": True}`.
     """
 
     ts: Tensor
@@ -30,17 +28,13 @@ class Solution:
     stats: Stats
     times: list[float]
     interpolant: Dense | None = None
-    again: Callable[[], Solution] | None = None
 
     def evaluate(self, t: Any) -> Any:
         """The state at the times t, a tensor of any shape: like y0, with the dimensions of t where those of output times are
         (in front; before the last in `cdeint`).
 
-        Without `options={"dense": True}` the first call solves again over the same steps, and keeps them all.
-
         Raises:
-            ValueError: if t leaves what was solved, or the solve has no dense output (SDEs, fixed points, events,
-                jumps, times of each sample).
+            ValueError: if t leaves what was solved, or the solve has no dense output.
         """
         return self._dense().evaluate(t)
 
@@ -48,22 +42,14 @@ class Solution:
         """The time derivative of the state at the times t, shaped like `evaluate(t)`.
 
         Raises:
-            ValueError: if t leaves what was solved, or the solve has no dense output (SDEs, fixed points, events,
-                jumps, times of each sample).
+            ValueError: if t leaves what was solved, or the solve has no dense output.
         """
         return self._dense().derivative(t)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles forget how to solve again: a field need not be something that can be pickled."""
-        return {**self.__dict__, "again": None}
-
     def _dense(self) -> Dense:
         if self.interpolant is None:
-            if self.again is None:
-                raise ValueError(
-                    "this solve has no dense output: solve with options={'dense': True} in odeint or cdeint, without jump_t, and "
-                    "with one time for all samples (docs: Works with)."
-                )
-            object.__setattr__(self, "interpolant", self.again().interpolant)
-        assert self.interpolant is not None
+            raise ValueError(
+                "this solve has no dense output: solve again with options={'dense': True} in odeint or cdeint, for one time of "
+                "all samples and without event_fn (docs: Works with)."
+            )
         return self.interpolant

@@ -14,8 +14,7 @@ from revsolve.core.stepper import Grid
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import check_inside
 from revsolve.prepare.grid import distance
-from revsolve.prepare.options import Tolerances, adapts, given
-from revsolve.prepare.problem import check_choice
+from revsolve.prepare.options import Tolerances, adapts, check_choice, given
 from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import OneEvaluation
 

@@ -21,15 +21,16 @@ from revsolve.core.gradient import solve
 from revsolve.core.integrate import Problem, Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.equation import Way, densely_again, solution_at, until_event, with_kinks
+from revsolve.equation import Way, solution_at, until_event, with_kinks
 from revsolve.extras.event_steps import EVENT_OPTIONS
 from revsolve.extras.per_sample import ClockOfEach
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.field.functorch import followed
 from revsolve.paths.control import Control
-from revsolve.prepare.options import adapts, choose_steps, explain, restarts_of, scheme_and_options
-from revsolve.prepare.problem import by_programs, check_times, prepare
-from revsolve.prepare.state import Packing, as_tensor
+from revsolve.prepare.options import adapts, choose_steps, explain, scheme_and_options
+from revsolve.prepare.problem import by_programs, prepare
+from revsolve.prepare.state import Packing
+from revsolve.prepare.times import as_tensor, check_times
 from revsolve.schemes.tableau import Tableau
 from revsolve.solution import Solution
 
@@ -113,7 +114,7 @@ def cdeint(
     scheme, settings = scheme_and_options(method, options, known)
     scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
     tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
-    gradient, restarts = choose_gradient(adjoint, gradient), restarts_of(settings, restarts)
+    gradient = choose_gradient(adjoint, gradient)
     way = (scheme, settings, tolerances, gradient, restarts, progress, callback, compile)
     equation = _Equation(*way, func, as_control(X), z0, form)
     if event_fn is not None:
@@ -215,5 +216,4 @@ class _Equation(Way):
         xs = solve(problem, self.x0, moving)
         assert problem.grid is not None
         steps = problem.grid.times
-        again = densely_again(self, steps, t)
-        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, steps, again=again)
+        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, steps)

@@ -12,7 +12,8 @@ from revsolve.backends.inductor.driven import Source
 from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.tape import Term
-from revsolve.prepare.state import Clock, Packing
+from revsolve.prepare.state import Packing
+from revsolve.prepare.times import Clock
 
 
 class MatrixTerm:

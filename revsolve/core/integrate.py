@@ -38,16 +38,6 @@ class Stats:
     times: Sequence[float] = field(default=(), repr=False, compare=False)
 
     @property
-    def num_accepted(self) -> int:
-        """Another name of `num_steps`, beside `num_rejected`."""
-        return self.num_steps
-
-    @property
-    def num_states_stored(self) -> int:
-        """Another name of `num_stored_states`."""
-        return self.num_stored_states
-
-    @property
     def step_sizes(self) -> list[float]:
         """The lengths of the accepted steps, negative backward in time; those of the step variable where that is not the time."""
         return [b - a for a, b in itertools.pairwise(self.times)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from revsolve.fixed_point.convergence import RESIDUALS, Criterion
-from revsolve.prepare.problem import check_choice
+from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 
 

@@ -26,7 +26,7 @@ from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.fixed_point.convergence import Convergence, Criterion
 from revsolve.fixed_point.gmres import gmres
-from revsolve.prepare.problem import check_choice
+from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 
 METHODS = ("simple", "relaxed", "anderson")

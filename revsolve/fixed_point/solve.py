@@ -21,7 +21,8 @@ from revsolve.fixed_point.arguments import check_whole, checked, refuse
 from revsolve.fixed_point.convergence import Convergence
 from revsolve.fixed_point.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.fixed_point.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
-from revsolve.prepare.problem import by_programs, check_choice, check_options, prepare
+from revsolve.prepare.options import check_choice, check_options
+from revsolve.prepare.problem import by_programs, prepare
 from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation
 

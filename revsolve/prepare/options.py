@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +24,22 @@ from revsolve.prepare.grid import (
     given_grid,
     knot_grid,
 )
-from revsolve.prepare.problem import check_options, check_times
+from revsolve.prepare.times import check_times
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 SCHEME_OPTIONS = ("coupling", "eta")
 TIMES = {"step_t", "jump_t"}
+EXPLAINED = {  # names that options have elsewhere
+    "restart": "pass the keyword restarts=, a number of steps say",
+    "perturb": "leave it out, jump_t alone says where a step sees one side of the field",
+    "dtype": "leave it out, times are kept in double precision, and the field sees them in the dtype of y0",
+    "grad_free": "leave it out, no method takes derivatives of g by itself",
+    "interp": "leave it out, fixed steps land on the output times; dense=True interpolates between any steps",
+    "solver": "choose by method=; there are no solvers of scipy",
+    "max_order": "leave it out, there are no Adams methods",
+    "max_iters": "leave it out, there are no implicit methods",
+}
 Tolerances = tuple[float | Tensor | None, float | Tensor | None]  # rtol, atol
 
 
@@ -38,21 +50,10 @@ def scheme_and_options(
     rest = dict(options or {})
     scheme = named_scheme(method, **{name: rest.pop(name) for name in SCHEME_OPTIONS if name in rest})
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    chosen = check_options(rest, (*known, *SCHEME_OPTIONS, "restart", *extra), scheme.name)
+    chosen = check_options(rest, (*known, *SCHEME_OPTIONS, *extra), scheme.name)
     for name in TIMES.intersection(chosen):
         chosen[name] = [float(s) for s in chosen[name]]
     return scheme, chosen
-
-
-def restarts_of(options: dict[str, Any], restarts: Any) -> Any:
-    """When to restart, as the keyword says or `options["restart"]`, which is taken out."""
-    if "restart" not in options:
-        return restarts
-    if restarts != "auto":
-        raise ValueError(
-            f"restarts={restarts!r} and options['restart'] = {options['restart']!r} say the same thing: give one."
-        )
-    return options.pop("restart")
 
 
 def adapts(scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances) -> bool:
@@ -113,3 +114,31 @@ def explain(rate: Callable[[float, Tensor], Tensor]) -> Callable[[float, Tensor]
         )
 
     return explained
+
+
+def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:
+    """The options that are not None, numbers as those of Python. Raises ValueError for one that the method does not have."""
+    given = {}
+    for name, value in (options or {}).items():
+        if value is None:
+            continue
+        if name in EXPLAINED:
+            raise ValueError(f"option {name!r} does not exist here: {EXPLAINED[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown option {name!r} for method {method!r}{hint} Options: {', '.join(known)}.")
+        given[name] = _number(value)
+    return given
+
+
+def _number(value: Any) -> Any:
+    """A number of another kind, a tensor without dimensions or one of numpy's, as that of Python; anything else as it is."""
+    of_another_kind = isinstance(value, (Tensor, np.generic)) and value.ndim == 0
+    return value.item() if of_another_kind else value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -32,77 +29,12 @@ from revsolve.field.discover import (
     traced,
 )
 from revsolve.field.free_tensors import by_rule
-from revsolve.field.functorch import batched, dual_numbers, transformed
+from revsolve.field.functorch import dual_numbers, transformed
+from revsolve.prepare.options import check_choice
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
-
-
-def check_times(t: Any, name: str = "t") -> list[float]:
-    """The times as floats (one device read). Raises unless they are 1-D, finite and strictly monotone."""
-    if isinstance(t, Tensor):
-        if t.ndim != 1 or not t.is_floating_point():
-            raise ValueError(
-                f"{name} must be a 1-D floating point tensor, from the initial time on, as in torch.tensor([0.0, 1.0]), but it "
-                f"has shape {tuple(t.shape)}, dtype {t.dtype}."
-            )
-        if torch.compiler.is_dynamo_compiling():
-            raise ValueError(f"torch.compile hides the numbers in {name}: give a list of times instead of a tensor.")
-        if t.is_cuda and capturing():
-            raise ValueError(
-                f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."
-            )
-        if batched(t):
-            raise ValueError(
-                f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
-                "odeint with t of shape (T, batch)."
-            )
-        times = t.detach().tolist()
-    else:
-        try:
-            times = [float(s) for s in t]
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} must be a 1-D tensor or a list of numbers, from the initial time on, as in [0.0, 1.0], but it is {t!r}."
-            ) from error
-    if not times:
-        raise ValueError(f"{name} is empty: give at least the initial time.")
-    for i, s in enumerate(times):
-        if not math.isfinite(s):
-            raise ValueError(f"{name} must be finite, but {name}[{i}] = {s}.")
-    for i in range(1, len(times)):
-        if (times[i] - times[i - 1]) * (times[-1] - times[0]) <= 0:
-            remedy = "drop the repeated time" if times[i] == times[i - 1] else "sort the times"
-            raise ValueError(
-                f"{name} must be strictly monotone, but {name}[{i}] = {times[i]} follows {name}[{i - 1}] = {times[i - 1]}: "
-                f"{remedy}."
-            )
-    return times
-
-
-def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:
-    """The options as a dict, numbers as those of Python. Raises ValueError for one that the method does not have."""
-    given = dict(options or {})
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(
-                f"unknown option {name!r} for method {method!r}: did you mean {close[0]!r}? Options: {', '.join(known)}."
-            )
-    return {name: _number(value) for name, value in given.items()}
-
-
-def _number(value: Any) -> Any:
-    """A number of another kind, a tensor without dimensions or one of numpy's, as that of Python; anything else as it is."""
-    of_another_kind = isinstance(value, (Tensor, np.generic)) and value.ndim == 0
-    return value.item() if of_another_kind else value
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
 
 
 def prepare(

@@ -1,18 +1,12 @@
-"""The state of any shape as one tensor, and times as the field receives them."""
+"""The state of any shape as one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-
-from revsolve.field.functorch import wrapped
-
-REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
 
 
 class Packing:
@@ -100,53 +94,6 @@ class Packing:
                     f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
                     "(under torch.autocast the value is cast to the state's dtype)."
                 )
-
-
-class Clock:
-    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state.
-
-    They are later by `shift`, a tensor that is zero: its gradient is that of moving all times at once.
-    """
-
-    adds_up = True  # what passes in two spans, one after the other, passes at one speed
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None) -> None:
-        self.dtype, self.device = dtype, device
-        self.shift = None if shift is None else shift.to(device, dtype)
-        self.recent: dict[float, Tensor] = {}
-
-    def __call__(self, t: float | Tensor) -> Tensor:
-        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self.recent.get(t)
-        if now is None:
-            now = self._constant(t)
-        return now if self.shift is None else now + self.shift
-
-    def lapse(self, t0: Any, t1: Any) -> Any:
-        """How much time passes."""
-        return t1 - t0
-
-    def foresee(self, times: Iterable[float]) -> None:
-        """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
-            made = torch.tensor(new, dtype=self.dtype, device=self.device)
-            if not wrapped(made):
-                self.recent.update(zip(new, made.unbind(), strict=True))
-
-    def _constant(self, t: Any) -> Tensor:
-        if len(self.recent) >= REMEMBERED_TIMES:
-            self.recent.clear()
-        made = torch.full((), t, dtype=self.dtype, device=self.device)
-        if torch.compiler.is_compiling() or not wrapped(
-            made
-        ):  # not that of a transform, which ends before the solve does
-            self.recent[t] = made
-        return made
-
-
-def as_tensor(x: Any) -> Tensor:
-    """Numbers as a tensor; one stays where it is, while torch's function of this name moves it to the default device."""
-    return x if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
 def _check_leaf(leaf: Any, name: str) -> None:

@@ -16,7 +16,7 @@ from revsolve.brownian.presampled import PresampledPath
 from revsolve.compat.torchsde import ForeignBrownian, as_brownian
 from revsolve.extras.per_sample import check_times_of_each
 from revsolve.field.functorch import followed, outside, sample_numbers
-from revsolve.prepare.problem import check_times
+from revsolve.prepare.times import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
 
 Brownian = BrownianPath | ForeignBrownian

@@ -20,9 +20,8 @@ from revsolve.extras.per_sample import ClockOfEach, points_for_each, refuse_opti
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.field.discover import Constant
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, given_grid
-from revsolve.prepare.options import restarts_of
 from revsolve.prepare.problem import by_programs, prepare, values_hidden
-from revsolve.prepare.state import Clock, as_tensor
+from revsolve.prepare.times import Clock, as_tensor
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
     as_sde,
@@ -87,8 +86,8 @@ def sdeint(
         adaptive: choose steps by their error estimate.
         rtol, atol: tolerances of adaptive steps.
         dt_min: length below which a step is accepted whatever its error.
-        options: `coupling` (`rev_` methods); `restart`, which is restarts by another name; `safety`, `ifactor`, `dfactor`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` (adaptive).
+        options: `coupling` (`rev_` methods); `safety`, `ifactor`, `dfactor`, `max_step`, `max_num_steps`, `step_t`, `jump_t`,
+            `norm` (adaptive).
         names: other names of the methods of `sde`: keys "drift", "diffusion", "prior_drift", "diffusion_prod",
             "drift_and_diffusion", "drift_and_diffusion_prod".
         logqp: also return, for each interval of ts, the integral of |u|^2/2 with g u = f - h, where the method `h` of
@@ -160,7 +159,6 @@ class _Equation:
         like the state."""
         parts = self.parts
         self.scheme, self.settings = scheme_and_options(method, parts, options, adaptive)
-        restarts = restarts_of(self.settings, restarts)
         unsaid = self.scheme.reversible and isinstance(restarts, str) and restarts == "auto"
         self.restarts = default_restarts(self.scheme) if unsaid else restarts
         if isinstance(self.clock, ClockOfEach):

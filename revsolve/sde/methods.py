@@ -10,7 +10,7 @@ from typing import Any
 from revsolve.core.coupling import Scheme
 from revsolve.core.restarts import Restarts
 from revsolve.prepare.grid import ADAPTIVE_OPTIONS
-from revsolve.prepare.problem import check_options
+from revsolve.prepare.options import check_options
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
 from revsolve.schemes.tableau import TABLEAUS, Tableau
@@ -52,8 +52,8 @@ def scheme_and_options(
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
     known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    given = check_options(given, (*known, *STEPS, "coupling", "restart", "dense"), scheme.name)
-    for name in (name for name in given if name != "restart"):
+    given = check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
+    for name in given:
         if name == "dense":
             raise ValueError(
                 "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "

@@ -111,19 +111,6 @@ def test_dense_gradient_is_direct(control: str, field: type[MatrixField], steps:
     assert worst_difference(gradients(None), gradients("direct")) < (EXACT, "")
 
 
-@pytest.mark.parametrize("way", [{"method": "rev_rk4"}, {"rtol": 1e-6, "atol": 1e-7}, {"method": "reversible_heun"}])
-def test_without_the_option_the_steps_are_solved_again_when_asked_for(way: dict[str, Any]) -> None:
-    z0 = torch.ones(2, HIDDEN, dtype=torch.float64)
-    X, t = HermitePath(data().detach(), KNOTS), KNOTS[[0, 3, 6]]
-    solution = cdeint(X, MatrixField(), z0, t, full_output=True, **way)
-    assert solution.interpolant is None
-    # Adaptive restarts follow the tolerance, which the second solve does not know.
-    assert torch.allclose(solution.evaluate(t), solution.ys, rtol=1e-4, atol=1e-5)
-    assert solution.interpolant is not None and solution.interpolant.steps == solution.times
-    assert solution.evaluate(torch.rand(4, 5)).shape == (2, 4, 5, HIDDEN)
-    assert solution.derivative(0.3).shape == (2, HIDDEN)
-
-
 # Three samples: different lengths, one backwards, one that waits.
 TIMES = ((0.0, 3.4, 0.2), (1.5, 2.8, 0.2), (2.3, 0.4, 0.9), (3.4, 0.1, 0.9))
 LOOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}

@@ -190,27 +190,9 @@ def test_messages(call: Any, message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"method": "rev_rk4", "options": {"dense": False, "step_size": 0.1}},
-        {"method": "rev_dopri5", "options": {"dense": False}},
-    ],
-    ids=["fixed", "adaptive"],
-)
-def test_without_the_option_the_steps_are_solved_again_when_asked_for(way: dict[str, Any]) -> None:
-    t = torch.tensor([0.0, 1.1, 3.0], dtype=torch.float64)
-    solution = solved(t, **way)
-    assert solution.interpolant is None
-    assert float((solution.evaluate(t) - solution.ys).abs().max()) < 1e-7  # adaptive restarts follow the tolerance
-    assert float((solution.evaluate(BETWEEN)[:, 0] - swung(BETWEEN)).abs().max()) < 1e-5
-    assert solution.interpolant.steps == solution.times
-
-
-def test_gradients_flow_through_the_second_solve() -> None:
-    def gradient(dense: bool) -> Tensor:
-        rate = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
-        way: dict[str, Any] = {"method": "rev_rk4", "options": {"step_size": 0.1, "dense": dense}}
-        return torch.autograd.grad(solved(field=lambda t, y: rate * y, **way).evaluate(0.77).sum(), rate)[0]
-
-    assert float(gradient(False)) == pytest.approx(float(gradient(True)), rel=1e-12)
+@pytest.mark.parametrize("options", [{}, {"dense": False}, {"dense": None}], ids=str)
+@pytest.mark.parametrize("ask", [Solution.evaluate, Solution.derivative])
+def test_without_the_option_there_is_none(options: dict[str, Any], ask: Any) -> None:
+    solution = odeint(swing, torch.ones(1), [0.0, 1.0], options=options, full_output=True)
+    with pytest.raises(ValueError, match=r"solve again with options=\{'dense': True\}"):
+        ask(solution, 0.5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revsolve import method_names, odeint
-from revsolve.prepare.state import Clock
+from revsolve.prepare.times import Clock
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 
@@ -112,9 +112,8 @@ SOLVES["compiled"] = {**FIXED, "compile": {"backend": "eager"}}
 
 
 @pytest.mark.parametrize("solve", SOLVES.values(), ids=SOLVES)
-def test_statistics_by_their_other_names(solve: dict[str, Any]) -> None:
+def test_step_sizes_add_up(solve: dict[str, Any]) -> None:
     stats = Counted("rev_dopri5", **solve).stats
-    assert (stats.num_accepted, stats.num_states_stored) == (stats.num_steps, stats.num_stored_states)
     assert len(stats.step_sizes) == stats.num_steps
     assert sum(stats.step_sizes) == pytest.approx(1.0, abs=1e-12)
     assert min(stats.step_sizes) > 0

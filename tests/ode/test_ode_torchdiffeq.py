@@ -12,7 +12,7 @@ import torchdiffeq
 from torch import Tensor
 
 import revsolve
-from revsolve import Restarts, odeint
+from revsolve import odeint
 
 T = torch.tensor([0.0, 0.4, 1.3], dtype=torch.float64)
 FINE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -96,15 +96,42 @@ def test_numbers_of_any_kind(method: str, number: Any) -> None:
     assert torch.equal(found, odeint(swing, LONE, T, method=method, options={"step_size": 0.25}))
 
 
-def test_restarts_among_the_options() -> None:
-    """They stand beside `coupling` there, and are the same as the keyword."""
-    way: dict[str, Any] = {"method": "rev_rk4", "full_output": True}
-    options = {"step_size": 0.05}
-    for given in (4, None, "auto", Restarts(budget=3)):
-        ours = odeint(swing, LONE, T, options={**options, "restart": given}, **way)
-        assert ours.stats == odeint(swing, LONE, T, options=options, restarts=given, **way).stats
-    with pytest.raises(ValueError, match=r"restarts=3 and options\['restart'\] = 4 say the same thing: give one"):
-        odeint(swing, LONE, T, options={**options, "restart": 4}, restarts=3, **way)
+ELSEWHERE = {
+    "restart": "restarts=",
+    "perturb": "leave it out",
+    "dtype": "leave it out",
+    "interp": "leave it out",
+    "solver": "method=",
+}
+
+
+@pytest.mark.parametrize(("name", "says"), ELSEWHERE.items())
+def test_options_that_only_others_have(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"option {name!r} does not exist here: .*{says}"):
+        odeint(swing, LONE, T, options={name: 4})
+
+
+NAMES = (
+    "step_size",
+    "grid_constructor",
+    "first_step",
+    "safety",
+    "max_step",
+    "step_t",
+    "jump_t",
+    "norm",
+    "coupling",
+    "eta",
+    "dense",
+)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rev_rk4", "reversible_heun"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_that_is_none_is_not_given(name: str, method: str) -> None:
+    fixed = {} if method == "dopri5" else {"step_size": 0.1}
+    found = odeint(swing, LONE, T, method=method, options={name: None} | fixed)
+    assert torch.equal(found, odeint(swing, LONE, T, method=method, options=fixed))
 
 
 def test_tolerances_of_parts_fit_the_state() -> None:

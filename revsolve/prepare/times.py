@@ -1,0 +1,105 @@
+"""Times: checked at the door, and as the field receives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revsolve.core.capture import capturing
+from revsolve.field.functorch import batched, wrapped
+
+REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
+
+
+def check_times(t: Any, name: str = "t") -> list[float]:
+    """The times as floats (one device read). Raises unless they are 1-D, finite and strictly monotone."""
+    if isinstance(t, Tensor):
+        if t.ndim != 1 or not t.is_floating_point():
+            raise ValueError(
+                f"{name} must be a 1-D floating point tensor, from the initial time on, as in torch.tensor([0.0, 1.0]), but it "
+                f"has shape {tuple(t.shape)}, dtype {t.dtype}."
+            )
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(f"torch.compile hides the numbers in {name}: give a list of times instead of a tensor.")
+        if t.is_cuda and capturing():
+            raise ValueError(
+                f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."
+            )
+        if batched(t):
+            raise ValueError(
+                f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
+                "odeint with t of shape (T, batch)."
+            )
+        times = t.detach().tolist()
+    else:
+        try:
+            times = [float(s) for s in t]
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be a 1-D tensor or a list of numbers, from the initial time on, as in [0.0, 1.0], but it is {t!r}."
+            ) from error
+    if not times:
+        raise ValueError(f"{name} is empty: give at least the initial time.")
+    for i, s in enumerate(times):
+        if not math.isfinite(s):
+            raise ValueError(f"{name} must be finite, but {name}[{i}] = {s}.")
+    for i in range(1, len(times)):
+        if (times[i] - times[i - 1]) * (times[-1] - times[0]) <= 0:
+            remedy = "drop the repeated time" if times[i] == times[i - 1] else "sort the times"
+            raise ValueError(
+                f"{name} must be strictly monotone, but {name}[{i}] = {times[i]} follows {name}[{i - 1}] = {times[i - 1]}: "
+                f"{remedy}."
+            )
+    return times
+
+
+class Clock:
+    """Times as the field receives them: tensors without dimensions, in the real dtype and on the device of the state.
+
+    They are later by `shift`, a tensor that is zero: its gradient is that of moving all times at once.
+    """
+
+    adds_up = True  # what passes in two spans, one after the other, passes at one speed
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None) -> None:
+        self.dtype, self.device = dtype, device
+        self.shift = None if shift is None else shift.to(device, dtype)
+        self.recent: dict[float, Tensor] = {}
+
+    def __call__(self, t: float | Tensor) -> Tensor:
+        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self.recent.get(t)
+        if now is None:
+            now = self._constant(t)
+        return now if self.shift is None else now + self.shift
+
+    def lapse(self, t0: Any, t1: Any) -> Any:
+        """How much time passes."""
+        return t1 - t0
+
+    def foresee(self, times: Iterable[float]) -> None:
+        """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
+            made = torch.tensor(new, dtype=self.dtype, device=self.device)
+            if not wrapped(made):
+                self.recent.update(zip(new, made.unbind(), strict=True))
+
+    def _constant(self, t: Any) -> Tensor:
+        if len(self.recent) >= REMEMBERED_TIMES:
+            self.recent.clear()
+        made = torch.full((), t, dtype=self.dtype, device=self.device)
+        if torch.compiler.is_compiling() or not wrapped(
+            made
+        ):  # not that of a transform, which ends before the solve does
+            self.recent[t] = made
+        return made
+
+
+def as_tensor(x: Any) -> Tensor:
+    """Numbers as a tensor; one stays where it is, while torch's function of this name moves it to the default device."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x)
