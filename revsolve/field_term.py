@@ -12,12 +12,12 @@ from revsolve.prepare.state import Packing
 
 
 class FieldTerm:
-    """The term of an ODE: field value times h. `clock` says which time the field sees, and how much of it passes."""
+    """The term of an ODE: field value times h. `clock` says which time the field sees, and how much of it passes, the control."""
 
     def __init__(self, func: Callable[..., Any], packing: Packing, clock: Any) -> None:
         self.func, self.packing, self.clock = func, packing, clock
         self.adds_up = self.is_rate = clock.adds_up
-        self.foresee = clock.foresee
+        self.control, self.foresee = clock.control, clock.foresee
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> Tensor:
@@ -30,5 +30,5 @@ class FieldTerm:
             out = self.packing.pack(out)
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
-    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        return value, self.clock.lapse(t0, t1)
+    def product(self, value: Tensor, control: Time) -> tuple[Tensor, Time]:
+        return value, control

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, refuse_kinks
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
 from revsolve.cde.each import PathOfEach, kinks_of_each
-from revsolve.cde.term import Deferred, MatrixTerm, ProductTerm, cde_term, source_of, whole
+from revsolve.cde.term import MatrixTerm, ProductTerm, cde_term, source_of
 from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
@@ -143,11 +143,11 @@ class _Equation(Way):
         knots = self.control.knots
         self.knots: Sequence[float] = knots if len(knots) > 2 else []
         self.drive: type[Drive] = Increments if self.form == "increment" else Slopes
-        self.rates = whole(cde_term(self.func, self.packing, Slopes(self.control)))
+        self.rates = cde_term(self.func, self.packing, Slopes(self.control))
 
-    def term(self, clock: Any) -> Term:
+    def term(self, clock: Any) -> MatrixTerm | ProductTerm:
         source = PathOfEach(self.control, clock) if isinstance(clock, ClockOfEach) else self.control
-        return whole(cde_term(self.func, self.packing, self.drive(source, shift=clock.shift), clock))
+        return cde_term(self.func, self.packing, self.drive(source, shift=clock.shift), clock)
 
     def steps(self, times: list[float], term: Term, t: Any) -> Callable[[], Stepper]:
         construct = lambda constructor: constructor(self.func, self.z0, t)  # noqa: E731
@@ -158,17 +158,14 @@ class _Equation(Way):
         self, term: Term, times: list[float], make: Callable[[], Stepper], length: float | None, t: Tensor | None = None
     ) -> Problem:
         span = (times[0], times[1])
-        inner = term.over(span) if isinstance(term, Deferred) else term
-        assert isinstance(inner, (MatrixTerm, ProductTerm))
+        assert isinstance(term, (MatrixTerm, ProductTerm))
         make = watched(make, self.progress, self.callback, f"cdeint {self.scheme.name}", length, self.packing.unpack)
-        owners = (self.func, *inner.drive.tensors)
-        problem = prepare(inner, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
-        problem.term = whole(inner, problem.term)  # which may fix its random numbers
-        problem.first_value = None if isinstance(problem.term, Deferred) else problem.first_value
-        rates = term if isinstance(inner.drive.control, PathOfEach) else self.rates
-        problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), t, t)[0])
+        owners = (self.func, *term.control.tensors)
+        problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
+        rates = term if isinstance(term.control.control, PathOfEach) else self.rates
+        problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), rates.control(t, t, t))[0])
         if self.compile:
-            by_programs(problem, self.compile, self.x0, t, source_of(inner))
+            by_programs(problem, self.compile, self.x0, t, source_of(term))
         return problem
 
     def results(self, xs: Tensor, num_dims: int) -> Any:
@@ -211,7 +208,7 @@ class _Equation(Way):
             span = list(asked_for(self.scheme, grid.times[:2])[0][1:])
             if moving is None:
                 drive = drive.tabulated(self.scheme, grid.times, ROWS_PER_KNOT * len(self.control.grid_points))
-        term = whole(cde_term(self.func, self.packing, drive))
+        term = cde_term(self.func, self.packing, drive)
         problem = self.problem(term, span, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving)
         assert problem.grid is not None

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from revsolve.backends.inductor.driven import Source
 from revsolve.cde.drive import Drive, Slopes
-from revsolve.core.arithmetic import Scalar, Time
-from revsolve.core.tape import Term
+from revsolve.core.arithmetic import Time
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import Clock
 
@@ -20,63 +19,40 @@ class MatrixTerm:
     """f(t, z) dX for a field whose value is the matrix f(t, z), or one for every state of a tuple."""
 
     def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
-        self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
+        self.func, self.packing, self.control, self.clock = func, packing, drive, clock
         self.adds_up, self.foresee = drive.adds_up, clock.foresee
         self.checked = False
 
-    def value(self, t: Time, x: Tensor) -> tuple[Time, Any]:
-        return t, self.func(self.clock(t), self.packing.unpack(x))
+    def value(self, t: Time, x: Tensor) -> Any:
+        return self.func(self.clock(t), self.packing.unpack(x))
 
-    def product(self, value: tuple[Time, Any], t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        t, f = value
-        dx, scale = self.drive(t, t0, t1)
+    def product(self, value: Any, control: tuple[Any, Time]) -> tuple[Tensor, Time]:
+        dx, scale = control
         if not self.checked:
-            check_field(self.packing, f, dx)
+            check_field(self.packing, value, dx)
             self.checked = True
         if self.packing.lone:
-            return applied(f, dx), scale
-        return self.packing.pack([applied(*pair) for pair in zip(f, dx, strict=True)]), scale
+            return applied(value, dx), scale
+        return self.packing.pack([applied(*pair) for pair in zip(value, dx, strict=True)]), scale
 
 
 class ProductTerm:
-    """f(t, z) dX for a field with a method `prod(t, z, dX)`; the value is the product over the `span` that was set before."""
+    """f(t, z) dX for a field with a method `prod(t, z, dX)`, of which the value is but the place (t, x)."""
+
+    late = True
 
     def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
-        self.func, self.packing, self.drive, self.clock = func, packing, drive, clock
-        self.span: tuple[Time, Time] = (0.0, 0.0)
+        self.func, self.packing, self.control, self.clock = func, packing, drive, clock
         self.adds_up, self.foresee = drive.adds_up, clock.foresee
-
-    def value(self, t: Time, x: Tensor) -> tuple[Tensor, Time]:
-        dx, scale = self.drive(t, *self.span)
-        k = self.func.prod(self.clock(t), self.packing.unpack(x), dx)
-        self.packing.check_like(k, "func.prod")
-        return self.packing.pack(k), scale
-
-    def product(self, value: tuple[Tensor, Time], t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        return value
-
-
-class Deferred:
-    """A term that evaluates only when the span is known: its value is the place of the evaluation.
-
-    `term` is `products`, or that with its random numbers fixed.
-    """
-
-    def __init__(self, term: Term, products: ProductTerm) -> None:
-        self.term, self.products = term, products
-        self.adds_up, self.foresee = products.adds_up, products.foresee
-
-    def over(self, span: tuple[Time, Time]) -> ProductTerm:
-        """The products, of which the next is taken over this span."""
-        self.products.span = span
-        return self.products
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
         return t, x
 
-    def product(self, value: tuple[Time, Tensor], t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
-        self.over((t0, t1))
-        return self.term.product(self.term.value(*value), t0, t1)
+    def product(self, value: tuple[Time, Tensor], control: tuple[Any, Time]) -> tuple[Tensor, Time]:
+        (t, x), (dx, scale) = value, control
+        k = self.func.prod(self.clock(t), self.packing.unpack(x), dx)
+        self.packing.check_like(k, "func.prod")
+        return self.packing.pack(k), scale
 
 
 def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> MatrixTerm | ProductTerm:
@@ -85,14 +61,9 @@ def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> Ma
     return (ProductTerm if hasattr(func, "prod") else MatrixTerm)(func, packing, drive, clock)
 
 
-def whole(term: MatrixTerm | ProductTerm, prepared: Term | None = None) -> Term:
-    """The term to solve with, given `term` as it was prepared for the engine."""
-    return Deferred(prepared or term, term) if isinstance(term, ProductTerm) else prepared or term
-
-
 def source_of(term: MatrixTerm | ProductTerm) -> Source:
     """The path as what drives the term in programs. Raises ValueError where programs cannot take it."""
-    drive = term.drive
+    drive = term.control
     if isinstance(term, ProductTerm) or not term.packing.lone or any(x.requires_grad for x in drive.tensors):
         raise ValueError(
             "compile= is for one state, a field whose value is a matrix and a path without gradients: detach the path, or leave "
@@ -104,7 +75,7 @@ def source_of(term: MatrixTerm | ProductTerm) -> Source:
         dx, scale = drive(t, t0, t1)
         return dx if by_slope else dx * scale
 
-    return Source(term, "drive", ask, lambda row, t0, t1: (row, t1 - t0 if by_slope else 1.0))
+    return Source(ask, lambda row, t0, t1: (row, t1 - t0 if by_slope else 1.0))
 
 
 def applied(f: Tensor, dx: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
 
 def frozen(term: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
     """The increment of the term over t0 -> t1 with the field frozen at one time."""
-    return term.parts(term.value(at, x), t0, t1)
+    return term.parts(term.value(at, x), term.control(at, t0, t1))
 
 
 def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = None) -> Pair:

@@ -267,7 +267,7 @@ class _Watch:
     """A term that remembers where its value first was not finite although the state was."""
 
     def __init__(self, term: Term) -> None:
-        self.term, self.product = term, term.product
+        self.term, self.control, self.product = term, term.control, term.product
         self.lost: tuple[float, Tensor] | None = None
 
     def value(self, t: Time, x: Tensor) -> Any:

@@ -170,5 +170,8 @@ class _Linear:
     def value(self, t: Time, x: Tensor) -> Tensor:
         return self.rate * x
 
-    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        return value, t1 - t0
+    def control(self, t: Time, t0: Time, t1: Time) -> Time:
+        return t1 - t0
+
+    def product(self, value: Tensor, control: Time) -> tuple[Tensor, Time]:
+        return value, control

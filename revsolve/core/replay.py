@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.capture import Draws, capturing
-from revsolve.core.tape import Term, Wrapped
+from revsolve.core.tape import Guarded, Term
 
 
 class Ambient:
@@ -42,7 +42,7 @@ class Ambient:
             self.entered.pop().__exit__(*error)
 
 
-class Noisy(Wrapped):
+class Noisy(Guarded):
     """A term whose field draws random numbers: the draw becomes a function of the time, the same however often it is asked.
 
     The seed is drawn once per solve; the surrounding random state is left as it was found.
@@ -52,14 +52,14 @@ class Noisy(Wrapped):
         super().__init__(term)
         self.seed, self.devices = seed, devices
 
-    def value(self, t: Time, x: Tensor) -> Any:
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         with torch.random.fork_rng(self.devices):
             seed = hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices whose state is not kept
             for device in self.devices:
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
-            return self.term.value(t, x)
+            return call(*args)
 
 
 def random_state_changed_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
@@ -140,16 +140,16 @@ class Unchanged:
                 )
 
 
-class Frozen(Wrapped):
+class Frozen(Guarded):
     """A term whose field keeps a state in buffers that its values depend on: every evaluation of a solve finds the same state."""
 
     def __init__(self, term: Term, buffers: Buffers) -> None:
         super().__init__(term)
         self.buffers = buffers
 
-    def value(self, t: Time, x: Tensor) -> Any:
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         with self.buffers:
-            return self.term.value(t, x)
+            return call(*args)
 
 
 class Gate:

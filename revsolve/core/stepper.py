@@ -151,7 +151,8 @@ class UntilConverged:
         n = self.num_steps + 1
         pair, _ = step(pair, (float(n - 1), float(n)), restart)
         self.grid.times.append(float(n))
-        ahead, _ = step.memo.product(step.memo.value(0.0, pair[0]), 0.0, 0.0)
+        memo = step.memo
+        ahead, _ = memo.product(memo.value(0.0, pair[0]), memo.control(0.0, 0.0, 0.0))
         self.done = self.observe(n, pair[0], ahead) or n == self.max_steps
         if self.done:
             self.grid.outputs[0] = n

@@ -16,17 +16,22 @@ ENGINE = getattr(Variable, "_execution_engine", None)  # not public, so it may g
 
 
 class Term(Protocol):
-    """What is integrated: a field, and how its value becomes an increment over a span of time.
+    """What is integrated: the value of a field, the control that drives it over a span of time, and the product of both.
 
-    A term may also have `adds_up`, true where products of one value over two spans, one after the other, add up to that over
-    both; `is_rate`, true where the value is the time derivative of the state; `summands(value, t0, t1)`, the product as a
-    list of (weight, k) with numbers or tensors as weights; and `foresee(times)`, told beforehand when its value will be asked.
+    A term may also have `adds_up`, true where the controls over two spans, one after the other, add up to that over both;
+    `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product as a list of
+    (weight, k) with numbers or tensors as weights; `late`, true where the value is but the place (t, x) of an evaluation that
+    the product makes; and `foresee(times)`, told beforehand when its value will be asked.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
 
-    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
-        """The increment over t0 -> t1 as (k, scale), meaning scale * k; linear in value."""
+    def control(self, t: Time, t0: Time, t1: Time) -> Any:
+        """What drives an evaluation at t over the span t0 -> t1, such as its length h, dX or (h, dW)."""
+        ...
+
+    def product(self, value: Any, control: Any) -> tuple[Tensor, Scalar]:
+        """The increment as (k, scale), meaning scale * k; linear in value."""
         ...
 
 
@@ -34,9 +39,29 @@ class Wrapped:
     """What a term is besides its values, for those that are terms around another one."""
 
     def __init__(self, term: Term) -> None:
-        self.term, self.product, self.summands = term, term.product, getattr(term, "summands", None)
+        self.term, self.control, self.product = term, term.control, term.product
+        self.summands, self.late = getattr(term, "summands", None), getattr(term, "late", False)
         self.adds_up, self.is_rate = getattr(term, "adds_up", False), getattr(term, "is_rate", False)
         self.foresee = getattr(term, "foresee", None)
+
+
+class Guarded(Wrapped):
+    """A term around another one, whose evaluations are calls by `evaluate`: of the value, or of the product if that is late."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        if self.late:
+            del self.product  # so that it is the method
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        return (t, x) if self.late else self.evaluate(t, self.term.value, t, x)
+
+    def product(self, value: Any, control: Any) -> tuple[Tensor, Scalar]:
+        return self.evaluate(value[0], self.term.product, value, control)
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        """The value of the call, an evaluation at t."""
+        raise NotImplementedError
 
 
 class Memo(Wrapped):
@@ -68,14 +93,14 @@ class Memo(Wrapped):
         self.latest = (x, t, value.detach()) if keeps else latest
         return leaf, value
 
-    def weighted(self, value: Any, t0: Time, t1: Time) -> tuple[float, Tensor]:
+    def weighted(self, value: Any, control: Any) -> tuple[float, Tensor]:
         """The product as (weight, k), with a number as weight."""
-        k, scale = self.product(value, t0, t1)
+        k, scale = self.product(value, control)
         return (1.0, scaled_add(None, k, scale)) if isinstance(scale, Tensor) else (scale, k)
 
-    def parts(self, value: Any, t0: Time, t1: Time) -> list[tuple[Scalar, Tensor]]:
+    def parts(self, value: Any, control: Any) -> list[tuple[Scalar, Tensor]]:
         """The product as the term's summands, or as one."""
-        return [self.weighted(value, t0, t1)] if self.summands is None else self.summands(value, t0, t1)
+        return [self.weighted(value, control)] if self.summands is None else self.summands(value, control)
 
 
 def leaf_of(x: Tensor) -> Tensor:

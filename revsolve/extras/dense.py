@@ -125,7 +125,7 @@ class Dense:
 
     def _value(self, t: float, other: float, x: Tensor) -> Tensor:
         with self.buffers:
-            k, scale = self.term.product(self.term.value(t, x), t, other)
+            k, scale = self.term.product(self.term.value(t, x), self.term.control(t, t, other))
         weight = scale / (other - t)
         return k if weight == 1.0 else k * weight
 

@@ -90,7 +90,8 @@ class ClockOfEach:
         """The largest rate of any sample's time."""
         return float(self.t.detach().diff(dim=0).abs().max()) or 1.0 if len(self.t) > 1 else 1.0
 
-    def lapse(self, s0: Time, s1: Time) -> Tensor:
+    def control(self, s: Time, s0: Time, s1: Time) -> Tensor:
+        """How much time passes."""
         return self.rate(s0, s1) * (s1 - s0)
 
     def rate(self, s0: Time, s1: Time) -> Tensor:

@@ -77,29 +77,38 @@ class _BatchTerm:
         self.adds_up = batch.adds_up
 
     def value(self, t: Time, x: Tensor) -> Any:
-        specs: list[Any] = []
+        return self._collected(lambda term, x: term.value(t, x), [x])
 
-        def value(term: Term, x: Tensor) -> list[Any]:
-            value = term.value(t, x)
-            leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
-            specs.append(spec)
-            return leaves
+    def control(self, t: Time, t0: Time, t1: Time) -> Any:
+        return self._collected(lambda term: term.control(t, t0, t1), [])
 
-        leaves = [leaf if dim is None else _Rows(leaf.movedim(dim, 0)) for leaf, dim in self._mapped(value, [x])]
-        return leaves[0] if specs[0] is None else tree_unflatten(leaves, specs[0])
-
-    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Scalar]:
-        leaves, spec = ([value], None) if _complete(value) else tree_flatten(value, is_leaf=_complete)
-        places = [i for i, leaf in enumerate(leaves) if _complete(leaf)]
+    def product(self, value: Any, control: Any) -> tuple[Tensor, Scalar]:
+        key = id(self.batch)  # tree_flatten leaves a reference cycle around its is_leaf, which must not hold tensors
+        leaves, spec = tree_flatten((value, control), is_leaf=lambda x: isinstance(x, _Rows) and x.key == key)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _Rows)]
 
         def product(term: Term, *rows: Tensor) -> list[Any]:
             of_one = dict(zip(places, rows, strict=True))
-            parts = [of_one.get(i, x) for i, x in enumerate(leaves)]
-            k, scale = term.product(parts[0] if spec is None else tree_unflatten(parts, spec), t0, t1)
+            k, scale = term.product(*tree_unflatten([of_one.get(i, x) for i, x in enumerate(leaves)], spec))
             return [scaled_add(None, k, scale), 1.0] if isinstance(scale, Tensor) else [k, scale]
 
         (k, dim), (scale, _) = self._mapped(product, [leaves[i].rows for i in places])
         return (k.expand(self.batch.size, *k.shape) if dim is None else k.movedim(dim, 0)), scale
+
+    def _collected(self, call: Callable[..., Any], rows: list[Tensor]) -> Any:
+        """What the call gives for all samples, a pytree."""
+        specs: list[Any] = []
+
+        def flat(term: Term, *rows: Tensor) -> list[Any]:
+            leaves, spec = tree_flatten(call(term, *rows))
+            specs.append(spec)
+            return leaves
+
+        leaves = [
+            leaf if dim is None else _Rows(leaf.movedim(dim, 0), id(self.batch))
+            for leaf, dim in self._mapped(flat, rows)
+        ]
+        return tree_unflatten(leaves, specs[0])
 
     def _mapped(self, call: Callable[..., list[Any]], rows: list[Tensor]) -> list[tuple[Any, int | None]]:
         """What the call gives for one sample after the other, with the dimension in which they lie (None: the same for all)."""
@@ -114,10 +123,7 @@ class _Rows(NamedTuple):
     """One value for every sample, in the leading dimension; of batches in batches, those of the outermost lie innermost."""
 
     rows: Any
-
-
-def _complete(x: Any) -> bool:
-    return isinstance(x, _Rows) and isinstance(x.rows, Tensor)
+    key: int  # of the batch
 
 
 class Swapped(TorchFunctionMode):

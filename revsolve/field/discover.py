@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Wrapped
+from revsolve.core.tape import Guarded
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
@@ -139,14 +139,14 @@ class Audit:
             raise _lost(missed[0])
 
 
-class Constant(Wrapped):
+class Constant(Guarded):
     """A term that nothing found asks for a gradient of. Raises RuntimeError if its values depend on something that does."""
 
-    def value(self, t: Time, x: Tensor) -> Any:
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         if torch.is_grad_enabled():  # a leaf of the solver's own
-            return self.term.value(t, x)
+            return call(*args)
         with torch.enable_grad():
-            value = self.term.value(t, x)
+            value = call(*args)
         outputs = [part for part in tree_leaves(value) if isinstance(part, Tensor) and part.requires_grad]
         if outputs:
             leaves, _ = boundary(outputs)

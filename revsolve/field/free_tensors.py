@@ -41,7 +41,7 @@ def by_rule(
 
     def call(x: Tensor) -> Any:
         value = term.value(span[0], x)
-        return value, term.product(value, *span)
+        return value, term.product(value, term.control(span[0], *span))
 
     if gradient == "direct" or torch.compiler.is_compiling() or not have_rules() or _has_tensors(scheme):
         return None

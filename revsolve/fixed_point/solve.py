@@ -63,8 +63,11 @@ class ValueTerm:
             self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
         return self.packing.pack(out).to(self.dtype)
 
-    def product(self, value: Tensor, t0: Time, t1: Time) -> tuple[Tensor, float]:
-        return value, 1.0
+    def control(self, t: Time, t0: Time, t1: Time) -> float:
+        return 1.0
+
+    def product(self, value: Tensor, control: float) -> tuple[Tensor, float]:
+        return value, control
 
 
 def fixed_point(

@@ -251,7 +251,7 @@ def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> s
 
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
-    k, scale = term.product(term.value(t, x), t, t + direction)
+    k, scale = term.product(term.value(t, x), term.control(t, t, t + direction))
     return k * scale
 
 

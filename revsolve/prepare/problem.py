@@ -114,7 +114,7 @@ def _traced(
 
     def call() -> Tensor:
         values[:] = [term.value(span[0], leaf)]
-        return term.product(values[0], *span)[0]
+        return term.product(values[0], term.control(span[0], *span))[0]
 
     held = list(held_tensors(list(owners), depth=4))
     leaf = leaf_of(x0)
@@ -176,7 +176,7 @@ def _depends_on(buffers: Buffers, term: Term, span: tuple[float, float], x: Tens
     """Whether the term's value is another one once a call has changed the buffers."""
 
     def call() -> Tensor:
-        k, scale = term.product(term.value(span[0], x.detach()), *span)
+        k, scale = term.product(term.value(span[0], x.detach()), term.control(span[0], *span))
         return k * scale
 
     with torch.no_grad(), buffers:

@@ -77,7 +77,7 @@ class Clock:
             now = self._constant(t)
         return now if self.shift is None else now + self.shift
 
-    def lapse(self, t0: Any, t1: Any) -> Any:
+    def control(self, t: Any, t0: Any, t1: Any) -> Any:
         """How much time passes."""
         return t1 - t0
 

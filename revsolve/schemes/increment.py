@@ -46,7 +46,8 @@ class RungeKutta:
             xi = x
             for j, a in row:
                 xi = plus(xi, stages[j], a * scale)
-            scale, k = term.weighted(term.value(moment(t0, t1, c), xi), t0, t1)
+            t = moment(t0, t1, c)
+            scale, k = term.weighted(term.value(t, xi), term.control(t, t0, t1))
             stages.append(k)
         parts: Combination = [(b * scale, stages[i]) for i, b in self._weights]
         errors: Combination = [(e * scale, stages[i]) for i, e in self._error_weights] if with_error else []

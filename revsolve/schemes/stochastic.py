@@ -1,6 +1,6 @@
 """Stochastic Runge-Kutta methods with space-time area, and their reversible pairs.
 
-With the driver (h, W, H) of a span (W the Brownian increment, H its space-time area), s stages
+With the control (h, W, H) of a span (W the Brownian increment, H its space-time area), s stages
 
     x_i = x + sum_j a_ij f_j h + a_W_ij g_j W + a_H_ij g_j H,    f_i, g_i at (t0 + c_i h, x_i),
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,13 +22,6 @@ from revsolve.schemes.tableau import TABLEAUS
 
 Row = tuple[float, ...]
 DRIVERS = ("h", "W", "H")
-
-
-class Piece(NamedTuple):
-    """A field value of which a term's product takes one summand only: f h, g . W or g . H."""
-
-    value: Any
-    driver: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class StochasticTableau:
 
 @dataclass(frozen=True)
 class StochasticRungeKutta:
-    """One step of a stochastic tableau from x, as an increment."""
+    """One step of a stochastic tableau from x, as an increment. It multiplies values by (h, None), (None, W) and (None, H)."""
 
     tableau: StochasticTableau
 
@@ -74,6 +66,8 @@ class StochasticRungeKutta:
     def __call__(
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
+        h, W, H = term.control(t0, t0, t1)
+        controls = {"h": (h, None), "W": (None, W), "H": (None, H)}
         pieces: dict[tuple[str, int], tuple[float, Tensor]] = {}
         for i, c in enumerate(self.tableau.c):
             xi = x
@@ -82,7 +76,7 @@ class StochasticRungeKutta:
                 xi = plus(xi, k, weight * scale)
             value = term.value(moment(t0, t1, c), xi)
             for driver in self._needed[i]:
-                k, factor = term.product(Piece(value, driver), t0, t1)
+                k, factor = term.product(value, controls[driver])
                 assert not isinstance(factor, Tensor), "times of an SDE have no gradient"
                 pieces[driver, i] = factor, k
         weighted: list[Combination] = [

@@ -174,12 +174,13 @@ class _Equation:
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
             noise = contraction(parts.noise_type, parts.product_only)
             self._at_start(lambda t, y: refuse_dependence(lambda y: noise(parts.f_and_g(t, y)[1], unit), y))
-        self.rates = self.term(lambda ta, tb, return_H=False: (unit, unit) if return_H else unit)
+        self.rates = self.term(lambda ta, tb: unit)
 
-    def term(self, path: Path, on_demand: bool = False) -> SDETerm | LogRatioTerm:
+    def term(self, path: Path, area: bool = False) -> SDETerm | LogRatioTerm:
         """The term that this path drives."""
         noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, ClockOfEach) else path
-        term = SDETerm(self.parts, noise, self.clock, self.shift, on_demand and not self.logqp)
+        on_demand = area and not (self.logqp or values_hidden())
+        term = SDETerm(self.parts, noise, self.clock, self.shift, area, on_demand)
         return LogRatioTerm(term, self.parts) if self.logqp else term
 
     def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
@@ -213,19 +214,18 @@ class _Equation:
 
     def problem(self, path: Path, make: Callable[[], Stepper], gradient: str | None, programs: Any) -> Problem:
         """What the engine takes."""
-        term = self.term(path, on_demand=self.area and not values_hidden())
+        term = self.term(path, self.area)
         problem = prepare(
             term, self.x0, None, self.first_step, self._owners(), self.scheme, make, gradient, self.restarts
         )
         prepared = problem.term.term if isinstance(problem.term, Constant) else problem.term
-        if prepared is not term:  # what is fixed while a value is made would not be so if it were made later
-            term.on_demand = False
+        if prepared is not term and isinstance(term, SDETerm):
+            term.on_demand = False  # what is fixed while a value is made would not be so if it were made later
         problem.explain = _explain(self.rates)
         if programs:
             if self.area or isinstance(self.clock, ClockOfEach):
                 raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-            inner = term.term if isinstance(term, LogRatioTerm) else term
-            source = Source(inner, "path", lambda t, t0, t1: path(t0, t1))
+            source = Source(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
             by_programs(problem, programs, self.x0, source=source)
         return problem
 
@@ -254,7 +254,7 @@ def _explain(rates: Term) -> Callable[[float, Tensor], str]:
 
     def explain(t: float, x: Tensor) -> str:
         with torch.no_grad():
-            k, _ = rates.product(rates.value(t, x), t, t + 1.0)
+            k, _ = rates.product(rates.value(t, x), rates.control(t, t, t + 1.0))
         if not bool(torch.isfinite(k).all()):
             return explain_field(t, x, k)
         return (

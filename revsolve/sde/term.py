@@ -12,7 +12,6 @@ from revsolve.brownian.path import BrownianPath
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
 from revsolve.extras.per_sample import ClockOfEach
-from revsolve.schemes.stochastic import Piece
 from revsolve.sde.coefficients import Coefficients, contraction, increment
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
@@ -21,15 +20,26 @@ Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, 
 
 
 class SDETerm:
-    """Field values are pairs (f, g), contracted with (h, dW). With `pieces`, f and g are evaluated only where asked for."""
+    """Field values are pairs (f, g), controls (h, dW), or (h, W, H) with `area`; either of the two may be None for zero.
 
-    def __init__(self, coefficients: Coefficients, path: Path, clock: Any, shift: Shift | None, pieces: bool) -> None:
+    With `on_demand`, f and g are evaluated only where asked for.
+    """
+
+    def __init__(
+        self,
+        coefficients: Coefficients,
+        path: Path,
+        clock: Any,
+        shift: Shift | None,
+        area: bool = False,
+        on_demand: bool = False,
+    ) -> None:
         self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
-        self.path, self.shift, self.clock = path, shift, clock
+        self.path, self.shift, self.clock, self.area = path, shift, clock, area
         self.foresee = clock.foresee
         self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
-        self.on_demand = pieces and shift is None and self.apart is not None
+        self.on_demand = on_demand and shift is None and self.apart is not None
         self.adds_up = isinstance(path, BrownianPath)
         self.entrywise = coefficients.noise_type in ("diagonal", "scalar") and not coefficients.product_only
 
@@ -47,25 +57,25 @@ class SDETerm:
         shift = self.shift(derivative)
         return f if shift is None else f + shift, derivative.g, shift
 
-    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        if isinstance(value, Piece):
-            return self.piece(value, t0, t1)
-        f, g = value
-        return self.contract(f, self.clock.lapse(t0, t1), g, self.path(t0, t1)), 1.0
+    def control(self, t: Time, t0: Time, t1: Time) -> tuple[Any, ...]:
+        h = self.clock.control(t, t0, t1)
+        return (h, *self.path(t0, t1, return_H=True)) if self.area else (h, self.path(t0, t1))
 
-    def summands(self, value: Any, t0: Time, t1: Time) -> Combination:
+    def product(self, value: Any, control: tuple[Any, ...]) -> tuple[Tensor, Time]:
+        h, dW, *_ = control
+        if h is None:
+            return self.multiply(value[1], dW), 1.0
+        if dW is None:
+            return (value[0] * h, 1.0) if isinstance(h, Tensor) else (value[0], h)
+        f, g = value
+        return self.contract(f, h, g, dW), 1.0
+
+    def summands(self, value: Any, control: tuple[Any, ...]) -> Combination:
         """h and f, and dW and g where they multiply entry by entry: two kernels fewer than the product, and no history."""
         if not self.entrywise:
-            return [(1.0, self.product(value, t0, t1)[0])]
-        f, g = value
-        return [(self.clock.lapse(t0, t1), f), (self.path(t0, t1), g if g.shape == f.shape else g.squeeze(-1))]
-
-    def piece(self, piece: Piece, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        if piece.driver == "h":
-            h = self.clock.lapse(t0, t1)
-            return (piece.value[0] * h, 1.0) if isinstance(h, Tensor) else (piece.value[0], h)
-        W, H = self.path(t0, t1, return_H=True)
-        return self.multiply(piece.value[1], W if piece.driver == "W" else H), 1.0
+            return [(1.0, self.product(value, control)[0])]
+        (h, dW, *_), (f, g) = control, value
+        return [(h, f), (dW, g if g.shape == f.shape else g.squeeze(-1))]
 
 
 class NoiseOfEach:
@@ -110,11 +120,9 @@ class LogRatioTerm:
     as the expectation of that integral.
     """
 
-    on_demand = False
-
     def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
         assert coefficients.prior is not None
-        self.adds_up, self.foresee = term.adds_up, term.foresee
+        self.adds_up, self.foresee, self.control = term.adds_up, term.foresee, term.control
         self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
 
     def value(self, t: Time, x: Tensor) -> Any:
@@ -127,12 +135,8 @@ class LogRatioTerm:
     def both(self, t: Time, y: Tensor) -> tuple[Tensor, Any]:
         return self.term.f_and_g(self.term.clock(t), y)
 
-    def product(self, value: Any, t0: Time, t1: Time) -> tuple[Tensor, Time]:
-        if isinstance(value, Piece):
-            inner, rate = value.value
-            k, scale = self.term.product(Piece(inner, value.driver), t0, t1)
-            h = self.term.clock.lapse(t0, t1) if value.driver == "h" else 0.0
-            return torch.cat((k, rate * (h / scale)), -1), scale
+    def product(self, value: Any, control: tuple[Any, ...]) -> tuple[Tensor, Time]:
         inner, rate = value
-        k, _ = self.term.product(inner, t0, t1)
-        return torch.cat((k, rate * self.term.clock.lapse(t0, t1)), -1), 1.0
+        k, scale = self.term.product(inner, control)
+        h = 0.0 if control[0] is None else control[0]
+        return torch.cat((k, rate * (h / scale)), -1), scale

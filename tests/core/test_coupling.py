@@ -32,8 +32,11 @@ class Field:
         self.num_calls += 1
         return torch.sin(self.weight * x + t)
 
-    def product(self, value: Tensor, t0: Any, t1: Any) -> tuple[Tensor, Any]:
-        return value, t1 - t0
+    def control(self, t: Any, t0: Any, t1: Any) -> Any:
+        return t1 - t0
+
+    def product(self, value: Tensor, control: Any) -> tuple[Tensor, Any]:
+        return value, control
 
 
 def no_audit(outputs: Any, own: Any) -> None:

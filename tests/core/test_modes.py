@@ -32,8 +32,11 @@ class Linear:
     def value(self, t: float, x: Tensor) -> Tensor:
         return self.matrix @ x
 
-    def product(self, value: Tensor, t0: float, t1: float) -> tuple[Tensor, float]:
-        return value, t1 - t0
+    def control(self, t: float, t0: float, t1: float) -> float:
+        return t1 - t0
+
+    def product(self, value: Tensor, control: float) -> tuple[Tensor, float]:
+        return value, control
 
 
 def found(matrix: Tensor, num_products: int) -> tuple[complex, ...]:

@@ -115,5 +115,8 @@ class _Unmoved:
     def value(self, t: Any, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
-    def product(self, value: Tensor, t0: Any, t1: Any) -> tuple[Tensor, float]:
-        return value, 1.0
+    def control(self, t: Any, t0: Any, t1: Any) -> float:
+        return 1.0
+
+    def product(self, value: Tensor, control: float) -> tuple[Tensor, float]:
+        return value, control

@@ -1,4 +1,4 @@
-"""What drives a term (noise, a path) as a table for programs, which know no numbers to ask it with."""
+"""The control of a term (noise, a path) as a table for programs, which know no numbers to ask for it with."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ from torch import Tensor
 from revsolve.core.arithmetic import Time, moment
 from revsolve.core.coupling import CouplingUpdate, Scheme
 from revsolve.core.stepper import Grid
+from revsolve.core.tape import Term, Wrapped
 
 
 @dataclass(frozen=True)
 class Source:
-    """What drives a term: the attribute of this name, called with times.
+    """A control as one tensor: ask(t, t0, t1) is that of an evaluation at t over the span t0 -> t1, by number;
+    answer(row, t0, t1) makes of such a tensor the control itself."""
 
-    ask(t, t0, t1) is its answer, by number, to an evaluation at t for the span t0 -> t1, as one tensor; answer(row, t0, t1)
-    makes of such a tensor what the attribute returns.
-    """
-
-    term: Any
-    name: str
     ask: Callable[[float, float, float], Tensor]
-    answer: Callable[[Tensor, Time, Time], Any] = lambda row, t0, t1: row
+    answer: Callable[[Tensor, Time, Time], Any]
 
 
-class Driver:
-    """Stands for what drives a term in recordings: rows of a table, one for every step, `most` at a time.
+class Driven(Wrapped):
+    """A term whose controls are rows of a table, one for every step, `most` at a time.
 
     A row has an entry for every evaluation in a step, in the order in which the increments ask; behind these, the first row has
     those of a restart.
     """
 
-    def __init__(self, source: Source, scheme: Scheme, grid: Grid, most: int) -> None:
+    def __init__(self, term: Term, source: Source, scheme: Scheme, grid: Grid, most: int) -> None:
+        super().__init__(term)
+        self.value = term.value
+        del self.control  # so that it is the method
         self.source, self.times, self.most = source, grid.times, most
-        self.real = getattr(source.term, source.name)
         self.updates = [u for u in (*scheme.updates, *scheme.restart) if u.increment is not None]
         self.asked = [(c, u.start, u.end) for u in self.updates if u.increment for c in u.increment.nodes]
         self.in_steps = sum(len(u.increment.nodes) for u in scheme.updates if u.increment)
@@ -64,21 +62,22 @@ class Driver:
             place = self.updates.index(update)
             self.queue = iter(row[sum(counts[:place]) :].unbind())
 
-    def __call__(self, *times: Time) -> Any:
-        return self.source.answer(next(self.queue), *times[-2:])
-
-    def __enter__(self) -> None:
-        setattr(self.source.term, self.source.name, self)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self.source.term, self.source.name, self.real)
+    def rewind(self) -> None:
+        """Answer with the first entry from now on."""
         self.queue = repeat(self.first)
 
+    def control(self, t: Time, t0: Time, t1: Time) -> Any:
+        return self.source.answer(next(self.queue), t0, t1)
 
-class Undriven:
-    """In the place of a `Driver` where nothing drives the term: a table of nothing."""
+
+class Undriven(Wrapped):
+    """In the place of a `Driven` term where nothing but time drives it: a table of nothing."""
 
     first, most, nothing = torch.zeros(0, device="cpu"), 0, torch.zeros(1, device="cpu")
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self.value = term.value
 
     def table(self, start: int, stop: int) -> Tensor:
         return self.nothing
@@ -86,8 +85,5 @@ class Undriven:
     def turn(self, update: CouplingUpdate, row: Tensor) -> None:
         pass
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
+    def rewind(self) -> None:
         pass

@@ -43,7 +43,7 @@ class Ahead(Swept):
         directions = None if self.modes is None else self.modes.directions(pair[0])
         self.looks = directions is not None
         given = [x for x in (pair[0], None if restart else pair[1]) if x is not None]
-        table = setting.driver.table(start, stop)
+        table = setting.term.table(start, stop)
         constant = [setting.times, setting.due, self.ys, counted(start), table, *(directions or ()), *setting.given]
         programs = setting.differentiating if self.looks else setting.programs
         program = programs, ("ahead", restart, self.looks), self
@@ -57,7 +57,7 @@ class Ahead(Swept):
         setting, memo, given = self.setting, Recalled(self.setting.term), 1 if self.restart else self.size
         y, z = inputs[0], inputs[1] if given == 2 else None
         _, times, _, _, _, table, *others = inputs[given:]
-        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]), setting.driver:
+        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]):
             pair = setting.begun(self.restart, (y, z), n, times, table, memo)
         self.counts["begin"] = memo.num_evaluations
         gap = torch.zeros((), dtype=y.dtype.to_real(), device=y.device)
@@ -69,7 +69,7 @@ class Ahead(Swept):
         t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair: Pair = (y, z)
         memo = Recalled(setting.term)
-        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]), setting.driver:
+        with torch.no_grad(), Swap(setting.outside, others[2 * self.looks :]):
             pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - first), memo)
             if z is not None:
                 gap = parasitic(setting.scheme, pair, z, (t1 - t0).to(gap.dtype))
@@ -113,7 +113,7 @@ class Back(Swept):
         y, z = pair
         assert z is not None
         setting, self.restart = self.setting, restart
-        table = setting.driver.table(start, stop)
+        table = setting.term.table(start, stop)
         constant = [counted(stop), setting.times, setting.due, self.grad_ys, table, stored, *setting.given, *self.sums]
         program = setting.differentiating, ("back", restart), self
         changed = range(len(constant) - len(self.sums), len(constant))
@@ -172,7 +172,7 @@ class Recorder(Tape):
         self.memo, self.audit_due = Recalled(setting.term), False
         self.found: list[Tensor | None] = [None for _ in wanted]
         self.within = ExitStack()
-        self.modes = torch.enable_grad(), Swap(setting.outside, leaves), setting.driver
+        self.modes = torch.enable_grad(), Swap(setting.outside, leaves)
 
     def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
         self.found = [

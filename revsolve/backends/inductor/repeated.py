@@ -34,7 +34,7 @@ class Again(Swept):
         n - origin."""
         setting, self.restart = self.setting, restart
         given = [x.contiguous() for x in (pair[0], None if restart else pair[1]) if x is not None]
-        table = setting.driver.table(start, stop)
+        table = setting.term.table(start, stop)
         constant = [setting.times, counted(origin), counted(start), table, *self.kept, *setting.given]
         changed, program = range(4, 4 + len(self.kept)), (setting.programs, ("again", len(self.kept[0]), restart), self)
         y, *rest = setting.run(*program, (start, stop), given, constant, changed)
@@ -45,7 +45,7 @@ class Again(Swept):
         given = 1 if self.restart else size
         y, z = inputs[0], inputs[1] if given == 2 else None
         _, times, _, _, table, *others = inputs[given:]
-        with torch.no_grad(), Swap(setting.outside, others[size:]), setting.driver:
+        with torch.no_grad(), Swap(setting.outside, others[size:]):
             pair = setting.begun(self.restart, (y, z), n, times, table, memo)
         self.counts["begin"] = memo.num_evaluations
         return apart(*pair)
@@ -56,7 +56,7 @@ class Again(Swept):
         stop, times, origin, first, table, *others = inputs[size:]
         t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         pair, memo = (y, z), Recalled(setting.term)  # type: Pair, Recalled
-        with torch.no_grad(), Swap(setting.outside, others[size:]), setting.driver:
+        with torch.no_grad(), Swap(setting.outside, others[size:]):
             for x, kept in zip(inputs[:size], others[:size], strict=True):
                 kept.index_copy_(0, (n - origin).reshape(1), x[None])
             pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - first), memo)
@@ -82,7 +82,7 @@ class Through(Swept):
         setting, self.restart = self.setting, restart
         zero, cotangents = torch.zeros_like(self.kept[0][0]), [grads[member] for member in range(len(self.kept))]
         given = [zero if g is None else g.to(zero).contiguous() for g in cotangents]
-        table = setting.driver.table(start, stop)
+        table = setting.term.table(start, stop)
         constant = [
             counted(stop),
             setting.times,
@@ -112,7 +112,7 @@ class Through(Swept):
         begun = [row(x, n - 1 - origin).detach().requires_grad_() for x in kept]
         inputs = (*begun, *(leaves[i].requires_grad_() for i, _ in setting.wanted))
         pair: Pair = (begun[0], begun[1] if size == 2 else None)
-        with torch.enable_grad(), Swap(setting.outside, leaves), setting.driver:
+        with torch.enable_grad(), Swap(setting.outside, leaves):
             pair = setting.advanced(setting.rest, pair, t0, t1, row(table, n - 1 - first), memo)
             output = setting.narrowed(pair[0])
             pair = setting.advanced(setting.lead, pair, t1, t2, row(table, n - first), memo)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revsolve.backends.inductor.compiler import Compiler
-from revsolve.backends.inductor.driven import Driver, Undriven
+from revsolve.backends.inductor.driven import Driven, Undriven
 from revsolve.backends.inductor.programs import PROGRAMS, Program, Sweep, loop
 from revsolve.backends.inductor.transcript import derivative_transcript, transcript
 from revsolve.core.arithmetic import Time
@@ -26,25 +26,24 @@ Updates = tuple[CouplingUpdate, ...]
 class Setting:
     """What both directions share: the method's updates, the grid as tensors, the field and what it uses from outside."""
 
-    def __init__(self, problem: Problem, grid: Grid, y: Tensor, way: Compiler, driver: Driver | Undriven) -> None:
+    def __init__(self, problem: Problem, term: Driven | Undriven, grid: Grid, y: Tensor, way: Compiler) -> None:
         self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.narrow, problem.wide
         self.lead, self.rest = split(problem.scheme)
-        self.term, self.driver = problem.term, driver
-        self.call = problem.term, grid.times[0], y, grid.times[1], driver.first
-        with driver:
-            text, self.outside = transcript(*self.call)
+        self.term = term
+        self.call = term, grid.times[0], y, grid.times[1], term.first
+        text, self.outside = transcript(*self.call)
         self.given, self.apart = [x.detach() for x in self.outside], not problem.stand_in
         place = {id(x): i for i, x in enumerate(problem.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
-        states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), driver.most)
+        states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), term.most)
         self.programs = PROGRAMS.made((problem.scheme, way, text, *surroundings(), *states))
 
     @cached_property
     def differentiating(self) -> dict[Hashable, Program]:
         """Those that differentiate what the field does, which its operations alone do not tell."""
-        with self.driver:
-            return self.programs.setdefault(derivative_transcript(*self.call, self.outside, self.apart), {})
+        self.term.rewind()
+        return self.programs.setdefault(derivative_transcript(*self.call, self.outside, self.apart), {})
 
     def run(
         self,
@@ -69,7 +68,7 @@ class Setting:
     def advanced(self, updates: Updates, pair: Pair, t0: Time, t1: Time, entries: Tensor, memo: Memo) -> Pair:
         """The pair after updates of the step t0 -> t1, driven by a row of the table."""
         for update in updates:
-            self.driver.turn(update, entries)
+            self.term.turn(update, entries)
             pair = advance(over(update, t0, t1), pair, memo)
         return pair
 
@@ -78,7 +77,7 @@ class Setting:
     ) -> Pair:
         """The pair before them, with the cotangents in `grads` carried there."""
         for update in reversed(updates):
-            self.driver.turn(update, entries)
+            self.term.turn(update, entries)
             pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair[1])
         return pair
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from revsolve.backends.inductor.attempts import Attempts
 from revsolve.backends.inductor.compiler import Compiler, compiler
-from revsolve.backends.inductor.driven import Driver, Source, Undriven
+from revsolve.backends.inductor.driven import Driven, Source, Undriven
 from revsolve.backends.inductor.recorded import Ahead, Back
 from revsolve.backends.inductor.repeated import recompute
 from revsolve.backends.inductor.setting import Setting
@@ -44,8 +44,9 @@ class Compiled:
         pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
         grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
-        driver = Undriven() if self.source is None else Driver(self.source, problem.scheme, grid, most)
-        self.setting = Setting(problem, grid, y0, self.way, driver)
+        term = problem.term
+        driven = Undriven(term) if self.source is None else Driven(term, self.source, problem.scheme, grid, most)
+        self.setting = Setting(problem, driven, grid, y0, self.way)
         modes = Modes(problem.scheme, Memo(problem.term))
         ahead = Ahead(self.setting, grid, y0, modes if segments.judged else None)
         as_foreseen = True  # was the length of the latest segment; else the next one's first step is taken alone
@@ -80,7 +81,7 @@ class Compiled:
         """The same with steps that follow their error, each attempted by a program."""
         ys, pair = march(problem, y0, store, functools.partial(Attempts, self.way))
         if store is not None and problem.grid is not None:
-            self.setting = Setting(problem, problem.grid, y0, self.way, Undriven())
+            self.setting = Setting(problem, Undriven(problem.term), problem.grid, y0, self.way)
         return torch.stack(ys), pair
 
     def undo(

@@ -80,7 +80,7 @@ def transcript(
     """
     with torch.no_grad(), uncached(), Transcript([x, drive]) as written:
         value = term.value(t, x)
-        written.result(value, term.product(value, t, t1)[0], also(x))
+        written.result(value, term.product(value, term.control(t, t, t1))[0], also(x))
     return tuple(written.lines), written.outside
 
 
@@ -96,7 +96,7 @@ def derivative_transcript(
     x = x.detach().requires_grad_()
     with torch.enable_grad(), uncached(), Transcript([x, drive, *leaves]) as written:
         with nullcontext() if apart else Swap(outside, leaves):
-            k, _ = term.product(term.value(t, x), t, t1)
+            k, _ = term.product(term.value(t, x), term.control(t, t, t1))
         if k.requires_grad:
             wanted = (x, *(y for y in leaves if y.requires_grad))
             written.result(*vector_jacobian_product((k,), wanted, (torch.ones_like(k),)))
