@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
 from revsolve.extras.per_sample import ClockOfEach
+from revsolve.field.functorch import numbers
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import PiecewisePath
 
@@ -55,7 +56,7 @@ def kinks_of_each(kinks: Tensor, t: Tensor) -> list[float]:
     place = (kinks.detach().to(t)[:, None, None] - t[:-1]) / t.diff(dim=0)  # (k, T - 1, batch)
     inside = (place > CLOSE) & (place < 1 - CLOSE)
     passed = (place + torch.arange(len(t) - 1, dtype=t.dtype, device=t.device)[:, None])[inside].unique()
-    return passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE].tolist()
+    return numbers(passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE])
 
 
 def _own(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.field.functorch import numbers
 from revsolve.paths.piecewise import Control, Time, Times, Value, check_inside, number
 
 
@@ -50,7 +51,7 @@ class TupleControl(Control):
     """
 
     def __init__(self, controls: Sequence[Control]) -> None:
-        intervals = [control.interval.tolist() for control in controls]
+        intervals = [numbers(control.interval) for control in controls]
         if not intervals or any(interval != intervals[0] for interval in intervals):
             raise ValueError(f"a tuple of controls needs one interval, but theirs are {intervals}: cut them to it.")
         self.controls = tuple(controls)
@@ -73,7 +74,7 @@ class TupleControl(Control):
 
     @property
     def jumps(self) -> list[float]:
-        return self.jump_times.tolist()
+        return numbers(self.jump_times)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -123,7 +124,7 @@ class ForeignControl(Control):
 
     @property
     def knots(self) -> list[float]:
-        return self.grid_points.detach().tolist()
+        return numbers(self.grid_points)
 
     @property
     def jump_times(self) -> Tensor:
@@ -131,7 +132,7 @@ class ForeignControl(Control):
 
     @property
     def jumps(self) -> list[float]:
-        return self.jump_times.tolist()
+        return numbers(self.jump_times)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
+from revsolve.field.functorch import numbers
 from revsolve.prepare.grid import given_grid
 from revsolve.prepare.options import Tolerances, adapts, choose_steps
 from revsolve.schemes.increment import RungeKutta
@@ -147,7 +148,7 @@ def refuse_options(options: Mapping[str, Any]) -> None:
 def points_for_each(t: Tensor, step_size: float) -> list[float]:
     """Where steps begin and end, so many that no sample takes one longer than `step_size`."""
     points = [0.0]
-    for i, span in enumerate(t.detach().double().diff(dim=0).abs().amax(1).tolist()):
+    for i, span in enumerate(numbers(t.detach().double().diff(dim=0).abs().amax(1))):
         n = max(1, math.ceil(span / step_size * (1 - 1e-9)))
         points += [i + j / n for j in range(1, n)] + [i + 1.0]
     return points

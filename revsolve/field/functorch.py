@@ -1,28 +1,50 @@
-"""The torch.func transforms that are active: which they are, whose a tensor is, and the way out of them."""
+"""The private names of PyTorch that the solvers use: levels of torch.func, the autograd graph, dispatch.
+
+No other file names one, but for the compiled backend. Where a release has renamed one, its function falls back to something
+plain: the package imports and solves all the same, and what needs more than that fails with an error of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
+
+try:
+    from torch._C import _are_functorch_transforms_active, _functorch
+    from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType, get_interpreter_stack
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_pop_interpreter_stack
+    from torch._functorch.vmap import vmap_increment_nesting
+except ImportError:  # no transform is seen, and torch.func itself says what it cannot do
+    LEVELS = False
+else:
+    LEVELS = True
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+except ImportError:
+    TorchDispatchMode, _disable_current_modes = object, nullcontext  # type: ignore[misc,assignment]
+
+_AUTOGRAD: Any = getattr(torch._C, "_autograd", None)
+_NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# torch 2.6 has no is_exporting; there is_compiling is true within torch.export alone, besides Dynamo.
+_IS_EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
+_FOREACH_ADD = getattr(torch, "_foreach_add_", None)
 
 
 def transformed() -> bool:
     """Whether a torch.func transform is active."""
-    return torch._C._are_functorch_transforms_active()
+    return LEVELS and _are_functorch_transforms_active()
 
 
 def dual_numbers() -> bool:
     """Whether tensors may carry tangents, as within torch.autograd.forward_ad.dual_level()."""
-    return forward_ad._current_level >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def followed(x: Tensor) -> bool:
@@ -45,12 +67,16 @@ def followed_innermost(x: Tensor) -> bool:
 
 def transforms() -> list[Any]:
     """The kinds of the active transforms, the outermost first."""
-    return [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or ()]
+    return [interpreter.key() for interpreter in _interpreters()]
+
+
+def _interpreters() -> Sequence[Any]:
+    return (LEVELS and get_interpreter_stack()) or ()
 
 
 def have_rules() -> bool:
     """Whether a torch.autograd.Function with rules for gradients and batches goes through all of them."""
-    return set(transforms()) <= {TransformType.Grad, TransformType.Vmap}
+    return not (active := transforms()) or set(active) <= {TransformType.Grad, TransformType.Vmap}
 
 
 def batching() -> bool:
@@ -60,9 +86,7 @@ def batching() -> bool:
 
 def batched(x: Any) -> bool:
     """Whether x is one tensor for every sample of an active torch.vmap, whose numbers cannot be read."""
-    if torch.compiler.is_compiling():
-        return False
-    while isinstance(x, Tensor) and _functorch.is_functorch_wrapped_tensor(x):
+    while isinstance(x, Tensor) and wrapped(x):
         if _functorch.is_batchedtensor(x):
             return True
         x = _functorch.get_unwrapped(x)
@@ -77,7 +101,7 @@ def sample_numbers(device: torch.device) -> tuple[int, Tensor | None]:
         ValueError: the randomness of a torch.vmap is "error".
     """
     total, number = 1, None
-    for level, interpreter in enumerate(_functorch.get_interpreter_stack() or (), 1):
+    for level, interpreter in enumerate(_interpreters(), 1):
         if interpreter.key() != TransformType.Vmap:
             continue
         batch = CVmapInterpreterPtr(interpreter)
@@ -101,19 +125,26 @@ def of_every_sample(x: Tensor) -> Tensor:
     while wrapped(x):
         if _functorch.is_batchedtensor(x):
             dims.append(_functorch.maybe_get_bdim(x))
-            x = _functorch.get_unwrapped(x)
-        else:
-            x = _functorch.get_unwrapped(x)
-    if dims:
-        with outside():
-            for place, dim in enumerate(reversed(dims)):
-                x = x.movedim(dim + place, place)
-    return x.detach()
+        x = _functorch.get_unwrapped(x)
+    with outside():  # or an active transform would follow what is made of it
+        for place, dim in enumerate(reversed(dims)):
+            x = x.movedim(dim + place, place)
+        return x.detach()
+
+
+def numbers(x: Tensor) -> Any:
+    """x.tolist(), which before torch 2.13 fails within a transform, even of a tensor that has nothing to do with it."""
+    if batched(x):
+        raise ValueError(
+            "times and knots must be the same for all samples inside torch.vmap: solve all samples as one state."
+        )
+    with outside():
+        return of_every_sample(x).tolist()
 
 
 def wrapped(x: Tensor) -> bool:
     """Whether a transform follows x."""
-    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
+    return LEVELS and not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
 
 
 def core(x: Tensor, level: int) -> Tensor:
@@ -130,7 +161,7 @@ def stray(x: Tensor) -> bool:
     level = _functorch.maybe_get_level(x)
     if level < 0:
         return False  # the transform is over, and torch unwraps x by itself
-    active = _functorch.get_interpreter_stack() or ()
+    active = _interpreters()
     return level > len(active) or (active[level - 1].key() == TransformType.Vmap) != _functorch.is_batchedtensor(x)
 
 
@@ -144,17 +175,97 @@ def of_all(x: Any, level: int) -> tuple[Any, int | None]:
     return _functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None)
 
 
-def exported() -> bool:
-    """Whether torch.export follows what is computed, with tensors that hold no numbers."""
-    return (
-        torch.compiler.is_exporting()
-        and not torch.compiler.is_dynamo_compiling()
-        and torch._C._len_torch_dispatch_stack() > 0
-    )
+def sample_level(size: int, randomness: str) -> AbstractContextManager[int]:
+    """A context in which one sample of `size` is followed, as within torch.vmap; it gives the level."""
+    return vmap_increment_nesting(size, randomness)
 
 
 @contextmanager
 def outside() -> Iterator[None]:
     """A context in which no transform and no torch.export is active: what is made there is the same for all of them."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes() if exported() else nullcontext():
+    with (
+        temporarily_clear_interpreter_stack() if LEVELS else nullcontext(),
+        _disable_current_modes() if exported() else nullcontext(),
+    ):
         yield
+
+
+def batched_gradient(grad: Tensor) -> bool:
+    """Whether a cotangent stands for a batch of them, as with is_grads_batched=True."""
+    asked = getattr(_functorch, "is_legacy_batchedtensor", None) if LEVELS else None
+    return asked is not None and asked(grad)
+
+
+def exported() -> bool:
+    """Whether torch.export follows what is computed, with tensors that hold no numbers."""
+    return _IS_EXPORTING() and not torch.compiler.is_dynamo_compiling() and _NUM_MODES() > 0
+
+
+def watching(see: Callable[[Any, Sequence[Any], dict[str, Any]], object]) -> AbstractContextManager[Any]:
+    """A context that tells `see(operation, args, kwargs)` of every operation before it runs; torch.compile does not enter it."""
+    if not hasattr(TorchDispatchMode, "__enter__"):
+        return nullcontext()
+    return (_UntracedWatch if "torch._dynamo" in sys.modules else _Watch)(see)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, see: Callable[[Any, Sequence[Any], dict[str, Any]], object]) -> None:
+        super().__init__()
+        self.see = see
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, which takes a second
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.see(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class _UntracedWatch(_Watch):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def num_nodes() -> int:
+    """The number of the next node of the autograd graph that this thread makes; -1 where it cannot be told."""
+    return getattr(_AUTOGRAD, "_get_sequence_nr", lambda: -1)()
+
+
+def made_before(node: Any, number: int) -> bool:
+    """Whether a node of the autograd graph was made before `num_nodes()` was that number."""
+    return hasattr(node, "_sequence_nr") and node._sequence_nr() < number
+
+
+def version(x: Tensor) -> int:
+    """A number that changes when x is changed in place; -1 for an inference tensor, which has none."""
+    return -1 if x.is_inference() else getattr(x, "_version", -1)
+
+
+def has_hooks(x: Tensor) -> bool:
+    """Whether something happens whenever a gradient of x is taken."""
+    return x.retains_grad or bool(getattr(x, "_backward_hooks", True))
+
+
+def vector_jacobian_product(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
+    if _ENGINE is None:
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    return _ENGINE.run_backward(
+        tuple(outputs), tuple(cotangents), False, False, tuple(inputs), True, accumulate_grad=False
+    )
+
+
+def add_in_place(totals: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
+    """totals += weight * grads, in one kernel on a GPU."""
+    if _FOREACH_ADD is not None:
+        _FOREACH_ADD(totals, grads, alpha=weight)
+        return
+    for total, grad in zip(totals, grads, strict=True):
+        total.add_(grad, alpha=weight)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revsolve.field.functorch import of_every_sample
+from revsolve.field.functorch import of_every_sample, outside
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] 
     within = None if lengths is None else _rows_within(x, lengths)
     missing = torch.isnan(x) if within is None else torch.isnan(x) | ~within
     flags = torch.stack([missing.any(), (torch.isinf(x) & ~missing).any(), missing.all(0).any()])
-    problems = of_every_sample(flags).reshape(-1, 3).any(0).tolist()  # inside torch.vmap it may be any sample's
+    with outside():
+        problems = of_every_sample(flags).reshape(-1, 3).any(0).tolist()  # inside torch.vmap it may be any sample's
     _raise_if_unusable(x, missing, infinite=problems[1], empty=problems[2])
     if not problems[0]:
         return Observations(x, t, None, None)

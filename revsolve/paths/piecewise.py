@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import plus
-from revsolve.field.functorch import followed
+from revsolve.field.functorch import followed, numbers
 
 Time: TypeAlias = float | Tensor
 Times: TypeAlias = Sequence[float] | Tensor
@@ -89,8 +89,8 @@ class PiecewisePath(Control):
     def __init__(self, knots: Tensor, coefficients: Tensor, differences: Tensor, jump_times: Tensor) -> None:
         self._knots, self._coefficients, self._differences = knots, coefficients, differences
         self._jump_times = jump_times.detach()
-        self._times: list[float] = knots.detach().tolist()
-        self._jumps: list[float] = self._jump_times.tolist()
+        self._times: list[float] = numbers(knots)
+        self._jumps: list[float] = numbers(self._jump_times)
         self._row = {t: i for i, t in enumerate(self._times)}
         self._ends = self._times[0], self._times[-1]
 
@@ -149,7 +149,7 @@ class PiecewisePath(Control):
 
     def increments(self, grid: Times) -> Tensor:
         if not _has_grad(grid):
-            times = grid.tolist() if isinstance(grid, Tensor) else [number(t) for t in grid]
+            times = numbers(grid) if isinstance(grid, Tensor) else [number(t) for t in grid]
             first = self._row.get(times[0], 0)
             if times == self._times[first : first + len(times)]:
                 return self._differences[first : first + len(times) - 1]

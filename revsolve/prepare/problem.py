@@ -116,6 +116,7 @@ def _traced(
         values[:] = [term.value(span[0], leaf)]
         return term.product(values[0], term.control(span[0], *span))[0]
 
+    torch.clear_autocast_cache()  # before torch 2.13 it may hold casts of parameters made under no_grad
     held = list(held_tensors(list(owners), depth=4))
     leaf = leaf_of(x0)
     buffers = Buffers(held_modules(list(owners), depth=4))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.capture import capturing
-from revsolve.field.functorch import batched, wrapped
+from revsolve.field.functorch import batched, numbers, wrapped
 
 REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
 
@@ -35,7 +35,7 @@ def check_times(t: Any, name: str = "t") -> list[float]:
                 f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
                 "odeint with t of shape (T, batch)."
             )
-        times = t.detach().tolist()
+        times = numbers(t)
     else:
         try:
             times = [float(s) for s in t]

@@ -156,8 +156,13 @@ def _of_one(path: Path, number: Tensor, ta: float, tb: float, return_H: bool = F
     """What one sample sees of the Brownian motions of all."""
     if return_H:
         W, H = path(ta, tb, return_H=True)
-        return W[number], H[number]
-    return path(ta, tb)[number]
+        return _row(W, number), _row(H, number)
+    return _row(path(ta, tb), number)
+
+
+def _row(x: Tensor, number: Tensor) -> Tensor:
+    """x[number], for which torch 2.9 would read the number."""
+    return x.index_select(0, number.reshape(1)).squeeze(0)
 
 
 def given_path(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, area: bool) -> Brownian:
