@@ -166,7 +166,7 @@ def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> floa
     value = float(t)
     times = t.dtype if isinstance(t, Tensor) and t.is_floating_point() else dtype
     eps = torch.finfo(torch.float64 if times == torch.float64 else torch.float32).eps
-    slack = _ROUNDINGS * eps * max(abs(t0), abs(t1))
+    slack = min(_ROUNDINGS * eps * max(abs(t0), abs(t1)), 0.01 * (t1 - t0))  # far from zero, roundings may be long
     if not t0 - slack <= value <= t1 + slack:
         raise ValueError(
             f"A Brownian increment was asked at t = {value}, outside the path's interval [{t0}, {t1}]: "

@@ -110,8 +110,7 @@ class ForeignControl(Control):
 
     def __init__(self, path: Any, *, many_times: bool = False, smooth: bool = False) -> None:
         self.path, self.many_times, self.smooth = path, many_times, smooth
-        given = path.interval
-        self._interval = given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")
+        self._interval = path.interval if isinstance(path.interval, Tensor) else _times(*map(float, path.interval))
         self._ends = number(self._interval[0]), number(self._interval[1])
 
     @property
@@ -174,3 +173,10 @@ class ForeignControl(Control):
         if t.ndim == 0 or self.many_times:
             return query(t)
         return torch.stack([query(one) for one in t.unbind()], -2)
+
+
+def _times(first: float, last: float) -> Tensor:
+    """An interval of numbers in torch's default dtype, or in float64 where that could not tell times within it apart."""
+    dtype = torch.get_default_dtype()
+    coarse = torch.finfo(dtype).eps * max(abs(first), abs(last)) > 1e-4 * (last - first)
+    return torch.tensor([first, last], dtype=torch.float64 if coarse else dtype, device="cpu")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from revsolve.paths.control import Lengths, LinearPath
-from revsolve.paths.observations import fill_linear, observe
-from revsolve.paths.piecewise import PiecewisePath, number
+from revsolve.paths.observations import as_times, fill_linear, observe
+from revsolve.paths.piecewise import PiecewisePath, lies_inside, number
 
 Word = tuple[int, ...]
 Basis = Literal["words", "brackets"]
@@ -181,15 +181,17 @@ def _over_windows(path: LinearPath, depth: int, windows: Windows, basis: Basis) 
 def _window_ends(path: LinearPath, windows: Windows) -> Tensor:
     knots = path.grid_points
     if not isinstance(windows, (int, float)):
-        times = torch.as_tensor(windows, dtype=knots.dtype, device=knots.device)
-        if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all():
-            raise ValueError(f"windows must be increasing times (number + 1,), but they are {times.tolist()}.")
-        if times[0] < knots[0] or times[-1] > knots[-1]:
+        times = as_times(windows, knots.device)
+        ends = times.detach().reshape(-1).tolist()
+        if times.ndim != 1 or len(ends) < 2 or not (times.diff() > 0).all():
+            shown = f"[{', '.join(map(str, ends[:6]))}{', ...' if len(ends) > 6 else ''}]"
+            raise ValueError(f"windows must be increasing times (number + 1,), but they are {shown}.")
+        if not lies_inside(ends[0], ends[-1], (path.knots[0], path.knots[-1]), times, knots):
             raise ValueError(
-                f"windows reach from {times[0].item()} to {times[-1].item()}, outside the data's times "
-                f"[{knots[0].item()}, {knots[-1].item()}]: cut them to it."
+                f"windows reach from {ends[0]} to {ends[-1]}, outside the data's times [{path.knots[0]}, {path.knots[-1]}]: cut "
+                "them to it."
             )
-        return times
+        return times.clamp(knots[0], knots[-1])
     if not windows > 0:
         raise ValueError(f"the length of windows must be positive, but it is {windows}.")
     # A quotient that rounding lifted just above an integer must not open one more, empty window.

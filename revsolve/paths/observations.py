@@ -38,7 +38,7 @@ def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] 
 
     Args:
         x: values, (..., length, channels), floating point; NaN is a missing value.
-        t: strictly increasing times, (length,); 0, 1, 2, ... if not given.
+        t: strictly increasing times, (length,), numbers being taken in double precision; 0, 1, 2, ... if not given.
         lengths: how many leading rows of each sample count, (...,) integers from 1 to length; all rows if not given.
 
     Raises:
@@ -131,16 +131,24 @@ def staircase(seen: Observations, t: Tensor | None, channel: int) -> Observation
     return Observations(x, _checked_times(x.movedim(0, -2), t), None if observed is None else observed[rows], None)
 
 
+def as_times(t: Tensor | Sequence[float], device: torch.device) -> Tensor:
+    """Times as a tensor: in double precision, unless they are a floating-point tensor."""
+    if not (isinstance(t, Tensor) and t.is_floating_point()):
+        t = torch.as_tensor(
+            t, dtype=torch.float32 if device.type == "mps" else torch.float64
+        )  # Apple's GPUs lack float64
+    return t.to(device)
+
+
 def _checked_times(x: Tensor, t: Tensor | None) -> Tensor:
     length = x.shape[-2]
     if t is None:
-        return torch.arange(length, dtype=x.dtype, device=x.device)
-    t = torch.as_tensor(t, device=x.device)
+        return torch.arange(length, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    t = as_times(t, x.device)
     if t.shape != (length,):
         raise ValueError(
             f"t must have shape ({length},), one time per row of x {tuple(x.shape)}, but it has {tuple(t.shape)}."
         )
-    t = t if t.is_floating_point() else t.to(x.dtype)
     unordered = ~(t.detach().diff() > 0)
     if unordered.any():
         i = int(unordered.int().argmax())

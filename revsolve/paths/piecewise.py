@@ -13,6 +13,7 @@ from revsolve.field.functorch import followed, numbers
 
 Time: TypeAlias = float | Tensor
 Times: TypeAlias = Sequence[float] | Tensor
+Spans: TypeAlias = tuple[Time | Times, Time | Times]
 Value: TypeAlias = Any  # a tensor (..., channels), or a tuple of such
 
 
@@ -130,11 +131,7 @@ class PiecewisePath(Control):
             piece, s = self._locate(t, span)
             return _slope(self._coefficients[piece].unbind(0), s)
         assert isinstance(t, Tensor)
-        times, device = t.reshape(-1), t.device
-        ends = (
-            None if span is None else (torch.as_tensor(span[0], device=device), torch.as_tensor(span[1], device=device))
-        )
-        return _like_query(self.derivatives(times, spans=ends), t)
+        return _like_query(self.derivatives(t.reshape(-1), spans=span), t)
 
     def increment(self, t0: Time, t1: Time) -> Tensor:
         if _at_hand(t0) and _at_hand(t1) and not (_has_grad(t0) or _has_grad(t1)):
@@ -143,7 +140,7 @@ class PiecewisePath(Control):
                 return self._differences[i] if j > i else -self._differences[j]
         return self.evaluate(t1) - self.evaluate(t0)
 
-    def derivatives(self, times: Times, *, spans: tuple[Times, Times] | None = None) -> Tensor:
+    def derivatives(self, times: Times, *, spans: Spans | None = None) -> Tensor:
         pieces, s = self._locate_all(times, spans)
         return _slope(self._coefficients[pieces].unbind(1), s)
 
@@ -187,7 +184,7 @@ class PiecewisePath(Control):
             return piece, t - self._knots[piece]
         return piece, where - self._times[piece]
 
-    def _locate_all(self, times: Times, spans: tuple[Times, Times] | None) -> tuple[Tensor, Tensor]:
+    def _locate_all(self, times: Times, spans: Spans | None) -> tuple[Tensor, Tensor]:
         """The pieces (n,) that hold `times` (n,) and the distances (n, 1, ..., 1) from their left knots."""
         # Plain numbers are looked up in double precision, as in `_locate`, whatever the precision of the knots.
         times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64, device="cpu")
@@ -209,16 +206,24 @@ class PiecewisePath(Control):
 
 
 def check_inside(earliest: float, latest: float, interval: tuple[float, float], *sources: Time) -> None:
-    """Raise ValueError if times leave `interval` by more than a few ulps of the coarsest tensor they came from."""
-    first, last = interval
-    if first <= earliest and latest <= last:
-        return
-    few_ulps = 4 * max(torch.finfo(x.dtype).eps for x in sources if isinstance(x, Tensor)) * max(abs(first), abs(last))
-    if not (first - few_ulps <= earliest and latest <= last + few_ulps):
+    """Raise ValueError if times leave `interval` by more than rounding of the coarsest tensor they came from explains."""
+    if not lies_inside(earliest, latest, interval, *sources):
+        first, last = interval
         raise ValueError(
             f"t = {latest if first <= earliest else earliest} lies outside the interval [{first}, {last}] of the path: "
             "solve within it, or give data over a longer time."
         )
+
+
+def lies_inside(earliest: float, latest: float, interval: tuple[float, float], *sources: Time) -> bool:
+    """True where `check_inside` does not raise."""
+    first, last = interval
+    if first <= earliest and latest <= last:
+        return True
+    eps = max(torch.finfo(x.dtype).eps for x in sources if isinstance(x, Tensor) and x.is_floating_point())
+    # Far from zero a few ulps may be longer than the whole interval.
+    slack = min(4 * eps * max(abs(first), abs(last)), 0.01 * (last - first))
+    return first - slack <= earliest and latest <= last + slack
 
 
 def number(t: Time) -> float:
