@@ -15,6 +15,7 @@ direct      differentiates all of the iteration
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,54 +68,47 @@ def equilibrium(
             z = torch.lerp(z, term.value(0.0, z), options.get("phantom_beta", 0.5))
         return z, stats
     leaf = leaf_of(z)
-    return _Implicit.apply(z, leaf, term.value(0.0, leaf), convergence.packing, options, on_failure, stats), stats
+    value = term.value(0.0, leaf)
+    out = z + (value - value.detach())  # z as it is, and the history of one evaluation there
+    out.register_hook(_Adjoint(leaf, value, convergence.packing, options, on_failure, stats))
+    return out, stats
 
 
-class _Implicit(torch.autograd.Function):
-    """z as it is; its cotangent g becomes u = g + J^T u, the cotangent of the one differentiable evaluation at z."""
+@dataclass(frozen=True)
+class _Adjoint:
+    """Makes the cotangent g of the fixed point that of one evaluation f(z) there: u = g + J^T u, where J = df/dz."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        leaf: Tensor,
-        value: Tensor,
-        packing: Packing,
-        options: Mapping[str, Any],
-        on_failure: str,
-        stats: Stats,
-    ) -> Tensor:
-        ctx.save_for_backward(leaf, value)
-        ctx.packing, ctx.options, ctx.on_failure, ctx.stats = packing, options, on_failure, stats
-        return z.clone()
+    leaf: Tensor
+    value: Tensor  # f(leaf)
+    packing: Packing
+    options: Mapping[str, Any]
+    on_failure: str
+    stats: Stats
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def __call__(self, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "gradient='implicit' cannot be differentiated again (create_graph=True): use gradient='direct', or "
                 "method='reversible', whose gradient can."
             )
-        leaf, value = ctx.saved_tensors
-        options, stats = ctx.options, ctx.stats
-
-        def product(u: Tensor) -> Tensor:
-            stats.num_backward_evaluations += 1
-            back = torch.autograd.grad(value, leaf, u, retain_graph=True, allow_unused=True)[0]
-            return torch.zeros_like(u) if back is None else back
-
-        size = torch.linalg.vector_norm(grad)
-        g = grad / torch.where(size > 0.0, size, 1.0)  # its residual then means the same for every scale of the loss
-        method = options.get("b_method", "anderson")
+        options, method = self.options, self.options.get("b_method", "anderson")
         criterion = Criterion(options.get("b_tol", 1e-6), options.get("b_max_steps", 50))
         solving = f"the backward solve with b_method={method!r}"
-        convergence = Convergence(criterion, ctx.packing, solving=solving, contracting=method != "gmres")
+        convergence = Convergence(criterion, self.packing, solving=solving, contracting=method != "gmres")
+        size = torch.linalg.vector_norm(grad)
+        g = grad / torch.where(size > 0.0, size, 1.0)  # its residual then means the same for every scale of the loss
         if method == "gmres":
-            u = gmres(product, g, options.get("memory", 20), convergence)
+            u = gmres(self.product, g, options.get("memory", 20), convergence)
         else:
-            u = _iterate(lambda u: g + product(u), g, _rule(method, 1.0, options), convergence)
-        convergence.conclude(ctx.on_failure)
-        return None, None, u * size, None, None, None, None
+            u = _iterate(lambda u: g + self.product(u), g, _rule(method, 1.0, options), convergence)
+        convergence.conclude(self.on_failure)
+        return u * size
+
+    def product(self, u: Tensor) -> Tensor:
+        """J^T u."""
+        self.stats.num_backward_evaluations += 1
+        back = torch.autograd.grad(self.value, self.leaf, u, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(u) if back is None else back
 
 
 def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
