@@ -3,11 +3,13 @@
 What becomes of torchdeq's configuration keys:
 
     f_max_iter, eval_f_max_iter, eval_factor    most evaluations of func (a reversible step makes two)
-    f_tol, f_stop_mode       each sample stops when its "abs" or "rel" residual is at most f_tol
+    f_tol, f_stop_mode       stop when the "abs" or "rel" residuals of all samples are at most f_tol
     n_states, indexing       where the iteration is sliced; every slice ends in an output, as in torchdeq's core "sliced"
-    beta, pair_dtype, on_failure    new; as in `revsolve.fixed_point`
+    beta, stop, pair_dtype, anchor_every, on_failure    new; as in `revsolve.fixed_point`, but stop="all" is the default
     ift, hook_ift, grad, tau, sup_gap, sup_loc, f_solver, no_stat, b_*    without effect: there is one solver, and the
                              gradient is that of its steps, not an approximation with parameters of its own
+
+Of the new keys, `add_deq_args` here adds those that a command line can spell to torchdeq's own.
 
 This is the answer to what was asked of torchdeq in 2025: forward and backward are not decoupled, for the backward pass undoes the
 very steps of the forward pass, and a backward solver or tolerance would only blur it; so keys are reused where they mean the
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,11 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.core.integrate import Stats
 from revsolve.fixed_point import FixedPoint, fixed_point
+from revsolve.fixed_point.convergence import STOPS
 
 try:
-    from torchdeq import add_deq_args, register_deq
+    import torchdeq
     from torchdeq.core import DEQBase
+    from torchdeq.solver import get_solver
     from torchdeq.solver.stat import SolverStat
     from torchdeq.utils.config import DEQConfig
     from torchdeq.utils.layer_utils import deq_decorator
@@ -40,16 +46,34 @@ RESIDUALS = {"abs": "absolute", "rel": "relative"}
 NEVER = 5e-324  # a tolerance that no residual but zero meets
 
 
+def add_deq_args(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `torchdeq.add_deq_args`, and `--beta`, `--stop` and `--on_failure` of the core "reversible"."""
+    torchdeq.add_deq_args(parser)
+    parser.add_argument(
+        "--beta", type=float, default=0.8, help="step length of the core 'reversible', in (0, 2) but not 1"
+    )
+    parser.add_argument("--stop", default="all", choices=STOPS, help="whose residual f_tol is for")
+    parser.add_argument("--on_failure", default="warn", choices=["warn", "raise", "ignore"], help="if f_tol is not met")
+
+
 def _torchdeq_keys() -> set[str]:
     parser = argparse.ArgumentParser(add_help=False)
-    add_deq_args(parser)
+    torchdeq.add_deq_args(parser)
     return {action.dest for action in parser._actions}
 
 
-ARGPARSE_KEYS = _torchdeq_keys()
-OWN_KEYS = {"beta", "pair_dtype", "on_failure"}
+def _solver_keys() -> set[str]:
+    """Options of torchdeq's own solvers, such as the memory of Anderson's."""
+    solvers = map(get_solver, ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter"))
+    taken = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "kwargs"}  # what its cores pass themselves
+    return {name for solver in solvers for name in inspect.signature(solver).parameters} - taken
+
+
+ARGPARSE_KEYS, SOLVER_KEYS = _torchdeq_keys(), _solver_keys()
+OWN_KEYS = {"beta", "stop", "pair_dtype", "anchor_every", "on_failure"}
 KNOWN_KEYS = ARGPARSE_KEYS | {"no_stat"} | OWN_KEYS
-CALL_KEYS = ("f_max_iter", "f_tol", "f_stop_mode", "beta")
+CALL_KEYS = ("f_max_iter", "f_tol", "f_stop_mode", "beta", "stop")
+ANDERSON_KEYS = {"m", "lam"}  # beside which a beta is Anderson's
 
 
 class DEQReversible(DEQBase):
@@ -59,7 +83,10 @@ class DEQReversible(DEQBase):
         args: configuration of torchdeq: a dict, a namespace or a DEQConfig; keys as listed in `revsolve.torchdeq`. Next to all
             those that `add_deq_args` makes, keys of the program itself may stand; otherwise unknown ones are refused.
         beta: step length, as in `revsolve.fixed_point`; a tensor that requires a gradient gets one.
+        stop: "all", every row must have a small residual, as in torchdeq; "sample", rows whose residual is small rest, which is
+            for rows that do not depend on each other; "batch", one residual over all entries.
         pair_dtype: what the pair is kept in.
+        anchor_every: keep the pair after so many steps.
         on_failure: "warn", "raise" or "ignore" where f_max_iter does not suffice.
 
     Raises:
@@ -83,7 +110,9 @@ class DEQReversible(DEQBase):
         self,
         args: Any = None,
         beta: Any = 0.8,
+        stop: str = "all",
         pair_dtype: torch.dtype | None = None,
+        anchor_every: int | None = None,
         on_failure: str = "warn",
         **kwargs: Any,
     ) -> None:
@@ -91,7 +120,9 @@ class DEQReversible(DEQBase):
         _refuse_unknown(config)
         super().__init__(dict(config))
         self.beta = config.get("beta", beta)
+        self.stop = config.get("stop", stop)
         self.pair_dtype = config.get("pair_dtype", pair_dtype)
+        self.anchor_every = config.get("anchor_every", anchor_every)
         self.on_failure = config.get("on_failure", on_failure)
         self.n_states = config.get("n_states", 1)
         self.indexing = list(config.get("indexing") or [])
@@ -103,42 +134,48 @@ class DEQReversible(DEQBase):
         solver_kwargs: Mapping[str, Any] | None = None,
         sradius_mode: bool = False,
         backward_writer: Callable[..., Any] | None = None,
+        writer: Any = None,
     ) -> tuple[list[Any], SolverStat]:
         """The states at the ends of the slices (in eval mode the last one only), each like z_init, and statistics.
 
+        Args:
+            func, z_init, sradius_mode: as for torchdeq's cores.
+            solver_kwargs: keys of the configuration for this call; options of torchdeq's own solvers are without effect.
+            backward_writer: called after the backward pass with statistics whose residuals say how far undoing the steps missed
+                the start.
+            writer: without effect, as for torchdeq's cores.
+
         Raises:
-            ValueError: for unknown solver_kwargs, or a backward_writer: there is no backward solver that it could watch.
+            ValueError: for unknown solver_kwargs.
         """
-        given = dict(solver_kwargs or {})
-        for name in given:
-            if name not in CALL_KEYS:
-                raise ValueError(
-                    f"unknown key {name!r} in solver_kwargs: the reversible core knows {', '.join(CALL_KEYS)}."
-                )
-        if backward_writer is not None:
-            raise ValueError(
-                "backward_writer watches a backward solver, and the reversible core has none: leave it out."
-            )
+        given = _for_this_call(solver_kwargs)
         f, z = deq_decorator(func, z_init, no_stat=False)
         most = int(given.get("f_max_iter", self.f_max_iter if self.training else self.eval_f_max_iter))  # type: ignore[arg-type]
         outputs, solutions = [], []
         for evaluations in self._slices(most) if self.training else [most]:
-            solutions.append(self._solve(f, z, evaluations, given))
+            solutions.append(self._solve(f, z, evaluations, given, backward_writer))
             z = solutions[-1].z
             outputs.append(f.vec2list(z))
-        stat = _statistics(solutions)
+        stat = _statistics(solutions, len(z) if z.ndim else 1)
         if not self.training:
             stat["sradius"] = self._sradius(f, z.detach()) if sradius_mode else torch.zeros(1, device=z.device)
         return outputs, stat
 
     def _solve(
-        self, f: Callable[[Tensor], Tensor], z: Tensor, evaluations: int, given: Mapping[str, Any]
+        self,
+        f: Callable[[Tensor], Tensor],
+        z: Tensor,
+        evaluations: int,
+        given: Mapping[str, Any],
+        backward_writer: Callable[..., Any] | None,
     ) -> FixedPoint:
         mode = given.get("f_stop_mode", self.f_stop_mode)
         if mode not in RESIDUALS:
             raise ValueError(f"f_stop_mode must be 'abs' or 'rel', but it is {mode!r}.")
         tol, steps = given.get("f_tol", self.f_tol), max(1, evaluations // 2)
-        return fixed_point(
+        if backward_writer is not None and torch.is_grad_enabled():
+            z = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        solution = fixed_point(
             f,
             z,
             beta=given.get("beta", self.beta),
@@ -146,11 +183,16 @@ class DEQReversible(DEQBase):
             max_steps=steps,
             min_steps=1 if tol else steps,
             residual=RESIDUALS[mode],
-            stop="sample",
+            stop=given.get("stop", self.stop) if z.ndim else "batch",
             pair_dtype=self.pair_dtype,
-            on_failure=self.on_failure,
+            anchor_every=self.anchor_every,
+            on_failure=self.on_failure if evaluations > 0 else "ignore",
             full_output=True,
         )
+        if backward_writer is not None and z.requires_grad:
+            stats = solution.stats  # alone: the solution would hold its own graph
+            z.register_hook(lambda grad: backward_writer(_backward_statistics(stats)))
+        return solution
 
     def _slices(self, most: int) -> list[int]:
         """How many evaluations each slice may make, by the same arithmetic as torchdeq's core "sliced"."""
@@ -169,18 +211,36 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown key {name!r} for the reversible core: did you mean {close[0]!r}?")
 
 
-def _statistics(solutions: list[FixedPoint]) -> SolverStat:
+def _for_this_call(solver_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the options for one call those that mean something here."""
+    given = dict(solver_kwargs or {})
+    for name in given:
+        if name not in CALL_KEYS and name not in SOLVER_KEYS:
+            raise ValueError(
+                f"unknown key {name!r} in solver_kwargs: the reversible core knows {', '.join(CALL_KEYS)}."
+            )
+    if ANDERSON_KEYS & set(given):
+        given.pop("beta", None)
+    return given
+
+
+def _statistics(solutions: list[FixedPoint], samples: int) -> SolverStat:
     """torchdeq's statistics of all slices: residuals by sample and step, and evaluations made."""
-    absolute, relative = torch.cat([s.trace for s in solutions if s.trace is not None]).permute(
-        1, 2, 0
-    )  # (samples, steps) each
+    each = [s.trace for s in solutions if s.trace is not None]  # (steps, 2), of samples (steps, 2, samples)
+    traces = torch.cat([trace.reshape(len(trace), 2, -1) for trace in each])
+    absolute, relative = traces.expand(-1, 2, samples).permute(1, 2, 0)  # (samples, steps) each
     return SolverStat(
         abs_lowest=absolute.amin(1),
         rel_lowest=relative.amin(1),
         abs_trace=absolute,
         rel_trace=relative,
-        nstep=sum(2.0 * s.num_steps for s in solutions),
+        nstep=sum(2.0 * torch.as_tensor(s.num_steps, device=traces.device).expand(samples) for s in solutions),
     )
 
 
-register_deq("reversible", DEQReversible)
+def _backward_statistics(stats: Stats) -> SolverStat:
+    error = torch.tensor([stats.reconstruction_error])
+    return SolverStat(abs_lowest=error, rel_lowest=error, nstep=torch.tensor([float(stats.num_backward_evaluations)]))
+
+
+torchdeq.register_deq("reversible", DEQReversible)

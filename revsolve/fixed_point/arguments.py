@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from revsolve.fixed_point.convergence import RESIDUALS, Criterion
+from revsolve.fixed_point.convergence import RESIDUALS, STOPS, Criterion
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 
@@ -27,7 +27,7 @@ def checked(
     if not callable(f):
         raise TypeError(f"f must be callable as f(z), but it is {f!r}.")
     check_choice("residual", residual, RESIDUALS)
-    check_choice("stop", stop, ("batch", "sample"))
+    check_choice("stop", stop, STOPS)
     check_choice("on_failure", on_failure, ("warn", "raise", "ignore"))
     steps = max_steps() if callable(max_steps) else max_steps
     check_whole("max_steps", steps)
@@ -37,11 +37,11 @@ def checked(
     if not (tol >= 0.0 and math.isfinite(tol)):
         raise ValueError(f"tol must be 0 or positive, but it is {tol!r}: 0 makes exactly max_steps steps.")
     packing = Packing(z0, "z0")
-    if stop == "sample" and len({shape[:1] for shape in packing.shapes} | {torch.Size()}) != 2:
+    if stop != "batch" and len({shape[:1] for shape in packing.shapes} | {torch.Size()}) != 2:
         raise ValueError(
-            f"stop='sample' needs one leading dimension common to all of z0, but the shapes are {[*map(tuple, packing.shapes)]}."
+            f"stop={stop!r} needs one leading dimension common to all of z0, but the shapes are {[*map(tuple, packing.shapes)]}."
         )
-    return packing, Criterion(float(tol), steps, min_steps, residual, stop == "sample")
+    return packing, Criterion(float(tol), steps, min_steps, residual, stop)
 
 
 def check_whole(name: str, number: Any) -> None:

@@ -14,6 +14,7 @@ from revsolve.field.functorch import batching, of_every_sample, outside
 from revsolve.prepare.state import Packing
 
 RESIDUALS = ("absolute", "relative")
+STOPS = ("batch", "all", "sample")
 SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)
 DIVERGING = 1e3  # a residual that has grown so far above its least is no slow convergence
 
@@ -25,18 +26,29 @@ class ConvergenceWarning(UserWarning):
 @dataclass(frozen=True)
 class Criterion:
     """Stop when the residual, `||z - f(z)||` or that over `1e-5 + ||f(z)||`, is at most tol: the largest of all leaves of the
-    state and of all samples of a torch.vmap, and with `per_sample` of every sample (leading dimension) for itself."""
+    state and of all samples of a torch.vmap. Unless `stop` is "batch", every sample (leading dimension) has its own, and all
+    must be small at once. With "sample", those whose residual is small rest until then; if one grows again, they depend on
+    each other, and none rests any more."""
 
     tol: float
     max_steps: int
     min_steps: int = 1
     residual: str = "relative"
-    per_sample: bool = False
+    stop: str = "batch"
+
+    @property
+    def per_sample(self) -> bool:
+        return self.stop != "batch"
+
+    @property
+    def rests(self) -> bool:
+        """Whether a sample may rest while others go on."""
+        return self.stop == "sample" and self.tol > 0
 
 
 @dataclass
 class Convergence:
-    """The residuals of one iteration as it goes on, and the steps that each sample has taken."""
+    """The residuals of one iteration as it goes on, and which samples take part in each step."""
 
     criterion: Criterion
     packing: Packing
@@ -49,16 +61,17 @@ class Convergence:
     content: bool = False
 
     def __post_init__(self) -> None:
-        self.counts: Tensor | None = None
-        if self.criterion.per_sample:
-            if self.criterion.tol > 0 and batching():
-                raise ValueError(
-                    "stop='sample' is for the samples of one state, and each sample of torch.vmap is a state: leave it out, or "
-                    "solve all of them as one state, outside of torch.vmap."
-                )
-            samples = self.packing.shapes[0][0]
+        stop = self.criterion.stop
+        if self.criterion.per_sample and self.criterion.tol > 0 and batching():
+            raise ValueError(
+                f"stop={stop!r} is for the samples of one state, and each sample of torch.vmap is a state: leave it out, or "
+                "solve all of them as one state, outside of torch.vmap."
+            )
+        if stop == "sample":
             with outside():
-                self.counts = torch.full((samples,), self.criterion.max_steps, device=self.packing.device)
+                self.all = torch.ones(self.packing.shapes[0][:1], dtype=torch.bool, device=self.packing.device)
+            self.going = [self.all]  # the samples that take part in step 0, 1, ...
+            self.coupled = ~self.all[0]
 
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
@@ -73,23 +86,23 @@ class Convergence:
         if self.report is not None:
             self.report(n, y, residual)
         self.content = residual <= self.criterion.tol
-        if n < self.criterion.min_steps:
-            return False
-        if self.counts is not None:
-            stops = (self.latest() <= self.criterion.tol) & (self.counts > n)
-            self.counts = torch.where(stops, n, self.counts)
-        return self.content
+        enough = n >= self.criterion.min_steps
+        if self.criterion.rests:
+            large = self.latest() > self.criterion.tol
+            self.coupled = self.coupled | (large & ~self.going[-1]).any()
+            self.going.append(large | self.coupled if enough else self.all)
+        return self.content and enough
 
     def measure(self, y: Tensor, value: Tensor) -> Tensor:
         """Absolute and relative residual, shape (2,) or (2, samples)."""
-        rows, dim = [], -1 if self.counts is None else 0
+        rows, dim = [], 0 if self.criterion.per_sample else -1
         with torch.no_grad():
             for a, b in zip(self._leaves(y), self._leaves(value), strict=True):
                 gap, size = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, b))
                 relative = gap / (SMALLEST + size) + 0.0 * size  # NaN, not 0, where the norm of f overflows
                 rows.append(torch.stack([gap, relative], dim))
             both = rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
-            if self.counts is not None:
+            if self.criterion.per_sample:
                 return both
             both = of_every_sample(both)  # (samples of every torch.vmap around, 2)
             return both if both.ndim == 1 else both.reshape(-1, 2).amax(0)
@@ -99,12 +112,17 @@ class Convergence:
         return self.trace[-1][RESIDUALS.index(self.criterion.residual)]
 
     def moves(self, n: int, dtype: torch.dtype = torch.bool) -> Tensor:
-        """1 for the entries of the packed state whose sample takes part in step n, 0 for those that have stopped."""
-        assert self.counts is not None
-        going = (self.counts > n).to(dtype)
+        """1 for the entries of the packed state whose sample takes part in step n, 0 for those that rest."""
+        going = self.going[n].to(dtype)
         if self.packing.lone:
             return going.view(-1, *(1 for _ in self.packing.shapes[0][1:]))
         return torch.cat([going.repeat_interleave(size // len(going)) for size in self.packing.sizes])
+
+    def steps_taken(self, num_steps: int) -> int | Tensor:
+        """All of them, or those in which each sample took part."""
+        if self.criterion.stop != "sample":
+            return num_steps
+        return torch.stack(self.going[:num_steps]).sum(0) if self.criterion.rests else self.all * num_steps
 
     def conclude(self, on_failure: str) -> None:
         """Say that the iteration did not converge, if it did not."""
@@ -130,12 +148,13 @@ class Convergence:
         return (
             f"f must contract: the spectral radius of its Jacobian must stay below 1{seen}. Normalise the weights of f "
             "(torch.nn.utils.parametrizations.weight_norm or spectral_norm), or make its last layer or beta smaller."
+            + (" Samples that depend on each other need stop='all'." if self.criterion.rests else "")
         )
 
     def _leaves(self, x: Tensor) -> list[Tensor]:
         parts = [x] if self.packing.lone else list(x.split(self.packing.sizes, dim=-1))
-        if self.counts is not None:
-            return [part.reshape(len(self.counts), -1) for part in parts]
+        if self.criterion.per_sample:
+            return [part.reshape(self.packing.shapes[0][0], -1) for part in parts]
         if not self.packing.lone:
             return parts
         return [x.reshape(*x.shape[: x.ndim - len(self.packing.shapes[0])], -1)]

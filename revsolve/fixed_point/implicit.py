@@ -118,7 +118,7 @@ def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, rule: Rule, convergence: 
         if criterion.tol > 0 and n > 0 and convergence.observe(n, z, value):
             return z
         after = rule(z, value)
-        z = after if convergence.counts is None else torch.where(convergence.moves(n), after, z)
+        z = torch.where(convergence.moves(n), after, z) if criterion.rests else after
     convergence.num_steps = criterion.max_steps
     if criterion.tol > 0:
         convergence.observe(criterion.max_steps, z, f(z))

@@ -116,8 +116,8 @@ def fixed_point(
         max_steps: the most steps; a callable without arguments is called for it, to draw it at random in training.
         min_steps: the fewest steps.
         residual: "relative", ||z - f(z)|| / (1e-5 + ||f(z)||), or "absolute", of each leaf; the largest counts.
-        stop: "batch", one residual over all entries, or "sample", one for every sample (the leading dimension of all leaves):
-            a sample that has converged stays as it is.
+        stop: "batch", one residual over all entries, "all", one for every sample (the leading dimension of all leaves), or
+            "sample", where besides those that have converged rest, so that the result of none depends on the others.
         gradient: "reversible" (the default), "checkpoint" (about 2 sqrt(steps) states) or "direct" (keep everything); for the
             other methods "implicit" (the default; the implicit function theorem), "phantom" (a few damped steps from the
             fixed point) or "direct".
@@ -202,7 +202,7 @@ def _iterate(
     compile: bool | Mapping[str, Any],  # noqa: A002
 ) -> tuple[Tensor, Stats]:
     criterion = convergence.criterion
-    stops = convergence.counts is not None and criterion.tol > 0 and criterion.min_steps < criterion.max_steps
+    stops = criterion.rests and criterion.min_steps < criterion.max_steps
     scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
 
     def stepper() -> Stepper:
@@ -259,7 +259,7 @@ def _report(
 
 
 def _full_output(z: Any, convergence: Convergence, stats: Stats) -> FixedPoint:
-    steps = stats.num_steps if convergence.counts is None else convergence.counts
+    steps = convergence.steps_taken(stats.num_steps)
     if not convergence.trace:
         return FixedPoint(z, steps, None, None, None, stats)
     residual = convergence.latest()

@@ -36,7 +36,7 @@ def test_parameters_injection_start_and_beta(beta: float, num_steps: int) -> Non
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
-@pytest.mark.parametrize("stop", ["batch", "sample"])
+@pytest.mark.parametrize("stop", ["batch", "all", "sample"])
 @pytest.mark.parametrize("residual", ["relative", "absolute"])
 def test_until_converged(gradient: str, stop: str, residual: str) -> None:
     cell, x, z0 = dense()
@@ -45,6 +45,20 @@ def test_until_converged(gradient: str, stop: str, residual: str) -> None:
     options = {"args": x, "tol": 1e-8, "max_steps": 200, "stop": stop, "residual": residual}
     inputs = [*cell.parameters(), x, z0]
     found, unrolled = (gradients(cell, z0, inputs, gradient=g, **options) for g in (gradient, "direct"))
+    assert difference(found, unrolled) < EXACT
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+def test_samples_that_depend_on_each_other(beta: float, gradient: str) -> None:
+    """Some rest for a while and go on: those that a negative bias keeps at 0 at first."""
+    mix = (0.3 * torch.rand(5, 5)).requires_grad_()
+    b = torch.tensor([[1.0], [-0.2], [0.5], [-0.3], [-0.1]], requires_grad=True)
+    options = {"beta": beta, "tol": 1e-8, "max_steps": 300, "stop": "sample"}
+    found, unrolled = (
+        gradients(lambda z: torch.relu(mix @ z + b), torch.zeros(5, 1), [mix, b], gradient=g, **options)
+        for g in (gradient, "direct")
+    )
     assert difference(found, unrolled) < EXACT
 
 

@@ -70,6 +70,21 @@ def test_a_sample_stops_by_itself() -> None:
     torch.testing.assert_close(together.z, torch.cat([s.z for s in alone]), rtol=0, atol=1e-14)  # sums in other orders
 
 
+CHAIN = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.5], [0.0, 0.0, 0.5]], dtype=torch.float64)
+OFF = torch.tensor([[-0.4], [-0.6], [1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("residual", ["relative", "absolute"])
+@pytest.mark.parametrize("method", ["reversible", "simple", "relaxed", "anderson"])
+def test_samples_that_depend_on_each_other_go_on(method: str, residual: str) -> None:
+    """Each row of relu(W z + b) is off until the next one has grown: the fixed point is (0, 0.4, 2)."""
+    options = {"method": method, "residual": residual, "stop": "sample", "tol": 1e-9, "max_steps": 200}
+    solution = fixed_point(lambda z: torch.relu(CHAIN @ z + OFF), torch.zeros(3, 1), full_output=True, **options)
+    torch.testing.assert_close(solution.z, torch.tensor([[0.0], [0.4], [2.0]]), rtol=0, atol=1e-7)
+    assert solution.converged.all()
+    assert solution.num_steps[0] < solution.num_steps[2]
+
+
 @pytest.mark.parametrize("num_steps", [4, 40])
 def test_evaluations(num_steps: int) -> None:
     cell, x = Dense(), torch.randn(4, 6)
