@@ -93,12 +93,12 @@ def _num_equal(one: list[int], other: list[int]) -> int:
 
 
 def _before(descent: Descent, depth: int) -> list[Increments]:
-    """What lies before the point within the node at this depth of the descent, in order of time."""
+    """Those before the point within the node at this depth of the descent, in order of time."""
     below = zip(descent.rows[depth:], descent.digits[depth:], strict=True)
     return [*(row.slice(0, digit) for row, digit in below), descent.leaf.slice(0, 1)]
 
 
 def _after(descent: Descent, depth: int) -> list[Increments]:
-    """What lies after the point within the node at this depth of the descent, in order of time."""
+    """Those after the point within the node at this depth of the descent, in order of time."""
     below = list(zip(descent.rows[depth:], descent.digits[depth:], strict=True))
     return [descent.leaf.slice(1, 2), *(row.slice(digit + 1, FANOUT) for row, digit in reversed(below))]

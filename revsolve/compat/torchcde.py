@@ -55,30 +55,12 @@ class TupleControl(Control):
         if not intervals or any(interval != intervals[0] for interval in intervals):
             raise ValueError(f"a tuple of controls needs one interval, but theirs are {intervals}: cut them to it.")
         self.controls = tuple(controls)
-
-    @property
-    def interval(self) -> Tensor:
-        return self.controls[0].interval
-
-    @property
-    def grid_points(self) -> Tensor:
-        return torch.cat([control.grid_points for control in self.controls]).unique()
-
-    @property
-    def knots(self) -> list[float]:
-        return sorted({t for control in self.controls for t in control.knots})
-
-    @property
-    def jump_times(self) -> Tensor:
-        return torch.cat([control.jump_times for control in self.controls]).unique()
-
-    @property
-    def jumps(self) -> list[float]:
-        return numbers(self.jump_times)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for control in self.controls for tensor in control.tensors)
+        self.interval = controls[0].interval
+        self.grid_points = torch.cat([control.grid_points for control in controls]).unique()
+        self.knots = sorted({t for control in controls for t in control.knots})
+        self.jump_times = torch.cat([control.jump_times for control in controls]).unique()
+        self.jumps = sorted({t for control in controls for t in control.jumps})
+        self.tensors = tuple(tensor for control in controls for tensor in control.tensors)
 
     def evaluate(self, t: Time) -> tuple[Value, ...]:
         return tuple(control.evaluate(t) for control in self.controls)
@@ -109,34 +91,14 @@ class ForeignControl(Control):
     """
 
     def __init__(self, path: Any, *, many_times: bool = False, smooth: bool = False) -> None:
-        self.path, self.many_times, self.smooth = path, many_times, smooth
-        self._interval = path.interval if isinstance(path.interval, Tensor) else _times(*map(float, path.interval))
-        self._ends = number(self._interval[0]), number(self._interval[1])
-
-    @property
-    def interval(self) -> Tensor:
-        return self._interval
-
-    @property
-    def grid_points(self) -> Tensor:
-        return getattr(self.path, "grid_points", self._interval)
-
-    @property
-    def knots(self) -> list[float]:
-        return numbers(self.grid_points)
-
-    @property
-    def jump_times(self) -> Tensor:
-        return self.grid_points[:0] if self.smooth else self.grid_points[1:-1]
-
-    @property
-    def jumps(self) -> list[float]:
-        return numbers(self.jump_times)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        module = self.path
-        return (*module.buffers(), *module.parameters()) if isinstance(module, torch.nn.Module) else ()
+        self.path, self.many_times = path, many_times
+        self.interval = path.interval if isinstance(path.interval, Tensor) else _times(*map(float, path.interval))
+        self.grid_points = getattr(path, "grid_points", self.interval)
+        self.knots = numbers(self.grid_points)
+        self.jump_times = self.grid_points[:0] if smooth else self.grid_points[1:-1]
+        self.jumps = [] if smooth else self.knots[1:-1]
+        self.tensors = (*path.buffers(), *path.parameters()) if isinstance(path, torch.nn.Module) else ()
+        self._ends = number(self.interval[0]), number(self.interval[1])
 
     def evaluate(self, t: Time) -> Tensor:
         return self._ask(self.path.evaluate, self._inside(t, None))
@@ -167,7 +129,7 @@ class ForeignControl(Control):
         return t + (moved - t).detach()  # as a function of t still the identity
 
     def _tensor(self, t: Time | Times) -> Tensor:
-        return torch.as_tensor(t, dtype=self._interval.dtype, device=self._interval.device)
+        return torch.as_tensor(t, dtype=self.interval.dtype, device=self.interval.device)
 
     def _ask(self, query: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         if t.ndim == 0 or self.many_times:

@@ -42,9 +42,9 @@ class LinearPath(PiecewisePath):
     def __init__(
         self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None, rectilinear: int | None = None
     ) -> None:
-        seen = observe(x, t, lengths) if rectilinear is None else staircase(observe(x, None, lengths), t, rectilinear)
-        coefficients, values = interpolation.linear(seen)
-        super().__init__(seen.t, coefficients, values.diff(dim=0), seen.t[1:-1])
+        obs = observe(x, t, lengths) if rectilinear is None else staircase(observe(x, None, lengths), t, rectilinear)
+        coefficients, values = interpolation.linear(obs)
+        super().__init__(obs.t, coefficients, values.diff(dim=0), obs.t[1:-1])
 
 
 class HermitePath(PiecewisePath):
@@ -56,9 +56,9 @@ class HermitePath(PiecewisePath):
     """
 
     def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:
-        seen = observe(x, t, lengths)
-        coefficients, values = interpolation.hermite(seen)
-        super().__init__(seen.t, coefficients, values.diff(dim=0), _early_ends(seen.t, seen.within))
+        obs = observe(x, t, lengths)
+        coefficients, values = interpolation.hermite(obs)
+        super().__init__(obs.t, coefficients, values.diff(dim=0), _early_ends(obs.t, obs.within))
 
 
 class NaturalCubicPath(PiecewisePath):
@@ -70,9 +70,9 @@ class NaturalCubicPath(PiecewisePath):
     """
 
     def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:
-        seen = observe(x, t, lengths)
-        coefficients, values = interpolation.natural(seen)
-        super().__init__(seen.t, coefficients, values.diff(dim=0), _early_ends(seen.t, seen.within))
+        obs = observe(x, t, lengths)
+        coefficients, values = interpolation.natural(obs)
+        super().__init__(obs.t, coefficients, values.diff(dim=0), _early_ends(obs.t, obs.within))
 
 
 def _early_ends(t: Tensor, within: Tensor | None) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 from revsolve.paths.observations import Observations, fill_linear, neighbours
 
 
-def linear(seen: Observations) -> tuple[Tensor, Tensor]:
+def linear(obs: Observations) -> tuple[Tensor, Tensor]:
     """Coefficients (length - 1, 2, ..., channels) and knot values of straight lines."""
-    values = fill_linear(seen)
-    return torch.stack([values[:-1], _slopes(seen, values)], 1), values
+    values = fill_linear(obs)
+    return torch.stack([values[:-1], _slopes(obs, values)], 1), values
 
 
-def hermite(seen: Observations) -> tuple[Tensor, Tensor]:
+def hermite(obs: Observations) -> tuple[Tensor, Tensor]:
     """Coefficients (length - 1, 4, ..., channels) and knot values of Hermite cubics with backward differences.
 
     The slope at a knot is that of the straight line arriving there (at the first knot: leaving it), so that the path up
@@ -28,41 +28,41 @@ def hermite(seen: Observations) -> tuple[Tensor, Tensor]:
     prediction tasks"). With d_i the slope of line i the piece is
     x_i + d_{i-1} s + (d_i - d_{i-1}) (2 s^2 / h - s^3 / h^2).
     """
-    values = fill_linear(seen)
-    slope = _slopes(seen, values)
+    values = fill_linear(obs)
+    slope = _slopes(obs, values)
     arriving = torch.cat([slope[:1], slope[:-1]])
-    if seen.within is not None:
-        arriving = arriving * seen.within[1:]
-    inverse = seen.column(seen.t.diff()).reciprocal().to(values.dtype)
+    if obs.within is not None:
+        arriving = arriving * obs.within[1:]
+    inverse = obs.column(obs.t.diff()).reciprocal().to(values.dtype)
     bend = (slope - arriving) * inverse
     return torch.stack([values[:-1], arriving, 2 * bend, -bend * inverse], 1), values
 
 
-def natural(seen: Observations) -> tuple[Tensor, Tensor]:
+def natural(obs: Observations) -> tuple[Tensor, Tensor]:
     """Coefficients (length - 1, 4, ..., channels) and knot values of natural cubic splines.
 
     Each series has its own knots, its observed rows; rows ahead of the first and behind the last observation count as
     observed with the nearest value, which keeps the ends of the spline calm.
     """
-    if seen.observed is None:
-        return _spline(seen.x, seen.column(seen.t), None)[:-1], seen.x
-    lower, _, before, after = neighbours(seen)
-    known = seen.observed | before | after
-    if seen.within is not None:
-        known = known & seen.within
+    if obs.observed is None:
+        return _spline(obs.x, obs.column(obs.t), None)[:-1], obs.x
+    lower, _, before, after = neighbours(obs)
+    known = obs.observed | before | after
+    if obs.within is not None:
+        known = known & obs.within
     rank = known.cumsum(0) - 1  # the last knot at or before each row, counted per series
-    x = seen.x.gather(0, lower)
+    x = obs.x.gather(0, lower)
     knot_row = _rows_of(known, rank)
-    knot_t = seen.t[knot_row]
-    has_piece = seen.column(torch.arange(len(rank), device=x.device)) < rank[-1:]
+    knot_t = obs.t[knot_row]
+    has_piece = obs.column(torch.arange(len(rank), device=x.device)) < rank[-1:]
     pieces = _spline(x.gather(0, knot_row), knot_t, has_piece)
     pieces = pieces.gather(0, rank.unsqueeze(1).expand(-1, 4, *rank.shape[1:]))
-    pieces = _moved_origin(pieces, (seen.column(seen.t) - knot_t.gather(0, rank)).to(x.dtype))
+    pieces = _moved_origin(pieces, (obs.column(obs.t) - knot_t.gather(0, rank)).to(x.dtype))
     return pieces[:-1], pieces[:, 0]
 
 
-def _slopes(seen: Observations, values: Tensor) -> Tensor:
-    return values.diff(dim=0) / seen.column(seen.t.diff()).to(values.dtype)
+def _slopes(obs: Observations, values: Tensor) -> Tensor:
+    return values.diff(dim=0) / obs.column(obs.t.diff()).to(values.dtype)
 
 
 def _rows_of(known: Tensor, rank: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from revsolve.field.functorch import numbers
 from revsolve.paths.control import Lengths, LinearPath
 from revsolve.paths.observations import as_times, fill_linear, observe
 from revsolve.paths.piecewise import PiecewisePath, lies_inside, number
@@ -182,7 +183,7 @@ def _window_ends(path: LinearPath, windows: Windows) -> Tensor:
     knots = path.grid_points
     if not isinstance(windows, (int, float)):
         times = as_times(windows, knots.device)
-        ends = times.detach().reshape(-1).tolist()
+        ends = numbers(times.reshape(-1))
         if times.ndim != 1 or len(ends) < 2 or not (times.diff() > 0).all():
             shown = f"[{', '.join(map(str, ends[:6]))}{', ...' if len(ends) > 6 else ''}]"
             raise ValueError(f"windows must be increasing times (number + 1,), but they are {shown}.")

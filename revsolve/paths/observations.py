@@ -1,6 +1,6 @@
 """Observations of a series, checked, with its gaps located and filled.
 
-A series is seen through a tensor `x` of shape (..., length, channels) at times `t` of shape (length,). NaN marks a
+A series is obs through a tensor `x` of shape (..., length, channels) at times `t` of shape (length,). NaN marks a
 missing value, and a sample of the batch may end early (`lengths`). Inside, the length comes first, as everything here
 runs along it. All work is vectorised over series and over time, and differentiable in observed values and times.
 """
@@ -68,56 +68,56 @@ def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] 
     return Observations(x.masked_fill(missing, 0), t, ~missing, within)
 
 
-def neighbours(seen: Observations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def neighbours(obs: Observations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of the last observation at or before, and of the first at or after, each row: (lower, upper, before, after).
 
-    All have the shape of `seen.x`. `before` marks the rows ahead of a series' first observation and `after` those
+    All have the shape of `obs.x`. `before` marks the rows ahead of a series' first observation and `after` those
     behind its last one; there both neighbours are the nearest observation.
     """
-    assert seen.observed is not None
-    length = seen.x.shape[0]
-    row = seen.column(torch.arange(length, device=seen.x.device))
-    lower = torch.where(seen.observed, row, -1).cummax(0).values
-    upper = torch.where(seen.observed, row, length).flip(0).cummin(0).values.flip(0)
+    assert obs.observed is not None
+    length = obs.x.shape[0]
+    row = obs.column(torch.arange(length, device=obs.x.device))
+    lower = torch.where(obs.observed, row, -1).cummax(0).values
+    upper = torch.where(obs.observed, row, length).flip(0).cummin(0).values.flip(0)
     before, after = lower < 0, upper == length
     return torch.where(before, upper, lower), torch.where(after, lower, upper), before, after
 
 
-def fill_linear(seen: Observations) -> Tensor:
-    """The values of `seen` with gaps filled by straight lines and ends held constant, (length, ..., channels)."""
-    if seen.observed is None:
-        return seen.x
-    lower, upper, _, _ = neighbours(seen)
-    start, stop = seen.x.gather(0, lower), seen.x.gather(0, upper)
-    gap = torch.where(upper > lower, seen.t[upper] - seen.t[lower], 1)
-    weight = (seen.column(seen.t) - seen.t[lower]) / gap
+def fill_linear(obs: Observations) -> Tensor:
+    """The values of `obs` with gaps filled by straight lines and ends held constant, (length, ..., channels)."""
+    if obs.observed is None:
+        return obs.x
+    lower, upper, _, _ = neighbours(obs)
+    start, stop = obs.x.gather(0, lower), obs.x.gather(0, upper)
+    gap = torch.where(upper > lower, obs.t[upper] - obs.t[lower], 1)
+    weight = (obs.column(obs.t) - obs.t[lower]) / gap
     return start + weight.to(start.dtype) * (stop - start)
 
 
-def staircase(seen: Observations, t: Tensor | None, channel: int) -> Observations:
-    """The causal staircase through `seen`: first the time channel moves, then the others, 2 length - 1 rows.
+def staircase(obs: Observations, t: Tensor | None, channel: int) -> Observations:
+    """The causal staircase through `obs`: first the time channel moves, then the others, 2 length - 1 rows.
 
     Args:
-        seen: observations whose `channel` holds the time and has no gaps.
+        obs: observations whose `channel` holds the time and has no gaps.
         t: the parametrisation of the new path, (2 length - 1,); 0, 1, 2, ... if not given.
         channel: index of the time channel.
 
     Raises:
         ValueError: no such channel, or gaps in it, or `t` does not fit the new length.
     """
-    channels = seen.x.shape[-1]
+    channels = obs.x.shape[-1]
     if not 0 <= channel < channels:
         raise ValueError(f"rectilinear is the index of the time channel, 0 to {channels - 1}, but it is {channel}.")
-    x, observed = seen.x, seen.observed
+    x, observed = obs.x, obs.observed
     if observed is not None:
-        gaps = ~observed[..., channel] if seen.within is None else ~observed[..., channel] & seen.within[..., 0]
+        gaps = ~observed[..., channel] if obs.within is None else ~observed[..., channel] & obs.within[..., 0]
         if gaps.any():
             where = gaps.nonzero()[0].tolist()
             raise ValueError(
                 f"the time channel {channel} is NaN at row {where[0]} of sample {where[1:]}: fill it forward."
             )
-        lower, _, before, _ = neighbours(seen)
-        x, observed = seen.x.gather(0, lower), ~before
+        lower, _, before, _ = neighbours(obs)
+        x, observed = obs.x.gather(0, lower), ~before
         if before.any():
             warnings.warn(
                 "x begins with missing values, which are filled with the first later observation: the path is not "

@@ -24,37 +24,21 @@ class Control(ABC):
     (t0, t1), in either order, says which stretch is being travelled: times are kept inside it, and at its earlier end
     the piece after counts. Times outside the interval raise ValueError, except where their values lie on a GPU and
     would have to be waited for.
+
+    Attributes:
+        interval: first and last time, (2,).
+        grid_points: the knots, (length,), increasing; `knots` are the same as numbers.
+        jump_times: the times strictly inside the interval at which dX/dt may jump, increasing, possibly none; `jumps` are
+            the same as numbers.
+        tensors: every tensor that the path reads, so that whoever differentiates through it can name them.
     """
 
-    @property
-    @abstractmethod
-    def interval(self) -> Tensor:
-        """First and last time, (2,)."""
-
-    @property
-    @abstractmethod
-    def grid_points(self) -> Tensor:
-        """The knots, (length,), increasing."""
-
-    @property
-    @abstractmethod
-    def knots(self) -> list[float]:
-        """The same as numbers."""
-
-    @property
-    @abstractmethod
-    def jump_times(self) -> Tensor:
-        """The times strictly inside the interval at which dX/dt may jump, increasing; possibly none."""
-
-    @property
-    @abstractmethod
-    def jumps(self) -> list[float]:
-        """The same as numbers."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that the path reads, so that whoever differentiates through it can name them."""
+    interval: Tensor
+    grid_points: Tensor
+    knots: list[float]
+    jump_times: Tensor
+    jumps: list[float]
+    tensors: tuple[Tensor, ...]
 
     @abstractmethod
     def evaluate(self, t: Time) -> Value:
@@ -88,53 +72,31 @@ class PiecewisePath(Control):
     """
 
     def __init__(self, knots: Tensor, coefficients: Tensor, differences: Tensor, jump_times: Tensor) -> None:
-        self._knots, self._coefficients, self._differences = knots, coefficients, differences
-        self._jump_times = jump_times.detach()
-        self._times: list[float] = numbers(knots)
-        self._jumps: list[float] = numbers(self._jump_times)
-        self._row = {t: i for i, t in enumerate(self._times)}
-        self._ends = self._times[0], self._times[-1]
-
-    @property
-    def interval(self) -> Tensor:
-        return torch.stack([self._knots[0], self._knots[-1]])
-
-    @property
-    def grid_points(self) -> Tensor:
-        return self._knots
-
-    @property
-    def knots(self) -> list[float]:
-        return self._times
-
-    @property
-    def jump_times(self) -> Tensor:
-        return self._jump_times
-
-    @property
-    def jumps(self) -> list[float]:
-        return self._jumps
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self._knots, self._coefficients, self._differences
+        self.interval = torch.stack([knots[0], knots[-1]])
+        self.grid_points, self.knots = knots, numbers(knots)
+        self.jump_times = jump_times.detach()
+        self.jumps = numbers(self.jump_times)
+        self.tensors = knots, coefficients, differences
+        self._coefficients, self._differences = coefficients, differences
+        self._row = {t: i for i, t in enumerate(self.knots)}
+        self._ends = self.knots[0], self.knots[-1]
 
     def evaluate(self, t: Time) -> Tensor:
-        if _at_hand(t):
+        if _readable(t):
             piece, s = self._locate(t, None)
             return _polynomial(self._coefficients[piece].unbind(0), s)
         assert isinstance(t, Tensor)
         return _like_query(self._values(t.reshape(-1)), t)
 
     def derivative(self, t: Time, *, span: tuple[Time, Time] | None = None) -> Tensor:
-        if _at_hand(t):
+        if _readable(t):
             piece, s = self._locate(t, span)
             return _slope(self._coefficients[piece].unbind(0), s)
         assert isinstance(t, Tensor)
         return _like_query(self.derivatives(t.reshape(-1), spans=span), t)
 
     def increment(self, t0: Time, t1: Time) -> Tensor:
-        if _at_hand(t0) and _at_hand(t1) and not (_has_grad(t0) or _has_grad(t1)):
+        if _readable(t0) and _readable(t1) and not (_has_grad(t0) or _has_grad(t1)):
             i, j = self._row.get(number(t0)), self._row.get(number(t1))
             if i is not None and j is not None and abs(i - j) == 1:
                 return self._differences[i] if j > i else -self._differences[j]
@@ -148,19 +110,21 @@ class PiecewisePath(Control):
         if not _has_grad(grid):
             times = numbers(grid) if isinstance(grid, Tensor) else [number(t) for t in grid]
             first = self._row.get(times[0], 0)
-            if times == self._times[first : first + len(times)]:
+            if times == self.knots[first : first + len(times)]:
                 return self._differences[first : first + len(times) - 1]
         return self._values(grid).diff(dim=0)
 
     def values_of_each(self, times: Tensor) -> Tensor:
         """X(t) where every sample has a time of its own: (batch, ..., channels) for times (batch,)."""
-        return _polynomial(*self._own_pieces(times, None))
+        return _polynomial(*self._locate_per_sample(times, None))
 
     def derivatives_of_each(self, times: Tensor, *, spans: tuple[Tensor, Tensor]) -> Tensor:
         """dX/dt where every sample has a time and a span of its own."""
-        return _slope(*self._own_pieces(times, spans))
+        return _slope(*self._locate_per_sample(times, spans))
 
-    def _own_pieces(self, times: Tensor, spans: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _locate_per_sample(
+        self, times: Tensor, spans: tuple[Tensor, Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         pieces, s = self._locate_all(times, spans)
         own = self._coefficients[pieces, :, torch.arange(len(pieces), device=pieces.device)]
         return own.unbind(1), s.squeeze(1)
@@ -172,27 +136,27 @@ class PiecewisePath(Control):
     def _locate(self, t: Time, span: tuple[Time, Time] | None) -> tuple[int, Time]:
         """The piece that holds `t` and the distance from its left knot."""
         where, after = number(t), False
-        check_inside(where, where, self._ends, self._knots, t)
+        check_inside(where, where, self._ends, self.grid_points, t)
         if span is not None:
             low, high = sorted((number(span[0]), number(span[1])))
             where, after = min(max(where, low), high), where <= low
         if torch.compiler.is_compiling():  # which knows no bisection
-            piece = sum(t < where or (after and t == where) for t in self._times[1:-1])
+            piece = sum(t < where or (after and t == where) for t in self.knots[1:-1])
         else:
-            piece = (bisect_right if after else bisect_left)(self._times, where, 1, len(self._times) - 1) - 1
-        if _has_grad(t) or followed(self._knots):
-            return piece, t - self._knots[piece]
-        return piece, where - self._times[piece]
+            piece = (bisect_right if after else bisect_left)(self.knots, where, 1, len(self.knots) - 1) - 1
+        if _has_grad(t) or followed(self.grid_points):
+            return piece, t - self.grid_points[piece]
+        return piece, where - self.knots[piece]
 
     def _locate_all(self, times: Times, spans: Spans | None) -> tuple[Tensor, Tensor]:
         """The pieces (n,) that hold `times` (n,) and the distances (n, 1, ..., 1) from their left knots."""
         # Plain numbers are looked up in double precision, as in `_locate`, whatever the precision of the knots.
         times = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64, device="cpu")
-        knots = self._knots.to(times.device, torch.promote_types(self._knots.dtype, times.dtype))
+        knots = self.grid_points.to(times.device, torch.promote_types(self.grid_points.dtype, times.dtype))
         where = times.detach().to(knots.dtype).contiguous()
         if where.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = where.aminmax()
-            check_inside(float(low), float(high), self._ends, self._knots, times)
+            check_inside(float(low), float(high), self._ends, self.grid_points, times)
         inner = knots.detach()[1:-1].contiguous()
         pieces = torch.bucketize(where, inner)
         if spans is not None:
@@ -231,8 +195,8 @@ def number(t: Time) -> float:
     return float(t.detach()) if isinstance(t, Tensor) else float(t)
 
 
-def _at_hand(t: Time) -> bool:
-    """Whether `t` is one time whose value is known without waiting for a device."""
+def _readable(t: Time) -> bool:
+    """True for one time whose value is known without waiting for a device."""
     return not isinstance(t, Tensor) or (t.ndim == 0 and t.device.type == "cpu")
 
 

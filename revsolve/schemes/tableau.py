@@ -84,7 +84,7 @@ class Tableau:
 
     @property
     def fsal(self) -> bool:
-        """Whether the last stage, for the error estimate, is the first of the next step ("first same as last")."""
+        """True where the last stage, for the error estimate, is the first of the next step ("first same as last")."""
         last_is_step = self.b[-1] == 0.0 and self.a[-1] == self.b[:-1] and self.c[-1] == 1.0
         return self.b_error is not None and last_is_step
 
