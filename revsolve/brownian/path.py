@@ -197,7 +197,8 @@ def _knots(t0: float, t1: float, grid: Sequence[float] | Tensor | None, dt: floa
         return [t0, t1]
     if not 0 < dt < math.inf:
         raise ValueError(f"dt must be positive, but is {dt}: pass a step size in units of time.")
-    num_steps = math.ceil((t1 - t0) / dt * (1 - 2**-40))  # no sliver of a last step from rounding
+    rounding = 2**-40 * (t1 - t0) + _finest(t0, t1)
+    num_steps = max(1, math.ceil((t1 - t0 - rounding) / dt))  # no sliver of a last step
     return [t0 + n * dt for n in range(num_steps)] + [t1]
 
 
@@ -214,9 +215,14 @@ def _checked(knots: list[float], t0: float, t1: float) -> list[float]:
     return knots
 
 
+def _finest(t0: float, t1: float) -> float:
+    """Return the length that rounding of times leaves a meaning."""
+    return 2**-50 * max(abs(t0), abs(t1))
+
+
 def _tolerance(tol: float | None, t0: float, t1: float) -> float:
-    """Return the width at which the tree ends; finer than the rounding of times it would mean nothing."""
-    finest = 2**-50 * max(abs(t0), abs(t1))
+    """Return the width at which the tree ends."""
+    finest = _finest(t0, t1)
     if tol is None:
         return max(finest, 2**-24 * (t1 - t0))
     if not finest <= tol < math.inf:

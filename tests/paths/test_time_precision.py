@@ -180,6 +180,13 @@ def test_a_brownian_path_far_from_zero_tells_times_apart(offset, options):
     assert torch.stack(W).abs().min() > 0
 
 
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dt", [0.1, 0.3, 0.5])
+def test_a_brownian_grid_has_no_sliver_of_a_last_step(offset, dt):
+    path = BrownianPath(offset, offset + 0.3, (2,), seed=0, dt=dt)
+    assert f"steps={math.ceil(0.3 / dt - 0.01)}," in repr(path)
+
+
 def test_many_unsuitable_windows_are_not_all_shown():
     with pytest.raises(ValueError, match=r"\[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, ...\]"):
         window_logsignatures(torch.zeros(40, 2), 1, [*map(float, range(20)), 0.0])
