@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revsolve import Restarts, Tableau, alf, leapfrog, plain, reversible, reversible_heun
-from revsolve.schemes.reversible import KAHAN_LI6, SUZUKI4, YOSHIDA4
+from revsolve.schemes.composition import KAHAN_LI6, SUZUKI4, YOSHIDA4
 from revsolve.schemes.tableau import TABLEAUS
 
 # Rounding of a handful of steps, relative to the largest gradient. A coupling of 0.8 multiplies it by 1 / 0.8 ** 24 = 200.

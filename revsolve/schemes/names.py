@@ -6,18 +6,8 @@ import difflib
 from collections.abc import Callable
 
 from revsolve.core.coupling import Scheme
-from revsolve.schemes.reversible import (
-    FIVE_STAGES,
-    KAHAN_LI6,
-    SUZUKI4,
-    THREE_STAGES,
-    YOSHIDA4,
-    alf,
-    leapfrog,
-    plain,
-    reversible,
-    reversible_heun,
-)
+from revsolve.schemes.composition import FIVE_STAGES, KAHAN_LI6, SUZUKI4, THREE_STAGES, YOSHIDA4
+from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 NATIVE: dict[str, Callable[[], Scheme]] = {
