@@ -35,9 +35,10 @@ class BrownianPath:
     H = 1/h * integral of (W_r - W_ta - (r - ta)/h * W) dr: independent of W, of variance h/12, the same in both
     directions. The tensors may be views of a cache: do not write into them.
 
-    Values depend on the arguments below, never on which queries came before. The numbers kept are bounded whatever the
-    number of steps or queries. One step of the grid costs about as much as `torch.randn`; a span over many knots sums
-    over their steps; a time between knots takes a walk down a tree.
+    Values depend on the arguments below, never on which queries came before, nor on the threads that share the path; a copy
+    is the same path. The numbers that a thread keeps are bounded whatever the number of steps or queries. One step of the
+    grid costs about as much as `torch.randn`; an interval over many knots sums over their steps; a time between knots takes
+    a descent of a tree.
 
     Args:
         t0: start of the interval (units of time).

@@ -122,7 +122,7 @@ def staircase(obs: Observations, t: Tensor | None, channel: int) -> Observations
             warnings.warn(
                 "x begins with missing values, which are filled with the first later observation: the path is not "
                 "causal. Put a value (such as the channel's mean) into the first row.",
-                stacklevel=4,
+                stacklevel=3,
             )
     source = torch.arange(2 * x.shape[0] - 1, device=x.device)
     rows, ahead = source // 2, (source + 1) // 2

@@ -1,6 +1,8 @@
 """Control paths: against torchcde and scipy, gradients, padding, the two ways to ask, errors."""
 
+import copy
 import math
+import pickle
 import time
 
 import numpy as np
@@ -83,8 +85,9 @@ def test_rectilinear_agrees_with_torchcde(missing):
 
 def test_rectilinear_says_when_it_is_not_causal():
     x = torch.tensor([[0.0, NAN], [1.0, 5.0], [2.0, 6.0]])
-    with pytest.warns(UserWarning, match="not causal"):
+    with pytest.warns(UserWarning, match="not causal") as caught:
         path = LinearPath(x, rectilinear=0)
+    assert caught[0].filename == __file__
     assert path.evaluate(0.0).tolist() == [0.0, 5.0]
 
 
@@ -272,6 +275,18 @@ def test_tuples_of_controls(build):
     torch.testing.assert_close(control.derivatives([2.5])[0], LinearPath(x).derivatives([2.5]), **AGREEMENT)
     torch.testing.assert_close(control.increments([2.5, 3.0])[0], LinearPath(x).increments([2.5, 3.0]), **AGREEMENT)
     assert control.jump_times.equal(control.grid_points[1:-1])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda path: pickle.loads(pickle.dumps(path))])
+@pytest.mark.parametrize(
+    "path", [*PATHS, lambda x: as_control(peer(LinearPath, x)), lambda x: as_control((LinearPath(x),))]
+)
+def test_a_copy_is_the_same_path(path, copied):
+    built = path(series(3, 8, 2))
+    twin = copied(built)
+    first, second = (torch.cat([*control.increments([0.5, 3.0, 4.0])]) for control in (built, twin))
+    assert torch.equal(first, second)
+    assert twin.knots == built.knots
 
 
 def test_a_control_stays_itself():
