@@ -13,6 +13,7 @@ import torch
 import torchsde
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from revsolve import sdeint
 from revsolve.brownian.path import BrownianPath
 from revsolve.compat.torchsde import as_brownian
 
@@ -76,6 +77,22 @@ def test_random_numbers_of_other_threads_are_their_own() -> None:
         return torch.cat([torch.rand(4, dtype=torch.float64) + 0 * path(0.1, 0.2 + k * 1e-3)[0] for k in range(20)])
 
     assert len(torch.cat(in_threads(work)).unique()) == NUM_THREADS * 80
+
+
+@pytest.mark.usefixtures("_switches")
+@pytest.mark.parametrize("method", ["reversible_heun", "rev_heun2", "rev_midpoint"])
+def test_solves_in_threads_over_one_path_are_those_of_a_single_one(method: str) -> None:
+    """Steps of different lengths, so that threads are in different places."""
+    path = BrownianPath(0.0, 1.0, (4, 2), seed=3, dtype=torch.float64, dt=2**-7)
+
+    def gradient(n: int) -> torch.Tensor:
+        a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        sde = (lambda t, y: -y, lambda t, y: a * torch.cos(y))
+        y = sdeint(sde, torch.ones(4, 2, dtype=torch.float64), [0.0, 1.0], dt=2.0 ** (-3 - n), bm=path, method=method)
+        return torch.cat([y[-1].flatten(), *torch.autograd.grad(y[-1].sum(), [a])[0].reshape(1, 1)])
+
+    expected = [gradient(n) for n in range(NUM_THREADS)]
+    assert all(map(torch.equal, in_threads(gradient), expected))
 
 
 @pytest.mark.usefixtures("_switches")
