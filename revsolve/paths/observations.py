@@ -8,6 +8,7 @@ runs along it. All work is vectorised over series and over time, and differentia
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,13 +132,14 @@ def staircase(obs: Observations, t: Tensor | None, channel: int) -> Observations
     return Observations(x, _checked_times(x.movedim(0, -2), t), None if observed is None else observed[rows], None)
 
 
-def as_times(t: Tensor | Sequence[float], device: torch.device) -> Tensor:
+def as_times(t: Tensor | Sequence[Any], device: torch.device) -> Tensor:
     """Times as a tensor: in double precision, unless they are a floating-point tensor."""
-    if not (isinstance(t, Tensor) and t.is_floating_point()):
-        t = torch.as_tensor(
-            t, dtype=torch.float32 if device.type == "mps" else torch.float64
-        )  # Apple's GPUs lack float64
-    return t.to(device)
+    if isinstance(t, Tensor) and t.is_floating_point():
+        return t.to(device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack the latter
+    if isinstance(t, (list, tuple)) and any(isinstance(s, Tensor) for s in t):  # whose gradients as_tensor would drop
+        return torch.stack([torch.as_tensor(s, dtype=dtype, device=device) for s in t])
+    return torch.as_tensor(t, dtype=dtype).to(device)
 
 
 def _checked_times(x: Tensor, t: Tensor | None) -> Tensor:

@@ -84,6 +84,14 @@ def test_a_path_far_from_zero_is_the_one_at_zero_moved(kind, dtype, offset):
 
 
 @pytest.mark.parametrize("path", [LinearPath, HermitePath, NaturalCubicPath])
+def test_a_list_of_tensors_keeps_their_gradients(path):
+    t = torch.tensor(KNOTS, dtype=torch.float64, requires_grad=True)
+    x = data(torch.float64)
+    found, expected = (torch.autograd.grad(path(x, knots).evaluate(0.5).sum(), t)[0] for knots in ([*t.unbind()], t))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("path", [LinearPath, HermitePath, NaturalCubicPath])
 def test_seconds_since_1970_that_are_integers_are_told_apart(path):
     x = torch.randn(3, 2)
     knots = [1_700_000_000 + n for n in (0, 1, 3)]
