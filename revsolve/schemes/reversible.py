@@ -13,7 +13,7 @@ from revsolve.core.arithmetic import Scalar, Time, moment
 from revsolve.core.coupling import CouplingUpdate, Move, Scheme
 from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, is_halved, partial_sums
 from revsolve.schemes.increment import FieldValue, OneEvaluation, RungeKutta
-from revsolve.schemes.tableau import Tableau
+from revsolve.schemes.tableau import Tableau, as_tableau
 
 Y, Z = 0, 1
 COPY = CouplingUpdate(target=Z, source=Y, keep=0.0, mix=1.0)
@@ -24,8 +24,9 @@ MEAN = CouplingUpdate(target=Y, source=Z, keep=0.5, mix=0.5)
 LEAPS = tuple(CouplingUpdate(target=i, source=1 - i, gain=1.0, increment=OneEvaluation(0.5)) for i in (Y, Z))
 
 
-def plain(tableau: Tableau) -> Scheme:
+def plain(tableau: Tableau | str) -> Scheme:
     """The Runge-Kutta method itself (Hairer, Norsett & Wanner 1993, II.1): one state, steps that cannot be undone."""
+    tableau = as_tableau(tableau)
     error = 0.0 if tableau.b_error is None else 1.0
     update = CouplingUpdate(target=Y, source=Y, gain=1.0, increment=RungeKutta(tableau), error=error)
     return Scheme(tableau.name, (update,), (), tableau.order, tableau.error_order)
@@ -36,8 +37,8 @@ def plain(tableau: Tableau) -> Scheme:
 THIRD_ORDER_LONGEST = 8
 
 
-def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
-    """The reversible pair over any explicit Runge-Kutta method (McCallum & Foster 2024, arXiv 2410.11648).
+def reversible(tableau: Tableau | str, coupling: float = 1.0) -> Scheme:
+    """The reversible pair over any explicit Runge-Kutta method, or one given by name (McCallum & Foster 2024, arXiv 2410.11648).
 
     With Psi the increment of the method, l the coupling and h the step,
 
@@ -47,8 +48,10 @@ def reversible(tableau: Tableau, coupling: float = 1.0) -> Scheme:
     stability and loses nothing to rounding, smaller values multiply rounding errors by 1/l for every undone step.
 
     Raises:
-        ValueError: the coupling lies outside (0, 1].
+        TypeError: the method is neither a Tableau nor a name.
+        ValueError: an unknown name; the coupling lies outside (0, 1].
     """
+    tableau = as_tableau(tableau)
     if not 0.0 < coupling <= 1.0:
         raise ValueError(f"coupling must lie in (0, 1], but it is {coupling!r}: 1.0 is the default, papers use 0.999.")
     coupling, increment = float(coupling), RungeKutta(tableau)
@@ -125,8 +128,8 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
     if len(composition) > 1 and eta != 1.0:
         raise ValueError(f"only the undamped method (eta = 1) gains order by composition, but eta is {eta!r}.")
     drift = CouplingUpdate(Y, Z, mix=0.5, rate=True)
-    turn = CouplingUpdate(Z, Y, keep=1.0 - 2.0 * eta, gain=2.0 * eta, increment=OneEvaluation(0.5), rate=True)
-    updates = compose((drift, turn, drift), composition)
+    relax = CouplingUpdate(Z, Y, keep=1.0 - 2.0 * eta, gain=2.0 * eta, increment=OneEvaluation(0.5), rate=True)
+    updates = compose((drift, relax, drift), composition)
     if len(composition) == 1:
         updates = [replace(updates[0], error=-1.0), updates[1], replace(updates[2], error=1.0)]
     else:
@@ -156,32 +159,30 @@ def leapfrog() -> Scheme:
 
 
 @dataclass(frozen=True)
-class _Stopping(CouplingUpdate):
-    """A relaxation in which a sample that has stopped stays where it is: keep 1, gain 0."""
+class _MaskedRelaxation(CouplingUpdate):
+    """A relaxation in which entries that have stopped stay as they are: keep 1, gain 0."""
 
-    moves: Callable[[int], Tensor] | None = (
-        None  # 1 for an entry that takes part in the step of this number, 0 for others
-    )
+    active: Callable[[int], Tensor] | None = None  # in the step of this number 1, or 0 for an entry that has stopped
 
     def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
-        assert self.moves is not None
-        gain = self.gain * self.moves(int(t0))
+        assert self.active is not None
+        gain = self.gain * self.active(int(t0))
         return 1.0 - gain, 0.0, gain
 
 
-def relaxation(beta: Scalar, moves: Callable[[int], Tensor] | None = None) -> Scheme:
+def relaxation(beta: Scalar, active: Callable[[int], Tensor] | None = None) -> Scheme:
     """The reversible fixed-point iteration of RevDEQ (McCallum, Arora & Foster 2025, arXiv 2509.12917).
 
         z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
 
-    Two evaluations a step. beta is a number or a tensor that broadcasts against the state; with `moves`, entries where it is
+    Two evaluations a step. beta is a number or a tensor that broadcasts against the state; with `active`, entries where it is
     0 in a step stay as they are.
     """
-    if moves is None:
-        towards = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=FieldValue())
+    if active is None:
+        update = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=FieldValue())
     else:
-        towards = _Stopping(Z, Y, gain=beta, increment=FieldValue(), moves=moves)
-    return Scheme("relaxation", (towards, replace(towards, target=Y, source=Z)), (COPY,), order=1)
+        update = _MaskedRelaxation(Z, Y, gain=beta, increment=FieldValue(), active=active)
+    return Scheme("relaxation", (update, replace(update, target=Y, source=Z)), (COPY,), order=1)
 
 
 def _composed_name(name: str, order: int) -> str:

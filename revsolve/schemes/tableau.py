@@ -16,7 +16,7 @@ from typing import SupportsFloat
 from revsolve.schemes import dop853
 from revsolve.schemes.order_conditions import dot, failed_order_condition, matvec, rounding
 
-__all__ = ["TABLEAUS", "Tableau"]
+__all__ = ["TABLEAUS", "Tableau", "as_tableau"]
 
 
 @dataclass(frozen=True, init=False)
@@ -240,11 +240,20 @@ EES27 = Tableau(
     c=[0, (2 - R2)/3, (2 + R2)/6, (4 + R2)/6],
 )
 
-TABLEAUS: dict[str, Tableau] = {
-    tableau.name: tableau
-    for tableau in (
-        EULER, MIDPOINT, HEUN2, RALSTON2, HEUN3, RALSTON3, RK4, RK4_38,
-        HEUN_EULER, BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOP853, EES25, EES27,
-    )
-} | {"dop853": DOP853}
+_ALL = (
+    EULER, MIDPOINT, HEUN2, RALSTON2, HEUN3, RALSTON3, RK4, RK4_38,
+    HEUN_EULER, BOSH3, FEHLBERG45, DOPRI5, TSIT5, DOP853, EES25, EES27,
+)
+TABLEAUS: dict[str, Tableau] = {tableau.name: tableau for tableau in _ALL} | {"dop853": DOP853}
 # fmt: on
+
+
+def as_tableau(method: Tableau | str) -> Tableau:
+    """The Tableau, or the one of this name. Raises TypeError for anything else, ValueError for an unknown name."""
+    if isinstance(method, str):
+        if method not in TABLEAUS:
+            raise ValueError(f"{method!r} is no Tableau: known ones are {', '.join(TABLEAUS)}.")
+        return TABLEAUS[method]
+    if not isinstance(method, Tableau):
+        raise TypeError(f"a Tableau or the name of one is needed, but this is a {type(method).__name__}.")
+    return method

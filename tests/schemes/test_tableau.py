@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from revsolve.schemes.reversible import plain, reversible
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 NAMES = list(TABLEAUS)
@@ -134,3 +135,12 @@ def test_replacing_a_field_checks_again():
     assert dataclasses.replace(TABLEAUS["rk4"], name="mine").name == "mine"
     with pytest.raises(ValueError, match="order 5 needs"):
         dataclasses.replace(TABLEAUS["rk4"], order=5)
+
+
+@pytest.mark.parametrize("make", [plain, reversible])
+def test_a_name_stands_for_its_tableau(make):
+    assert make("rk4") == make(TABLEAUS["rk4"])
+    with pytest.raises(ValueError, match=r"'rev_rk4' is no Tableau: known ones are euler, .*rk4, "):
+        make("rev_rk4")
+    with pytest.raises(TypeError, match=r"a Tableau or the name of one is needed, but this is a Scheme"):
+        make(plain("rk4"))
