@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve.paths import interpolation
 from revsolve.paths.observations import observe, staircase
-from revsolve.paths.piecewise import Control, PiecewisePath
+from revsolve.paths.piecewise import Control, PiecewisePath, Times
 
 __all__ = ["Control", "HermitePath", "LinearPath", "NaturalCubicPath"]
 
@@ -23,7 +23,7 @@ class LinearPath(PiecewisePath):
 
     Args:
         x: observations, (..., length, channels); NaN is missing. A gap is bridged by a line, ends are held constant.
-        t: strictly increasing times, (length,); 0, 1, 2, ... if not given.
+        t: strictly increasing times, (length,), numbers being taken in double precision; 0, 1, 2, ... if not given.
         lengths: rows of each sample that count, (...,) integers; after them the sample's path stands still.
         rectilinear: index of a channel that holds the time. The path then moves in that channel first and in the others
             second, on 2 length - 1 knots, which makes it causal (Morrill et al. 2021); `t` must have that length.
@@ -40,7 +40,7 @@ class LinearPath(PiecewisePath):
     """
 
     def __init__(
-        self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None, rectilinear: int | None = None
+        self, x: Tensor, t: Times | None = None, *, lengths: Lengths = None, rectilinear: int | None = None
     ) -> None:
         obs = observe(x, t, lengths) if rectilinear is None else staircase(observe(x, None, lengths), t, rectilinear)
         coefficients, values = interpolation.linear(obs)
@@ -55,7 +55,7 @@ class HermitePath(PiecewisePath):
     Lyons (2021, arXiv 2106.11028) for the choice of backward differences.
     """
 
-    def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:
+    def __init__(self, x: Tensor, t: Times | None = None, *, lengths: Lengths = None) -> None:
         obs = observe(x, t, lengths)
         coefficients, values = interpolation.hermite(obs)
         super().__init__(obs.t, coefficients, values.diff(dim=0), _early_ends(obs.t, obs.within))
@@ -69,7 +69,7 @@ class NaturalCubicPath(PiecewisePath):
     Morrill, Foster & Lyons (2020, arXiv 2005.08926) for their use in neural CDEs.
     """
 
-    def __init__(self, x: Tensor, t: Tensor | None = None, *, lengths: Lengths = None) -> None:
+    def __init__(self, x: Tensor, t: Times | None = None, *, lengths: Lengths = None) -> None:
         obs = observe(x, t, lengths)
         coefficients, values = interpolation.natural(obs)
         super().__init__(obs.t, coefficients, values.diff(dim=0), _early_ends(obs.t, obs.within))

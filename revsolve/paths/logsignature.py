@@ -6,7 +6,6 @@ linear pieces here, taken for all pieces, windows and samples at once. See Reute
 and for the log-ODE method Morrill et al., "Neural rough differential equations for long time series" (2021).
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Literal
@@ -17,11 +16,11 @@ from torch import Tensor
 from revsolve.field.functorch import numbers
 from revsolve.paths.control import Lengths, LinearPath
 from revsolve.paths.observations import as_times, fill_linear, observe
-from revsolve.paths.piecewise import PiecewisePath, lies_inside, number
+from revsolve.paths.piecewise import PiecewisePath, Times, lies_inside, number
 
 Word = tuple[int, ...]
 Basis = Literal["words", "brackets"]
-Windows = float | Tensor | Sequence[float]
+Windows = float | Times
 
 
 @lru_cache(maxsize=64)
@@ -43,7 +42,7 @@ def standard_factors(word: Word) -> tuple[Word, Word]:
     return word[: -len(v)], v
 
 
-def logsignature(x: Tensor, depth: int, *, t: Tensor | None = None, basis: Basis = "words") -> Tensor:
+def logsignature(x: Tensor, depth: int, *, t: Times | None = None, basis: Basis = "words") -> Tensor:
     """The log-signature of the linear path through `x`, (..., len(lyndon_words(channels, depth))); see Reutenauer (1993).
 
     Args:
@@ -65,7 +64,7 @@ def logsignature(x: Tensor, depth: int, *, t: Tensor | None = None, basis: Basis
 
 
 def window_logsignatures(
-    x: Tensor, depth: int, windows: Windows, t: Tensor | None = None, *, lengths: Lengths = None, basis: Basis = "words"
+    x: Tensor, depth: int, windows: Windows, t: Times | None = None, *, lengths: Lengths = None, basis: Basis = "words"
 ) -> tuple[Tensor, Tensor]:
     """Log-signatures over consecutive windows, (..., number of windows, words), and the windows' ends, (number + 1,).
 
@@ -82,7 +81,7 @@ def window_logsignatures(
     return _over_windows(LinearPath(x, t, lengths=lengths), depth, windows, basis)
 
 
-def logsig_windows(x: Tensor, depth: int, window_length: float, t: Tensor | None = None) -> Tensor:
+def logsig_windows(x: Tensor, depth: int, window_length: float, t: Times | None = None) -> Tensor:
     """The path of summed log-signatures over windows, (..., number of windows + 1, words), as torchcde's function.
 
     Interpolate it at times 0, 1, 2, ... for a neural rough differential equation, whose field has one column per Lyndon
@@ -111,7 +110,7 @@ class LogSignaturePath(PiecewisePath):
     """
 
     def __init__(
-        self, x: Tensor, depth: int, windows: Windows, t: Tensor | None = None, *, lengths: Lengths = None
+        self, x: Tensor, depth: int, windows: Windows, t: Times | None = None, *, lengths: Lengths = None
     ) -> None:
         _check(depth, "brackets")
         path = LinearPath(x, t, lengths=lengths)

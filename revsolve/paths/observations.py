@@ -8,12 +8,12 @@ runs along it. All work is vectorised over series and over time, and differentia
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from revsolve.field.functorch import of_every_sample, outside
+from revsolve.paths.piecewise import Times
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Observations:
         return values.reshape(-1, *(1,) * (self.x.ndim - 1))
 
 
-def observe(x: Tensor, t: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None) -> Observations:
+def observe(x: Tensor, t: Times | None = None, lengths: Tensor | Sequence[int] | None = None) -> Observations:
     """Check a series and return its `Observations`; reads the device, so do it once per batch and not once per step.
 
     Args:
@@ -95,7 +95,7 @@ def fill_linear(obs: Observations) -> Tensor:
     return start + weight.to(start.dtype) * (stop - start)
 
 
-def staircase(obs: Observations, t: Tensor | None, channel: int) -> Observations:
+def staircase(obs: Observations, t: Times | None, channel: int) -> Observations:
     """The causal staircase through `obs`: first the time channel moves, then the others, 2 length - 1 rows.
 
     Args:
@@ -132,7 +132,7 @@ def staircase(obs: Observations, t: Tensor | None, channel: int) -> Observations
     return Observations(x, _checked_times(x.movedim(0, -2), t), None if observed is None else observed[rows], None)
 
 
-def as_times(t: Tensor | Sequence[Any], device: torch.device) -> Tensor:
+def as_times(t: Times, device: torch.device) -> Tensor:
     """Times as a tensor: in double precision, unless they are a floating-point tensor."""
     if isinstance(t, Tensor) and t.is_floating_point():
         return t.to(device)
@@ -142,7 +142,7 @@ def as_times(t: Tensor | Sequence[Any], device: torch.device) -> Tensor:
     return torch.as_tensor(t, dtype=dtype).to(device)
 
 
-def _checked_times(x: Tensor, t: Tensor | None) -> Tensor:
+def _checked_times(x: Tensor, t: Times | None) -> Tensor:
     length = x.shape[-2]
     if t is None:
         return torch.arange(length, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
