@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from revsolve.paths.logsignature import lyndon_words, standard_factors
+from revsolve.paths.logsignature import check_depth, lyndon_words, standard_factors
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class LogODEField:
     depth: int = 2
 
     def __post_init__(self) -> None:
-        if self.depth not in (1, 2, 3):
-            raise ValueError(f"depth must be 1, 2 or 3, but it is {self.depth!r}.")
+        check_depth(self.depth)
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """The fields and brackets at z, (..., hidden, words)."""

@@ -122,9 +122,14 @@ class LogSignaturePath(PiecewisePath):
         super().__init__(times, torch.stack([values, logs / steps], 1), logs, times[1:-1])
 
 
-def _check(depth: int, basis: str) -> None:
+def check_depth(depth: int) -> None:
+    """Raise ValueError unless the depth is one that log-signatures are computed to."""
     if depth not in (1, 2, 3):
         raise ValueError(f"depth must be 1, 2 or 3, but it is {depth!r}.")
+
+
+def _check(depth: int, basis: str) -> None:
+    check_depth(depth)
     if basis not in ("words", "brackets"):
         raise ValueError(f"basis must be 'words' or 'brackets', but it is {basis!r}.")
 

@@ -139,7 +139,7 @@ def as_times(t: Times, device: torch.device) -> Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack the latter
     if isinstance(t, (list, tuple)) and any(isinstance(s, Tensor) for s in t):  # whose gradients as_tensor would drop
         return torch.stack([torch.as_tensor(s, dtype=dtype, device=device) for s in t])
-    return torch.as_tensor(t, dtype=dtype).to(device)
+    return torch.as_tensor(t, dtype=dtype, device=device)
 
 
 def _checked_times(x: Tensor, t: Times | None) -> Tensor:

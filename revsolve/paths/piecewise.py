@@ -220,6 +220,6 @@ def _weighted_sum(terms: Sequence[Tensor], weights: Sequence[Time]) -> Tensor:
     return value
 
 
-def _like_query(values: Tensor, t: Time) -> Tensor:
+def _like_query(values: Tensor, t: Tensor) -> Tensor:
     """Values (n, ..., channels) in the shape that a query at `t` of shape (n,) or () asks for."""
-    return values.movedim(0, -2) if isinstance(t, Tensor) and t.ndim else values[0]
+    return values.movedim(0, -2) if t.ndim else values[0]
