@@ -4,7 +4,7 @@ from revsolve.backends.inductor.transcript import CompilationError
 from revsolve.brownian.path import BrownianPath
 from revsolve.cde import cdeint
 from revsolve.core.gradient import ReconstructionWarning
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.extras.progress import AcceptedStep
 from revsolve.fixed_point import ConvergenceWarning, FixedPoint, RevDEQ, fixed_point

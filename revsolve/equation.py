@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.dense import Dense, every_step
@@ -127,8 +127,7 @@ def densely(equation: Equation, t: Any) -> Solution:
         make = equation.steps([times[0], times[-1]], term, t)
     problem = equation.problem(term, times, every_step(make), abs(times[-1] - times[0]))
     states = solve(problem, equation.x0, None)
-    assert problem.grid is not None
-    steps = problem.grid.times
+    steps = list(problem.stats.times)
     interpolant = Dense(problem, states, equation.results, clock.shift, equation.breaks(steps))
     return Solution(as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
 
@@ -152,7 +151,7 @@ def at_times_of_each(equation: Equation, y0: Any, t: Tensor) -> Solution:
         make = steps_of_each(clock, make) if own else make
     problem = equation.problem(term, times, make, times[-1])
     xs = solve(problem, equation.x0, None) if len(times) > 1 else equation.x0[None]
-    steps = times if problem.grid is None else problem.grid.times
+    steps = problem.stats.times or times
     return Solution(t, equation.results(xs, 1), problem.stats, steps)
 
 
@@ -184,8 +183,7 @@ def until_event(equation: Equation, t: Any, event_fn: Callable[..., Any]) -> tup
     t = as_tensor(t)
     event_t, shift = found.to(t), _shift(t)
     event_t = event_t if shift is None else event_t + shift
-    assert problem.grid is not None
-    steps = [*problem.grid.times, float(found.detach())]
+    steps = [*problem.stats.times, float(found.detach())]
     return event_t, Solution(torch.stack([t[0], event_t]), equation.results(states, 1), problem.stats, steps)
 
 

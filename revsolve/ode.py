@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.equation import Way, solution_at, until_event
@@ -22,7 +22,7 @@ from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.field.functorch import followed
 from revsolve.field_term import FieldTerm
 from revsolve.prepare.options import choose_steps, explain, scheme_and_options
-from revsolve.prepare.problem import by_programs, prepare
+from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import Clock, as_tensor, check_times
 from revsolve.schemes.tableau import Tableau
@@ -180,11 +180,8 @@ class _Equation(Way):
         span = (times[0], times[1] if len(times) > 1 else times[0] + 1.0)
         make = watched(make, self.progress, self.callback, f"odeint {self.scheme.name}", length, self.packing.unpack)
         owners = (self.func, self.arguments)
-        problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
-        problem.explain = explain(term.value)
-        if self.compile:
-            by_programs(problem, self.compile, self.x0, t)
-        return problem
+        how = (self.scheme, make, self.gradient, self.restarts)
+        return prepare(term, self.x0, t, span, owners, *how, explain=explain(term.value), compile=self.compile)
 
     def results(self, xs: Tensor, num_dims: int) -> Any:
         return self.packing.unpack(xs)
@@ -206,8 +203,7 @@ class _Equation(Way):
         moving = t if isinstance(t, Tensor) and followed(t) else None
         problem = self.problem(term, times, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving) if len(times) > 1 else self.x0[None]
-        steps = times if problem.grid is None else problem.grid.times
-        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, steps)
+        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, problem.stats.times or times)
 
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.extras.dense import Dense
 
 

@@ -17,8 +17,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
-    {"backends"},
-    {"schemes", "field"},
+    {"field"},
+    {"backends", "schemes"},
     {"brownian", "paths"},
     {"compat"},
     {"prepare"},

@@ -18,7 +18,7 @@ from revsolve.cde.term import MatrixTerm, ProductTerm, cde_term, source_of
 from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Problem, Stats
+from revsolve.core.problem import Problem, Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.equation import Way, solution_at, until_event, with_kinks
@@ -28,7 +28,7 @@ from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.field.functorch import followed
 from revsolve.paths.control import Control
 from revsolve.prepare.options import adapts, choose_steps, explain, scheme_and_options
-from revsolve.prepare.problem import by_programs, prepare
+from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import as_tensor, check_times
 from revsolve.schemes.tableau import Tableau
@@ -161,12 +161,21 @@ class _Equation(Way):
         assert isinstance(term, (MatrixTerm, ProductTerm))
         make = watched(make, self.progress, self.callback, f"cdeint {self.scheme.name}", length, self.packing.unpack)
         owners = (self.func, *term.control.tensors)
-        problem = prepare(term, self.x0, t, span, owners, self.scheme, make, self.gradient, self.restarts)
         rates = term if isinstance(term.control.control, PathOfEach) else self.rates
-        problem.explain = explain(lambda t, x: rates.product(rates.value(t, x), rates.control(t, t, t))[0])
-        if self.compile:
-            by_programs(problem, self.compile, self.x0, t, source_of(term))
-        return problem
+        return prepare(
+            term,
+            self.x0,
+            t,
+            span,
+            owners,
+            self.scheme,
+            make,
+            self.gradient,
+            self.restarts,
+            explain=explain(lambda t, x: rates.product(rates.value(t, x), rates.control(t, t, t))[0]),
+            compile=self.compile,
+            source=source_of(term) if self.compile else None,
+        )
 
     def results(self, xs: Tensor, num_dims: int) -> Any:
         front, back = tuple(range(num_dims)), tuple(range(-1 - num_dims, -1))
@@ -211,6 +220,4 @@ class _Equation(Way):
         term = cde_term(self.func, self.packing, drive)
         problem = self.problem(term, span, make, abs(times[-1] - times[0]), moving)
         xs = solve(problem, self.x0, moving)
-        assert problem.grid is not None
-        steps = problem.grid.times
-        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, steps)
+        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, problem.stats.times)

@@ -103,6 +103,11 @@ class Scheme:
         return bool(self.restart)
 
     @property
+    def has_tensors(self) -> bool:
+        """Whether a coefficient is a tensor, which may have a gradient."""
+        return any(isinstance(c, Tensor) for update in self.updates for c in (update.keep, update.mix, update.gain))
+
+    @property
     def alternates(self) -> bool:
         """Whether what z carries of its own changes sign with every step."""
         return bool(math.prod(value_of(update.keep) for update in self.updates if update.target == 1) < 0)

@@ -1,10 +1,11 @@
-"""The engine: the gradient of a discrete solve, in three ways.
+"""The gradient of a discrete solve, in three ways.
 
     reversible   undo the steps one by one, differentiating each as it is undone     keeps the last pair and the restarts
     checkpoint   recompute segments of about sqrt(N) steps from stored states        keeps about 2 sqrt(N) states
-    direct       plain automatic differentiation through the march                   keeps everything
+    direct       plain automatic differentiation through the steps                   keeps everything
 
-All three give the gradient of the same discrete map. `Solved` is the single place where gradients are computed.
+All three give the gradient of the same discrete map. `Solve.gradient` is the single place where gradients are computed, and
+`Differentiable` the one node that a solve is in the graph of autograd.
 """
 
 from __future__ import annotations
@@ -12,23 +13,19 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from revsolve.core.arithmetic import Time, accumulate
-from revsolve.core.capture import capturing
 from revsolve.core.coupling import Pair, moves, over, pull_back
-from revsolve.core.integrate import Problem, Walk, march, moments, replay, replay_all, size_of
-from revsolve.core.replay import Ambient, Gate, StandIns, Unchanged, has_hooks
+from revsolve.core.integrate import Walk, march, moments, replay, replay_all, size_of
+from revsolve.core.problem import Gradients, Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, leaf_of
-
-NOTHING = nullcontext()
 
 
 class ReconstructionWarning(UserWarning):
@@ -37,81 +34,209 @@ class ReconstructionWarning(UserWarning):
 
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
     """The states at the output times, stacked: (len(t), *y0.shape)."""
-    if problem.rule is not None:
-        return problem.rule(problem, y0, t)
-    inputs = [x for x in (y0, t, *problem.tensors) if x is not None]
-    if problem.values_hidden and t is None:
-        return torch.stack(march(problem, y0)[0])
-    if not (problem.tangents or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
+    field = problem.field
+    if problem.operation is not None:
+        return Differentiable.apply(problem.operation(problem), y0, t, *field.tensors)[0]
+    inputs = [x for x in (y0, t, *field.tensors) if x is not None]
+    wanted = problem.followed or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    if wanted and problem.gradient != "direct":
+        return Differentiable.apply(Solve(problem), y0, t, *field.tensors)[0]
+    if not wanted:
         with torch.no_grad():
-            return _states(problem, y0)[0]
-    if problem.gradient != "direct":
-        return Solved.apply(problem, y0, t, *problem.tensors)
+            return states(problem, y0.detach())[0]
     if t is None:
-        return torch.stack(march(problem, y0)[0])
+        return torch.stack(march(problem, field.term, y0)[0])
     with torch.no_grad():
-        march(problem, y0)
-    assert problem.grid is not None
-    with problem.buffers or NOTHING:
-        return torch.stack(replay_all(problem, problem.grid, y0, t))
+        _, _, grid = march(problem, field.term, y0)
+    with field.as_solved():
+        return torch.stack(replay_all(problem, field.term, grid, y0, t))
 
 
-def _states(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[Tensor, Pair]:
-    if problem.compiled:
-        return problem.compiled.march(problem, y0, store)
-    ys, pair = march(problem, y0, store)
-    return torch.stack(ys), pair
+def states(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[Tensor, Pair, Grid]:
+    """The states due as output, the last pair and the grid."""
+    if problem.backend is not None:
+        return problem.backend.march(problem, y0, store)
+    ys, pair, grid = march(problem, problem.field.term, y0, store)
+    return torch.stack(ys), pair, grid
 
 
-class Solved(torch.autograd.Function):
-    """The discrete solve as one differentiable operation: the single place where gradients are computed."""
+class Operation(Protocol):
+    """What a node of the graph does: a function of tensors, its gradient, and what it is for a batch."""
+
+    num_differentiable: int | None  # so many results have a gradient, the first ones; None: all
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]: ...
+
+    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs; saved are the inputs and the results without gradient."""
+        ...
+
+    def map_batch(self, info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> tuple[Any, Any]:
+        """The results for all samples of a torch.vmap, and the dimensions in which samples lie."""
+        ...
+
+
+class Differentiable(torch.autograd.Function):
+    """`operation(*inputs)` as one node of the graph of autograd, and of every level of torch.func."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(operation: Operation, *inputs: Any) -> tuple[Tensor, ...]:
+        return operation(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operation, *given = inputs
+        first = ctx.operation.num_differentiable
+        kept = () if first is None else output[first:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*given, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.operation.pull_back(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Any) -> tuple[Any, Any]:
+        return operation.map_batch(info, in_dims[1:], inputs)
+
+
+class Solve:
+    """The solve of a problem as an operation: (y0, t, *tensors) to the states at the output times, and the pairs kept."""
+
+    num_differentiable = 1
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.grid: Grid | None = None
+        self.kept_after: list[int] = []  # the steps after which pairs were kept; the first is y0 alone
+        self.paired = False  # whether pairs have a z
+
+    def __call__(self, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        problem = self.problem
         marks: list[tuple[int, Pair]] = []
-        ys, pair = _states(problem, y0.detach(), keep_in(problem, marks))
-        assert problem.grid is not None
-        marks.append((problem.grid.num_steps, pair))
-        ctx.problem, ctx.grid = problem, problem.grid
-        ctx.steps = [n for n, _ in marks]
-        ctx.ambient, ctx.unchanged = Ambient.now(), Unchanged(problem.constants)
-        pairs = [x for _, kept in marks for x in kept]
-        ctx.save_for_backward(y0, t, *tensors, *pairs)
-        problem.stats.num_stored_states = sum(x is not None for x in pairs)
-        return ys
+        ys, last, self.grid = states(problem, y0.detach(), keep_in(problem, marks))
+        kept = self._keep(marks, last)
+        if problem.readable:
+            problem.field.conclude(partial(self.again, y0.detach()), self.grid.times[-1], problem.narrowed(last[0]))
+        return ys, *kept
+
+    def again(self, y0: Tensor) -> None:
+        """Take the same steps once more."""
+        assert self.grid is not None
+        replay_all(self.problem, self.problem.field.term, self.grid, y0, None)
+
+    def _keep(self, marks: list[tuple[int, Pair]], last: Pair) -> list[Tensor]:
+        """All members of the pairs kept, but y0; the statistics count them."""
+        assert self.grid is not None
+        kept = [x for pair in (*(pair for _, pair in marks[1:]), last) for x in pair if x is not None]
+        self.kept_after, self.paired = [*(n for n, _ in marks), self.grid.num_steps], last[1] is not None
+        self.problem.stats.num_stored_states = 1 + len(kept)
+        return kept
+
+    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        y0, t, *rest = ctx.saved_tensors  # unpacking checks that nothing was changed in place
+        field, needed = self.problem.field, ctx.needs_input_grad[1:]
+        tensors, grad_ys = rest[: len(field.tensors)], grads[0]
+        if grad_ys is None:
+            return (None,) * len(needed)
+        with field.as_solved():
+            if torch.is_grad_enabled():
+                return self.differentiable_gradient(grad_ys, y0, t, tensors)
+            marks = self.marks(y0, rest[len(tensors) :])
+            del rest
+            ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
+            leaves = field.stand_ins(tensors, lambda x: x.detach().requires_grad_())
+            found = iter(self.gradient(needed, grad_ys, t, leaves, marks))
+        return tuple(next(found) if needs else None for needs in needed)
+
+    def marks(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, Pair]:
+        """The pairs that were kept, by the steps after which."""
+        members = iter(kept)
+        pairs: list[Pair] = [(y0.detach(), None)]
+        pairs += [(y, next(members) if self.paired else None) for y in members]
+        return dict(zip(self.kept_after, pairs, strict=True))
+
+    def gradient(
+        self,
+        needed: Sequence[bool],
+        grad_ys: Tensor,
+        t: Tensor | None,
+        leaves: Sequence[Tensor],
+        marks: dict[int, Pair],
+    ) -> list[Tensor | None]:
+        """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
+        problem, grid = self.problem, self.grid
+        assert grid is not None
+        undoes, backend = problem.gradient == "reversible", problem.backend
+        undoing, repeating = (undo, recompute) if backend is None else (backend.undo, backend.recompute)
+        sweep = undoing if undoes else repeating
+        wanted = [x for x, needs in zip(leaves, needed[2:], strict=True) if needs]
+        moving = bool(needed[1])
+        with problem.field.at(leaves) as term:
+            tape = Tape(term, wanted, problem.field.audit(leaves), problem.state_dtype)
+            grad_y0, grad_times = sweep(problem, grid, marks, grad_ys, tape, moving)
+        problem.stats.num_backward_evaluations = tape.memo.num_evaluations
+        found = [grad_y0] if needed[0] else []
+        if moving:
+            assert t is not None
+            found.append(time_gradient(grid, t, grad_times))
+        return [*found, *(total.to(p.dtype) for total, p in zip(tape.sums, wanted, strict=True))]
+
+    def differentiable_gradient(
+        self, grad_ys: Tensor, y0: Tensor, t: Tensor | None, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient as a differentiable function of all inputs, for higher derivatives: replayed with everything kept."""
+        assert self.grid is not None
+        field = self.problem.field
+        with Gate() as gate:
+            start, times, stand_ins = gate(y0), None if t is None else gate(t), field.stand_ins(tensors, gate)
+            inputs = [start, times, *stand_ins]
+            audit = field.audit([x for x in inputs if x is not None])
+            with field.at(stand_ins) as term:
+                ys = torch.stack(replay_all(self.problem, term, self.grid, start, times))
+            if audit is not None:
+                audit([ys], [])
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            got = torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True)
+        found = {id(x): g for x, g in zip(wanted, got, strict=True)}
+        return tuple(None if x is None else found.get(id(x)) for x in inputs)
+
+    def map_batch(self, info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> tuple[Any, Any]:
+        raise AssertionError("inside torch.func a problem brings an operation of its own")
+
+
+class Gate:
+    """Cuts tensors off from their history while the context is open, and joins them to it again afterwards.
+
+    A gradient that is itself differentiable must not run into the history of its inputs while it is taken (the surrounding
+    backward pass does that), but derivatives of it must.
+    """
+
+    def __enter__(self) -> Gate:
+        self.shut = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shut = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Gated.apply(self, x)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, x: Tensor) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
-        problem, grid, tensors = ctx.problem, ctx.grid, ctx.problem.tensors
-        saved, split = ctx.saved_tensors, 2 + len(tensors)  # unpacking checks that nothing was changed in place
-        ctx.unchanged()
-        y0, t = saved[:2]
-        if torch.is_grad_enabled():
-            with ctx.ambient, problem.buffers or NOTHING:
-                return None, *_differentiable_gradient(problem, grid, y0, t, grad_ys)
-        marks = dict(zip(ctx.steps, zip(saved[split::2], saved[split + 1 :: 2], strict=True), strict=True))
-        del saved
-        ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
-        sweeps, undoes, batched = problem.compiled, problem.gradient == "reversible", is_legacy_batchedtensor(grad_ys)
-        method = undo if undoes else recompute
-        if sweeps and not batched:  # is_grads_batched=True, which programs know nothing of
-            method = sweeps.undo if undoes else sweeps.recompute
-        within = _stand_ins(problem, lambda x: x.detach().requires_grad_())
-        with ctx.ambient, problem.buffers or NOTHING, within as leaves:
-            tape = Tape(problem.term, leaves, problem.audit, problem.narrow)
-            tape.batched = batched
-            moving = t is not None and ctx.needs_input_grad[2]
-            grad_y0, grad_times = method(problem, grid, marks, grad_ys, tape, moving)
-        problem.stats.num_backward_evaluations = tape.memo.num_evaluations
-        grad_t = time_gradient(grid, t, grad_times) if moving else None
-        grads = (total.to(p.dtype) for total, p in zip(tape.sums, tensors, strict=True))
-        return None, grad_y0, grad_t, *grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        return None, None if ctx.gate.shut else grad
 
 
 @torch.enable_grad()  # for what the tape records; the pair and the cotangents themselves never require a gradient
-def undo(
-    problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
-) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
     scheme = problem.scheme
     grads = Grads()
@@ -133,7 +258,7 @@ def undo(
                 pair = (stored[0], pair[1])
                 for update in reversed(scheme.restart):
                     pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
-            pair, tape.audit_due = stored, True
+            pair = stored
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
@@ -143,7 +268,7 @@ def undo(
 
 def recompute(
     problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
-) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+) -> Gradients:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: tuple[Tensor | None, ...] = (None, None)
     grad_times: dict[int, Tensor | None] = {}
@@ -165,10 +290,10 @@ def recompute(
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
         inputs = [x for x in leaves if x is not None]
-        tape.audit([x for x, _ in ends], [*inputs, *times, *tape.tensors])
-        got = torch.autograd.grad(
-            [x for x, _ in ends], [*inputs, *times, *tape.tensors], [g for _, g in ends], allow_unused=True
-        )
+        results, sources = [x for x, _ in ends], [*inputs, *times, *tape.tensors]
+        if tape.audit is not None:
+            tape.audit(results, sources)
+        got = torch.autograd.grad(results, sources, [g for _, g in ends], allow_unused=True)
         grads = (got[0], got[1] if len(inputs) == 2 else None)
         for n, grad in enumerate(got[len(inputs) : len(inputs) + len(times)]):
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
@@ -218,30 +343,6 @@ def keep_in(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, P
     return store
 
 
-def _differentiable_gradient(
-    problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None, grad_ys: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradient as a differentiable function of all inputs, for higher derivatives: replayed with everything kept."""
-    with Gate() as gate, _stand_ins(problem, gate) as tensors:
-        y, s = gate(y0), None if t is None else gate(t)
-        ys = torch.stack(replay_all(problem, grid, y, s))
-        inputs = [x for x in (y, s, *tensors) if x is not None and x.requires_grad]
-        got = torch.autograd.grad(ys, inputs, grad_ys, create_graph=True, allow_unused=True)
-    found = {id(x): g for x, g in zip(inputs, got, strict=True)}
-    return tuple(None if x is None else found.get(id(x)) for x in (y, s, *tensors))
-
-
-@contextmanager
-def _stand_ins(problem: Problem, make: Callable[[Tensor], Tensor]) -> Iterator[Sequence[Tensor]]:
-    """The tensors to differentiate by: those of the problem, or stand-ins where one was computed from another or has
-    hooks, which are to see the gradient of the solve alone."""
-    if not (problem.stand_in or any(map(has_hooks, problem.tensors))):  # hooks may be new
-        yield problem.tensors
-        return
-    with StandIns(problem.tensors, make) as mode:
-        yield mode.tensors
-
-
 def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
     """The gradient of the output times, from those of all recorded times."""
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -254,7 +355,7 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
 def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
     """Judge how far what was reconstructed lies from what was stored, segment by segment, relative to the larger of the `sizes`
     of the states at its ends; a gradient is never silently wrong. One device read."""
-    if capturing():
+    if not problem.readable:
         return
     kind = torch.finfo(distances[0].dtype)
     found = torch.stack([*distances, *sizes]).tolist()

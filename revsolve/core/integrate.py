@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,69 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.capture import capturing
 from revsolve.core.coupling import Pair, Scheme, advance, evaluations, moves, over
 from revsolve.core.modes import Modes
-from revsolve.core.replay import Buffers
-from revsolve.core.restarts import Restarts, Segments
+from revsolve.core.problem import Problem
+from revsolve.core.restarts import Segments
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
 
 FORESEEN = 1000  # steps of which the times are made beforehand
-
-
-@dataclass
-class Stats:
-    """What a solve did. Counters of the backward pass are filled in by it; `num_steps` counts accepted steps."""
-
-    num_steps: int = 0
-    num_rejected: int = 0
-    num_restarts: int = 0
-    num_evaluations: int = 0
-    num_backward_evaluations: int = 0
-    num_stored_states: int = 0
-    reconstruction_error: float | None = None
-    times: Sequence[float] = field(default=(), repr=False, compare=False)
-
-    @property
-    def step_sizes(self) -> list[float]:
-        """The lengths of the accepted steps, negative backward in time; those of the step variable where that is not the time."""
-        return [b - a for a, b in itertools.pairwise(self.times)]
-
-
-@dataclass
-class Problem:
-    """Everything the engine needs: raw input has been checked and packed before."""
-
-    scheme: Scheme
-    term: Term
-    make_stepper: Callable[[], Stepper]
-    gradient: str
-    restarts: Restarts | None
-    stats: Stats
-    tensors: tuple[Tensor, ...] = ()
-    audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None] = lambda outputs, own: None
-    constants: tuple[Tensor, ...] = ()  # what the field uses besides
-    buffers: Buffers | None = None  # those that the field changes, but that do not change its values
-    first_value: tuple[Any, ...] | None = None
-    explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
-    anchor_every: int | None = None
-    narrow: torch.dtype | None = None  # that of states and cotangents,
-    wide: torch.dtype | None = None  # and that of the pair, where it is wider
-    rounding: float | None = None  # that of the field, where it is coarser than the state's
-    remedy: str = "restart more often (restarts=8, say), use a wider dtype"
-    stand_in: bool = False  # for tensors, while gradients are taken
-    values_hidden: bool = False
-    tangents: bool = False  # some tensors may carry one: derivatives in forward mode
-    rule: Callable[[Problem, Tensor, Tensor | None], Tensor] | None = None  # what solves instead, inside torch.func
-    grid: Grid | None = None
-    compiled: Any = None  # what marches and undoes in the place of the functions of these names
-
-    def widened(self, y: Tensor) -> Tensor:
-        return y if self.wide is None else y.to(self.wide)
-
-    def narrowed(self, y: Tensor) -> Tensor:
-        return y if self.narrow is None else y.to(self.narrow)
 
 
 class Judged(Protocol):
@@ -122,17 +66,17 @@ class Walk:
 
 def march(
     problem: Problem,
+    term: Term,
     y0: Tensor,
     store: Callable[[int, Pair], None] | None = None,
     walking: Callable[[Scheme, Memo], Walking] = Walk,
-) -> tuple[list[Tensor], Pair]:
-    """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, and the last pair."""
-    stepper, memo = problem.make_stepper(), Memo(problem.term)
+) -> tuple[list[Tensor], Pair, Grid]:
+    """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, the last pair and the grid."""
+    stepper, memo = problem.make_stepper(), Memo(term)
     pair: Pair = (problem.widened(y0), None)
-    if problem.first_value is not None:
+    if problem.field.first is not None:
         memo.num_evaluations = 1
-        memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.first_value)
-        problem.first_value = None
+        memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.field.first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
     if memo.foresee is not None and stepper.num_total is not None:
         path = moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)
@@ -164,16 +108,15 @@ def march(
             grid.restarts.add(start)
         if store is not None:
             store(start, begin if start else (y0, None))
-    conclude(problem, stepper, pair[0], y0, memo.num_evaluations)
-    return ys, pair
+    conclude(problem, term, stepper, pair[0], y0, memo.num_evaluations)
+    return ys, pair, grid
 
 
-def conclude(problem: Problem, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
+def conclude(problem: Problem, term: Term, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
     """Raise unless the last state is finite; note what was done."""
     grid, stats = stepper.grid, problem.stats
-    if not (problem.values_hidden or capturing()) and not math.isfinite(size_of(y.detach())):
-        raise non_finite(problem, grid, y0)
-    problem.grid = grid
+    if problem.readable and not math.isfinite(size_of(y.detach())):
+        raise non_finite(problem, term, grid, y0)
     stats.num_steps, stats.num_rejected = grid.num_steps, stepper.num_rejected
     stats.times = grid.times
     stats.num_restarts, stats.num_evaluations = max(0, len(grid.restarts) - 1), num_evaluations
@@ -191,10 +134,10 @@ def replay(
     return pair, outputs
 
 
-def replay_all(problem: Problem, grid: Grid, y0: Tensor, t: Tensor | None) -> list[Tensor]:
+def replay_all(problem: Problem, term: Term, grid: Grid, y0: Tensor, t: Tensor | None) -> list[Tensor]:
     """Repeat the whole solve; the outputs as functions of y0, and of t where that requires a gradient."""
     times: Sequence[Time] = grid.times if t is None else list(moments(grid, t).unbind())
-    walk = Walk(problem.scheme, Memo(problem.term))
+    walk = Walk(problem.scheme, Memo(term))
     _, outputs = replay(problem, grid, (problem.widened(y0), None), 0, grid.num_steps, times, walk)
     return [outputs.get(i, y0) for i in range(len(grid.outputs))]
 
@@ -247,9 +190,9 @@ def last_step(grid: Grid, n: int) -> float:
     return grid.times[n] - grid.times[n - 1]
 
 
-def non_finite(problem: Problem, grid: Grid, y0: Tensor) -> RuntimeError:
+def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeError:
     """Repeat the steps one by one to say where the field or the state stopped being finite."""
-    watch = _Watch(problem.term)
+    watch = _Watch(term)
     walk = Walk(problem.scheme, Memo(watch))
     pair: Pair = (problem.widened(y0), None)
     with torch.no_grad():

@@ -7,12 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr as sequence_number  # that of the next node of the autograd graph
-from torch.autograd import Variable
 
 from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
-
-ENGINE = getattr(Variable, "_execution_engine", None)  # not public, so it may go one day
 
 
 class Term(Protocol):
@@ -150,6 +146,10 @@ class Grads:
             self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
 
 
+# Raises RuntimeError if outputs, recorded since it was called last, depend on anything but the inputs.
+Audit = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+
+
 class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
@@ -158,22 +158,14 @@ class Tape:
     """
 
     def __init__(
-        self,
-        term: Term,
-        tensors: Sequence[Tensor],
-        audit: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
-        narrow: torch.dtype | None = None,
+        self, term: Term, tensors: Sequence[Tensor], audit: Audit | None = None, narrow: torch.dtype | None = None
     ) -> None:
         self.narrow = narrow
         self.memo = Memo(term)
-        self.batched = False  # whether a cotangent stands for a batch of them
         self.tensors = tuple(tensors)
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
-        self.audit_due = True
-        self.looks: set[tuple[int, ...]] = set()  # sizes of recorded graphs, with the inputs that each does not use
-        self.num_nodes = sequence_number()
         self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
@@ -223,48 +215,35 @@ class Tape:
             assert self.member is not None and self.leaf is not None
             inputs = (self.leaf, *self.times, *self.tensors)
             outputs, cotangents = self.outputs, self.cotangents
+            if self.audit is not None:
+                self.audit(outputs, inputs)
             total = grads[self.member] if self.weight == 1.0 else None
             joins = total is not None and total.dtype is self.leaf.dtype
             if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
             got = vector_jacobian_product(outputs, inputs, cotangents)
-            unused = [i for i, grad in enumerate(got) if grad is None]
-            num_nodes = sequence_number()
-            look = (num_nodes - self.num_nodes, *unused)
-            self.num_nodes = num_nodes
-            if self.audit_due or look not in self.looks:  # walking the graph is dear
-                self.audit(self.outputs, inputs)
-                self.audit_due = False
-                self.looks.add(look)
             if joins:
                 grads[self.member] = got[0]
             else:
                 grads.add(self.member, got[0], self.weight)
-            if self.times:
-                for time, grad in zip(self.times, got[1:], strict=False):
-                    if grad is not None:
-                        self.times[time] = scaled_add(self.times[time], grad, self.weight)
-            self.add_up(got[1 + len(self.times) :], self.weight, complete=not unused)
+            for time, grad in zip(list(self.times), got[1:], strict=False):
+                if grad is not None:
+                    self.times[time] = scaled_add(self.times[time], grad, self.weight)
+            self.add_up(got[1 + len(self.times) :], self.weight)
         self._forget()
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
-        """Add weight * gradients of `tensors` to their sums; none of `complete` ones is None."""
-        if self.batched:  # no batch is added in place to what is none
-            pairs = zip(self.sums, grads, strict=True)
-            self.sums = [total if grad is None else scaled_add(total, grad, weight) for total, grad in pairs]
-            return
-        sums = self.sums
-        if not complete and any(grad is None for grad in grads):
-            sums = [total for total, grad in zip(sums, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        if sums:
-            torch._foreach_add_(sums, grads, alpha=weight)  # type: ignore[call-overload]
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add weight * gradients of `tensors` to their sums."""
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                try:
+                    self.sums[i].add_(grad, alpha=weight)
+                except RuntimeError:  # a batch of cotangents (is_grads_batched=True) fits into no sum of one
+                    self.sums[i] = scaled_add(self.sums[i], grad, weight)
 
 
 def vector_jacobian_product(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
-    if ENGINE is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return ENGINE.run_backward(tuple(outputs), tuple(cotangents), False, False, inputs, True, accumulate_grad=False)
+    """The products with the Jacobians of all inputs, None for one on which nothing depends."""
+    return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)

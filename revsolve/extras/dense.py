@@ -12,14 +12,13 @@ At breaks, where the derivative jumps, the polynomials end: those of a piece use
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from revsolve.core.integrate import Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
 
 
@@ -53,13 +52,11 @@ class Dense:
         shift: Tensor | None = None,
         breaks: Sequence[int] = (),
     ) -> None:
-        assert problem.grid is not None
-        self.term, self.buffers, self.results = problem.term, problem.buffers or nullcontext(), results
+        self.field, self.results = problem.field, results
         self.states, self.shift = states, shift
-        self.keeps_rates = (
-            problem.values_hidden or problem.tangents or problem.rule is not None
-        )  # torch.func transforms know no saved-tensor hooks
-        self.steps = problem.grid.times
+        # torch.func transforms know no saved-tensor hooks
+        self.keeps_rates = problem.followed or problem.operation is not None
+        self.steps = problem.stats.times
         self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
         self.breaks = torch.tensor(sorted({0, len(self.steps) - 1, *breaks}), device=states.device)
         self.num_knots = max(2, (problem.scheme.order + 3) // 2)
@@ -124,8 +121,9 @@ class Dense:
         return self._value(self.steps[i], self.steps[other], self.states[i])
 
     def _value(self, t: float, other: float, x: Tensor) -> Tensor:
-        with self.buffers:
-            k, scale = self.term.product(self.term.value(t, x), self.term.control(t, t, other))
+        term = self.field.term
+        with self.field.as_solved():
+            k, scale = term.product(term.value(t, x), term.control(t, t, other))
         weight = scale / (other - t)
         return k if weight == 1.0 else k * weight
 

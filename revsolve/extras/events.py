@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Problem, Walk
+from revsolve.core.integrate import Walk
+from revsolve.core.problem import Problem
 from revsolve.core.tape import Memo
 from revsolve.extras.event_steps import Crossing, Event
-from revsolve.field.discover import boundary
+from revsolve.field.autograd import boundary
 
 NEWTON_STEPS = 3  # each makes one more derivative of a root right
 MOST_EXTENSIONS = 8
@@ -36,9 +36,9 @@ def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Ten
     The problem's steppers are `UntilEvent` ones of this event. The event's time has its first three derivatives.
     """
     middle = solve(problem, x0, None)[1]
-    assert problem.grid is not None and event.crossing is not None
-    last = _LastStep(problem, event, problem.grid.times[-1], middle)
-    with problem.buffers or nullcontext():  # trial steps are no evaluations that running statistics should see
+    assert event.crossing is not None
+    last = _LastStep(problem, event, problem.stats.times[-1], middle)
+    with problem.field.as_solved():  # trial steps are no evaluations that running statistics should see
         with torch.no_grad():
             found, component = last.locate(event.crossing)
         time = torch.tensor(found, dtype=torch.float64, device="cpu")
@@ -54,7 +54,7 @@ class _LastStep:
         self.problem, self.event, self.t0, self.y = problem, event, t0, y
 
     def state(self, s: Time, y: Tensor) -> Tensor:
-        walk = Walk(self.problem.scheme, Memo(self.problem.term))
+        walk = Walk(self.problem.scheme, Memo(self.problem.field.term))
         return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
 
     def value(self, s: Time, y: Tensor, component: int) -> Tensor:

@@ -7,66 +7,33 @@ on all samples at once where torch.vmap is active.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch._functorch.vmap import vmap_increment_nesting
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.core.arithmetic import Scalar, Time, scaled_add
 from revsolve.core.tape import Term
-from revsolve.field.functorch import of_all, of_sample, stray
+from revsolve.field.functorch import of_all, of_sample, sample_level
 
 CONTAINERS = (list, tuple, dict)
 
 
-class Opening(Protocol):
-    """What gives a term for any tensors in the place of those that its field takes from outside."""
-
-    def __call__(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Term]: ...
-
-    @property
-    def adds_up(self) -> bool:
-        """As a `Term` may have it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The term as it is, whose field takes `originals` from outside."""
-
-    term: Term
-    originals: tuple[Tensor, ...]
-
-    @contextmanager
-    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
-        with Swapped(self.originals, tensors):
-            yield self.term
-
-    @property
-    def adds_up(self) -> bool:
-        return getattr(self.term, "adds_up", False)
-
-
-@dataclass(frozen=True)
 class Batch:
-    """All samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in `own`."""
+    """A field for all samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in
+    `own`."""
 
-    sample: Opening
-    own: tuple[bool, ...]
-    size: int
-    randomness: str
+    first, stand_ins_needed = None, False
+
+    def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:
+        self.sample, self.own, self.size, self.randomness = sample, own, size, randomness
+        self.term, self.tensors = sample.term, sample.tensors
+        self.as_solved, self.audit, self.conclude = sample.as_solved, sample.audit, sample.conclude
 
     @contextmanager
-    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
+    def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
         yield _BatchTerm(self, tensors)
-
-    @property
-    def adds_up(self) -> bool:
-        return self.sample.adds_up
 
 
 class _BatchTerm:
@@ -74,7 +41,7 @@ class _BatchTerm:
 
     def __init__(self, batch: Batch, tensors: Sequence[Tensor]) -> None:
         self.batch, self.tensors = batch, tuple(tensors)
-        self.adds_up = batch.adds_up
+        self.adds_up = getattr(batch.term, "adds_up", False)
 
     def value(self, t: Time, x: Tensor) -> Any:
         return self._collected(lambda term, x: term.value(t, x), [x])
@@ -113,9 +80,9 @@ class _BatchTerm:
     def _mapped(self, call: Callable[..., list[Any]], rows: list[Tensor]) -> list[tuple[Any, int | None]]:
         """What the call gives for one sample after the other, with the dimension in which they lie (None: the same for all)."""
         batch = self.batch
-        with vmap_increment_nesting(batch.size, batch.randomness) as level:
+        with sample_level(batch.size, batch.randomness) as level:
             tensors = [of_sample(x, level) if own else x for x, own in zip(self.tensors, batch.own, strict=True)]
-            with batch.sample(tensors) as term:
+            with batch.sample.at(tensors) as term:
                 return [of_all(out, level) for out in call(term, *(of_sample(row, level) for row in rows))]
 
 
@@ -124,30 +91,3 @@ class _Rows(NamedTuple):
 
     rows: Any
     key: int  # of the batch
-
-
-class Swapped(TorchFunctionMode):
-    """Puts `tensors` in the place of `originals` wherever they are used.
-
-    Raises:
-        RuntimeError: something belongs to a transform that is not active here, so it is not among the originals.
-    """
-
-    def __init__(self, originals: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.by_id = {id(x): new for x, new in zip(originals, tensors, strict=True)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = [tree_map(self._swap, x) if isinstance(x, CONTAINERS) else self._swap(x) for x in args]
-        return func(*args, **tree_map(self._swap, kwargs)) if kwargs else func(*args)
-
-    def _swap(self, x: Any) -> Any:
-        new = self.by_id.get(id(x))
-        if new is not None:
-            return new
-        if isinstance(x, Tensor) and stray(x):
-            raise RuntimeError(
-                f"the field depends on a tensor of shape {tuple(x.shape)} that it did not use when it was first called, so its "
-                "gradient would be lost: pass it through args=, or say gradient='direct'."
-            )
-        return x

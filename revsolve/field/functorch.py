@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 try:
@@ -33,8 +33,6 @@ _AUTOGRAD: Any = getattr(torch._C, "_autograd", None)
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 # torch 2.6 has no is_exporting; there is_compiling is true within torch.export alone, besides Dynamo.
 _IS_EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-_ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
-_FOREACH_ADD = getattr(torch, "_foreach_add_", None)
 
 
 def transformed() -> bool:
@@ -246,26 +244,12 @@ def version(x: Tensor) -> int:
     return -1 if x.is_inference() else getattr(x, "_version", -1)
 
 
+def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries of a module's own parameters and of its buffers, in which an assignment puts a new one."""
+    own = vars(module)
+    return own.get("_parameters", {}), own.get("_buffers", {})
+
+
 def has_hooks(x: Tensor) -> bool:
     """Whether something happens whenever a gradient of x is taken."""
     return x.retains_grad or bool(getattr(x, "_backward_hooks", True))
-
-
-def vector_jacobian_product(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad without its checks in Python, which for small fields take a tenth of the time of the product."""
-    if _ENGINE is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return _ENGINE.run_backward(
-        tuple(outputs), tuple(cotangents), False, False, tuple(inputs), True, accumulate_grad=False
-    )
-
-
-def add_in_place(totals: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
-    """totals += weight * grads, in one kernel on a GPU."""
-    if _FOREACH_ADD is not None:
-        _FOREACH_ADD(totals, grads, alpha=weight)
-        return
-    for total, grad in zip(totals, grads, strict=True):
-        total.add_(grad, alpha=weight)

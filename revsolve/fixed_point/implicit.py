@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.fixed_point.convergence import Convergence, Criterion

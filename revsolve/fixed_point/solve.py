@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.fixed_point.arguments import check_whole, checked, refuse
@@ -22,7 +22,7 @@ from revsolve.fixed_point.convergence import Convergence
 from revsolve.fixed_point.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
 from revsolve.fixed_point.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
 from revsolve.prepare.options import check_choice, check_options
-from revsolve.prepare.problem import by_programs, prepare
+from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation
 
@@ -210,6 +210,8 @@ def _iterate(
             return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
         return UntilConverged(criterion.max_steps, convergence.observe)
 
+    if compile and isinstance(beta, Tensor):
+        raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
     computed = computed_dtype(term.packing)
     problem = prepare(
         term,
@@ -226,11 +228,8 @@ def _iterate(
         anchor_every=lambda: anchor_every or anchor_spacing(beta, wide, computed, x0.dtype),
         rounding=max(torch.finfo(computed).eps, torch.finfo(wide).eps),
         remedy="store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64",
+        compile=compile,
     )
-    if compile:
-        if isinstance(beta, Tensor):
-            raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
-        by_programs(problem, compile, x0)
     y = solve(problem, x0, None)[0]
     return y, problem.stats
 

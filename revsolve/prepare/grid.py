@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from revsolve.core.capture import capturing
 from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
+from revsolve.field.repeat import capturing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 ADAPTIVE_OPTIONS = (

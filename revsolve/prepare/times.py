@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.capture import capturing
 from revsolve.field.functorch import batched, numbers, wrapped
+from revsolve.field.repeat import capturing
 
 REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
 

@@ -13,14 +13,13 @@ from revsolve.backends.inductor.driven import Source
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
-from revsolve.core.integrate import Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.per_sample import ClockOfEach, points_for_each, refuse_options
 from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.field.discover import Constant
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, given_grid
-from revsolve.prepare.problem import by_programs, prepare, values_hidden
+from revsolve.prepare.problem import prepare, values_hidden
 from revsolve.prepare.times import Clock, as_tensor
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
@@ -133,8 +132,7 @@ def sdeint(
     ys = _results(solve(problem, equation.x0, None), logqp)
     if not full_output:
         return ys
-    assert problem.grid is not None
-    return Solution(as_tensor(ts), ys, problem.stats, problem.grid.times)
+    return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times))
 
 
 class _Equation:
@@ -214,20 +212,25 @@ class _Equation:
 
     def problem(self, path: Path, make: Callable[[], Stepper], gradient: str | None, programs: Any) -> Problem:
         """What the engine takes."""
-        term = self.term(path, self.area)
-        problem = prepare(
-            term, self.x0, None, self.first_step, self._owners(), self.scheme, make, gradient, self.restarts
-        )
-        prepared = problem.term.term if isinstance(problem.term, Constant) else problem.term
-        if prepared is not term and isinstance(term, SDETerm):
-            term.on_demand = False  # what is fixed while a value is made would not be so if it were made later
-        problem.explain = _explain(self.rates)
+        source = None
         if programs:
             if self.area or isinstance(self.clock, ClockOfEach):
                 raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
             source = Source(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
-            by_programs(problem, programs, self.x0, source=source)
-        return problem
+        return prepare(
+            self.term(path, self.area),
+            self.x0,
+            None,
+            self.first_step,
+            self._owners(),
+            self.scheme,
+            make,
+            gradient,
+            self.restarts,
+            explain=_explain(self.rates),
+            compile=programs,
+            source=source,
+        )
 
     def state_of(self, x: Tensor) -> Tensor:
         return x[..., :-1] if self.logqp else x

@@ -462,13 +462,9 @@ def test_implicit_gradients_are_refused() -> None:
 
 @pytest.mark.parametrize("over", [lambda f: f, vmap], ids=["grad", "per-sample gradients"])
 def test_what_the_field_did_not_use_at_first_is_not_lost(over: Callable[..., Any]) -> None:
-    class Holder:  # no callable, so what it holds cannot be found
-        rate: Tensor
-
     def loss(rate: Tensor) -> Tensor:
-        holder = Holder()
-        holder.rate = rate
-        field = lambda t, y: holder.rate * y if t > 0.5 else y  # noqa: E731
+        hidden = iter([rate]).__reduce__  # a bound method of a builtin iterator: no search goes there
+        field = lambda t, y: hidden()[1][0][0] * y if t > 0.5 else y  # noqa: E731
         return odeint(field, torch.ones(2), [0.0, 1.0], method="rev_rk4", options={"step_size": 0.1}).sum()
 
     with pytest.raises(RuntimeError, match="did not use when it was first called"):

@@ -168,13 +168,13 @@ class Recorder(Tape):
         count = len(setting.outside)
         leaves, self.totals = [x.detach() for x in others[:count]], others[count:]
         wanted = [leaves[i].requires_grad_() for i, _ in setting.wanted]
-        super().__init__(setting.term, wanted, lambda outputs, own: None, setting.narrow)
-        self.memo, self.audit_due = Recalled(setting.term), False
+        super().__init__(setting.term, wanted, None, setting.narrow)
+        self.memo = Recalled(setting.term)
         self.found: list[Tensor | None] = [None for _ in wanted]
         self.within = ExitStack()
         self.modes = torch.enable_grad(), Swap(setting.outside, leaves)
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0, complete: bool = False) -> None:
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         self.found = [
             total if grad is None else scaled_add(total, grad, weight)
             for total, grad in zip(self.found, grads, strict=True)

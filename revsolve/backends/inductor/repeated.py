@@ -16,7 +16,8 @@ from revsolve.backends.inductor.setting import Setting, Swept, apart, at, counte
 from revsolve.backends.inductor.transcript import Swap
 from revsolve.core.coupling import Pair
 from revsolve.core.gradient import certify
-from revsolve.core.integrate import Problem, size_of
+from revsolve.core.integrate import size_of
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
 

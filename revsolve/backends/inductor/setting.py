@@ -14,7 +14,7 @@ from revsolve.backends.inductor.programs import PROGRAMS, Program, Sweep, loop
 from revsolve.backends.inductor.transcript import derivative_transcript, transcript
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
-from revsolve.core.integrate import Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
@@ -27,13 +27,13 @@ class Setting:
     """What both directions share: the method's updates, the grid as tensors, the field and what it uses from outside."""
 
     def __init__(self, problem: Problem, term: Driven | Undriven, grid: Grid, y: Tensor, way: Compiler) -> None:
-        self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.narrow, problem.wide
+        self.scheme, self.way, self.narrow, self.wide = problem.scheme, way, problem.state_dtype, problem.pair_dtype
         self.lead, self.rest = split(problem.scheme)
         self.term = term
         self.call = term, grid.times[0], y, grid.times[1], term.first
         text, self.outside = transcript(*self.call)
-        self.given, self.apart = [x.detach() for x in self.outside], not problem.stand_in
-        place = {id(x): i for i, x in enumerate(problem.tensors)}
+        self.given, self.apart = [x.detach() for x in self.outside], not problem.field.stand_ins_needed
+        place = {id(x): i for i, x in enumerate(problem.field.tensors)}
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
         states = (y.shape, y.stride(), y.dtype, self.wide, len(self.times), len(grid.outputs), term.most)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from revsolve.backends.inductor.attempts import Attempts
 from revsolve.backends.inductor.compiler import Compiler, compiler
@@ -19,11 +21,12 @@ from revsolve.backends.inductor.driven import Driven, Source, Undriven
 from revsolve.backends.inductor.recorded import Ahead, Back
 from revsolve.backends.inductor.repeated import recompute
 from revsolve.backends.inductor.setting import Setting
+from revsolve.core import gradient
 from revsolve.core.coupling import Pair
 from revsolve.core.gradient import certify
-from revsolve.core.integrate import Problem, conclude, last_step, march, segments_of, size_of, stays
+from revsolve.core.integrate import conclude, last_step, march, segments_of, size_of, stays
 from revsolve.core.modes import Modes
-from revsolve.core.replay import Frozen, Noisy
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
@@ -36,18 +39,18 @@ class Compiled:
 
     def march(
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
-    ) -> tuple[Tensor, Pair]:
-        """Carry the pair from y0 over the whole grid; the states due as output, and the last pair."""
+    ) -> tuple[Tensor, Pair, Grid]:
+        """Carry the pair from y0 over the whole grid; the states due as output, the last pair and the grid."""
         stepper = problem.make_stepper()
         if not isinstance(stepper, FixedGrid):
             return self._adapted(problem, y0.contiguous(), store)
         pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
         grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
-        term = problem.term
+        term = problem.field.term
         driven = Undriven(term) if self.source is None else Driven(term, self.source, problem.scheme, grid, most)
         self.setting = Setting(problem, driven, grid, y0, self.way)
-        modes = Modes(problem.scheme, Memo(problem.term))
+        modes = Modes(problem.scheme, Memo(term))
         ahead = Ahead(self.setting, grid, y0, modes if segments.judged else None)
         as_foreseen = True  # was the length of the latest segment; else the next one's first step is taken alone
         while not stepper.done:
@@ -73,16 +76,18 @@ class Compiled:
                 grid.restarts.add(start)
             if store is not None:
                 store(start, begin if start else (y0, None))
-        beforehand, problem.first_value = problem.first_value is not None, None
-        conclude(problem, stepper, pair[0], y0, beforehand + ahead.num_evaluations)
-        return ahead.ys, pair
+        beforehand = problem.field.first is not None
+        conclude(problem, problem.field.term, stepper, pair[0], y0, beforehand + ahead.num_evaluations)
+        return ahead.ys, pair, grid
 
-    def _adapted(self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None) -> tuple[Tensor, Pair]:
+    def _adapted(
+        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
+    ) -> tuple[Tensor, Pair, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
-        ys, pair = march(problem, y0, store, functools.partial(Attempts, self.way))
-        if store is not None and problem.grid is not None:
-            self.setting = Setting(problem, Undriven(problem.term), problem.grid, y0, self.way)
-        return torch.stack(ys), pair
+        ys, pair, grid = march(problem, problem.field.term, y0, store, functools.partial(Attempts, self.way))
+        if store is not None:
+            self.setting = Setting(problem, Undriven(problem.field.term), grid, y0, self.way)
+        return torch.stack(ys), pair, grid
 
     def undo(
         self,
@@ -94,6 +99,8 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
+        if is_legacy_batchedtensor(grad_ys):  # is_grads_batched=True, which programs know nothing of
+            return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Back(self.setting, grad_ys, tape)
         grads, missed = Grads(), []  # type: Grads, list[Tensor]
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
@@ -119,13 +126,15 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
+        if is_legacy_batchedtensor(grad_ys):
+            return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
         return recompute(self.setting, problem, grid, marks, grad_ys, tape), {}
 
 
 def compiled(
     problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: Source | None = None
-) -> None:
-    """Let the problem be solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
+) -> Problem:
+    """The problem, solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
     way = compiler(given)
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
@@ -134,17 +143,21 @@ def compiled(
         raise ValueError(
             "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
         )
-    problem.compiled = Compiled(way, source)
+    stepper = problem.make_stepper()
+    _check_steps(stepper, source)
+    field: Any = problem.field
+    return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=Compiled(way, source))
 
 
 def _check(problem: Problem, x0: Tensor, source: Source | None) -> None:
     """Raise ValueError unless this can be compiled."""
     instead = "leave out compile="
-    if problem.values_hidden or problem.rule is not None:
+    if problem.followed or problem.operation is not None:
         raise ValueError(f"inside torch.func transforms and torch.compile, the solve is traced as it is: {instead}.")
     if x0.device.type != "cpu":
         raise ValueError(f"compile= works on the CPU so far, but the state is on {x0.device}: {instead}.")
-    if isinstance(problem.term, (Noisy, Frozen)) or problem.buffers is not None:
+    field: Any = problem.field
+    if field.repeats or field.lent is not None:
         raise ValueError(
             f"compile= needs a field that draws no random numbers and changes no buffers: call .eval() on it, or {instead}."
         )
@@ -152,10 +165,11 @@ def _check(problem: Problem, x0: Tensor, source: Source | None) -> None:
         raise ValueError(
             f"gradient='direct' keeps every operation, which a program does not: use another, or {instead}."
         )
-    stepper = problem.make_stepper()
-    problem.make_stepper = lambda: stepper  # its first step has been chosen
+
+
+def _check_steps(stepper: Any, source: Source | None) -> None:
     if not isinstance(stepper, FixedGrid if source else (FixedGrid, Adaptive)):
         raise ValueError(
             "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
-            f"options={{'step_size': ...}} or dt, no progress and no callback, or {instead}."
+            "options={'step_size': ...} or dt, no progress and no callback, or leave out compile=."
         )

@@ -1,0 +1,126 @@
+"""What the engine is asked to do, settled before the first step; and what it tells of what it did."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.coupling import Pair, Scheme
+from revsolve.core.restarts import Restarts
+from revsolve.core.stepper import Grid, Stepper
+from revsolve.core.tape import Audit, Tape, Term
+
+
+@dataclass
+class Stats:
+    """What a solve did. Counters of the backward pass are filled in by it; `num_steps` counts accepted steps."""
+
+    num_steps: int = 0
+    num_rejected: int = 0
+    num_restarts: int = 0
+    num_evaluations: int = 0
+    num_backward_evaluations: int = 0
+    num_stored_states: int = 0
+    reconstruction_error: float | None = None
+    times: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def step_sizes(self) -> list[float]:
+        """The lengths of the accepted steps, negative backward in time; those of the step variable where that is not the time."""
+        return [b - a for a, b in itertools.pairwise(self.times)]
+
+
+class Field(Protocol):
+    """The user's field as a pure function: a term, the tensors outside that it depends on, and what holds it to that."""
+
+    term: Term
+    tensors: tuple[Tensor, ...]
+    first: tuple[Time, Any] | None  # time and value of an evaluation at the start that has been made
+    stand_ins_needed: bool  # whether one of the tensors was computed from another one
+
+    def at(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Term]:
+        """The term with these tensors in the place of its own."""
+        ...
+
+    def as_solved(self) -> AbstractContextManager[None]:
+        """The surroundings of the forward pass, for evaluations that are to be the same."""
+        ...
+
+    def stand_ins(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The tensors to differentiate by: `make(x)` for those in whose place another one is needed."""
+        ...
+
+    def audit(self, tensors: Sequence[Tensor]) -> Audit | None:
+        """What raises where a recorded evaluation depends on anything but these tensors."""
+        ...
+
+    def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
+        """Raise if steps could not be repeated, after a forward pass to (t, y); `again` makes it once more."""
+        ...
+
+
+Gradients = tuple[Tensor | None, dict[int, Tensor | None]]  # that of y0, and those of the recorded times
+
+
+class Backend(Protocol):
+    """What runs the loops of the engine in another way than eagerly."""
+
+    def march(
+        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
+    ) -> tuple[Tensor, Pair, Grid]:
+        """The states due as output, the last pair and the grid."""
+        ...
+
+    def undo(
+        self, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
+    ) -> Gradients:
+        """Undo the steps from the last pair, differentiating each."""
+        ...
+
+    def recompute(
+        self, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
+    ) -> Gradients:
+        """Repeat segment after segment from its stored state, last one first, and differentiate it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the engine needs: raw input has been checked and packed before.
+
+    `explain` says why a state stopped being finite. Where the pair is wider than states and cotangents, `pair_dtype` and
+    `state_dtype` are theirs. `rounding` is that of the field, where it is coarser than the state's. `readable` is false where
+    numbers cannot be read from tensors (while a graph is traced or captured); `followed` is true where derivatives may be wanted
+    of tensors that do not say so (forward mode, a tracer). `operation` makes of the problem what is differentiated, where that is
+    not a `core.gradient.Solve`.
+    """
+
+    scheme: Scheme
+    field: Field
+    make_stepper: Callable[[], Stepper]
+    gradient: str
+    restarts: Restarts | None
+    stats: Stats
+    explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
+    anchor_every: int | None = None
+    state_dtype: torch.dtype | None = None
+    pair_dtype: torch.dtype | None = None
+    rounding: float | None = None
+    remedy: str = "restart more often (restarts=8, say), use a wider dtype"
+    readable: bool = True
+    followed: bool = False
+    operation: Callable[[Problem], Any] | None = None
+    backend: Backend | None = None
+
+    def widened(self, y: Tensor) -> Tensor:
+        return y if self.pair_dtype is None else y.to(self.pair_dtype)
+
+    def narrowed(self, y: Tensor) -> Tensor:
+        return y if self.state_dtype is None else y.to(self.state_dtype)

@@ -1,0 +1,140 @@
+"""What makes an evaluation of a field the same when it is made again: its random numbers, its buffers, the autocast state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revsolve.core.arithmetic import Time
+from revsolve.core.tape import Guarded, Term
+from revsolve.field.functorch import registered
+
+DEVICES = ("cpu", "cuda")
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is recorded on the current stream: launches are written down, and no number can be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def autocast_state() -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast state of now, as a context for later."""
+    devices = DEVICES if torch.cuda.is_available() else DEVICES[:1]
+    states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for device, enabled, dtype in states:
+                if enabled or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            yield
+
+    return again
+
+
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """That of the generators whose numbers a field on this device draws."""
+    return (
+        torch.get_rng_state(),
+        *((torch.cuda.get_rng_state(device),) if device.type == "cuda" and not capturing() else ()),
+    )
+
+
+def same_random_state(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Whether nothing was drawn between the two."""
+    return all(map(torch.equal, one, other))
+
+
+def set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+class Repeatable(Guarded):
+    """A term whose evaluations depend on time, state and tensors alone, though its field draws random numbers or changes buffers.
+
+    With a `seed`, what is drawn is a function of it and of the time; the state of the generators is left as it was. With
+    `buffers`, every evaluation finds these as they were when the solve began.
+    """
+
+    def __init__(self, term: Term, seed: int | None, devices: list[torch.device], buffers: Buffers | None) -> None:
+        super().__init__(term)
+        self.seed, self.devices, self.buffers = seed, devices, buffers
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        with ExitStack() as stack:
+            if self.buffers is not None:
+                stack.enter_context(self.buffers)
+            if self.seed is not None:
+                stack.enter_context(torch.random.fork_rng(self.devices))
+                seed = hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF
+                torch.default_generator.manual_seed(
+                    seed
+                )  # torch.manual_seed would reach devices whose state is not kept
+                for device in self.devices:
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
+            return call(*args)
+
+
+class Buffers:
+    """Buffers of modules that train, such as running statistics, as they were when this was made.
+
+    As a context, it lends the modules copies of these, so that nothing done inside reaches the buffers themselves.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self.kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+            (buffers, name, buffer, buffer.clone())
+            for module in modules
+            if module.training
+            for buffers in [registered(module)[1]]
+            for name, buffer in buffers.items()
+            if buffer is not None
+        ]
+        self.lenders: list[list[tuple[dict[str, Any], str, Tensor | None]]] = []
+
+    def changed(self) -> Buffers:
+        """Those that are not the same any more."""
+        others = Buffers()
+        others.kept = [
+            (buffers, name, buffer, copy)
+            for buffers, name, buffer, copy in self.kept
+            if buffers.get(name) is not buffer or not torch.equal(copy, buffer)
+        ]
+        return others
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def but(self, others: Buffers) -> Buffers:
+        """Those that are not among the others."""
+        left, taken = Buffers(), {id(buffer) for _, _, buffer, _ in others.kept}
+        left.kept = [entry for entry in self.kept if id(entry[2]) not in taken]
+        return left
+
+    def names(self) -> str:
+        return ", ".join(dict.fromkeys(name for _, name, _, _ in self.kept))
+
+    def restore(self) -> None:
+        for buffers, name, buffer, copy in self.kept:
+            with torch.no_grad():
+                buffer.copy_(copy)
+            buffers[name] = buffer
+
+    def __enter__(self) -> None:
+        self.lenders.append([(buffers, name, buffers.get(name)) for buffers, name, _, _ in self.kept])
+        for buffers, name, _, copy in self.kept:
+            buffers[name] = copy.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for buffers, name, buffer in self.lenders.pop():
+            buffers[name] = buffer
