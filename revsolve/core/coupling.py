@@ -103,9 +103,9 @@ class Scheme:
         return bool(self.restart)
 
     @property
-    def has_tensors(self) -> bool:
-        """Whether a coefficient is a tensor, which may have a gradient."""
-        return any(isinstance(c, Tensor) for update in self.updates for c in (update.keep, update.mix, update.gain))
+    def tensors(self) -> list[Tensor]:
+        """The coefficients that are tensors, which may have gradients."""
+        return [c for update in self.updates for c in (update.keep, update.mix, update.gain) if isinstance(c, Tensor)]
 
     @property
     def alternates(self) -> bool:

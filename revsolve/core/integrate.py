@@ -74,9 +74,9 @@ def march(
     """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, the last pair and the grid."""
     stepper, memo = problem.make_stepper(), Memo(term)
     pair: Pair = (problem.widened(y0), None)
-    if problem.field.first is not None:
+    if (first := problem.field.take_first()) is not None:
         memo.num_evaluations = 1
-        memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *problem.field.first)
+        memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
     if memo.foresee is not None and stepper.num_total is not None:
         path = moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)

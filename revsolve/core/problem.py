@@ -42,8 +42,11 @@ class Field(Protocol):
 
     term: Term
     tensors: tuple[Tensor, ...]
-    first: tuple[Time, Any] | None  # time and value of an evaluation at the start that has been made
     stand_ins_needed: bool  # whether one of the tensors was computed from another one
+
+    def take_first(self) -> tuple[Time, Any] | None:
+        """Time and value of an evaluation at the start, if one has been made that no one took."""
+        ...
 
     def at(self, tensors: Sequence[Tensor]) -> AbstractContextManager[Term]:
         """The term with these tensors in the place of its own."""

@@ -24,12 +24,13 @@ class Batch:
     """A field for all samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in
     `own`."""
 
-    first, stand_ins_needed = None, False
+    stand_ins_needed = False
 
     def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:
         self.sample, self.own, self.size, self.randomness = sample, own, size, randomness
         self.term, self.tensors = sample.term, sample.tensors
         self.as_solved, self.audit, self.conclude = sample.as_solved, sample.audit, sample.conclude
+        self.take_first = sample.take_first
 
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:

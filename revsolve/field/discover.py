@@ -26,7 +26,7 @@ SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them 
 class Found:
     """What a field's first call showed.
 
-    tensors: those outside that its gradient reaches, and held leaves that it may reach later. own_leaves: shape and dtype of
+    tensors: those outside that its gradient reaches, and held ones that it may reach later. own_leaves: shape and dtype of
     leaves that the field makes itself. places: where the field's holders keep values, but for those that the call changed.
     """
 
@@ -48,7 +48,7 @@ def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Sequ
         with again():
             birthday, outputs = _recorded(call)
     leaves, outside = boundary(outputs, since=birthday)
-    found = {id(x): x for x in held if x.requires_grad and x.is_leaf}
+    found = {id(x): x for x in held if x.requires_grad and (x.is_leaf or id(x) not in holdings.listed)}
     mine = {id(x) for x in own}
     unheld = [x for x in leaves if id(x) not in found and id(x) not in mine]
     made: list[Tensor] = []

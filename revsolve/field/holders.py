@@ -7,6 +7,7 @@ when it was solved, though other values may have been put there in between.
 from __future__ import annotations
 
 import dis
+from collections.abc import Iterable
 from functools import lru_cache
 from types import CellType, CodeType, ModuleType
 from typing import Any
@@ -45,16 +46,20 @@ class Place:
 
 
 class Holdings:
-    """All that `owners` hold: `tensors`, those of modules first to last, `modules`, and the `places` of everything."""
+    """All that `owners` hold: `tensors`, `modules`, and the `places` of everything.
+
+    `listed` are tensors that stand in a list or dictionary which a function or an object keeps, such as a log of earlier values.
+    """
 
     def __init__(self, owners: Any) -> None:
         self.tensors: dict[int, Tensor] = {}
+        self.listed: set[int] = set()
         self.modules: dict[int, nn.Module] = {}
         self.places: list[tuple[Place, Any]] = []
         self._seen: dict[int, Any] = {}
         self._add(owners, DEPTH)
 
-    def _add(self, thing: Any, depth: int) -> None:
+    def _add(self, thing: Any, depth: int, kept: bool = False) -> None:
         if isinstance(thing, (*PLAIN, type, ModuleType)):
             return
         if isinstance(thing, Tensor):
@@ -66,13 +71,17 @@ class Holdings:
         if isinstance(thing, nn.Module):
             self._add_module(thing, max(depth, 1))
         elif isinstance(thing, (list, tuple, set, frozenset)):
-            for item in thing:
-                self._add(item, depth - 1)
+            self._add_items(thing, depth, kept)
         elif isinstance(thing, dict):
-            for item in list(thing.values()):
-                self._add(item, depth - 1)
+            self._add_items(list(thing.values()), depth, kept)
         else:
             self._add_object(thing, depth)
+
+    def _add_items(self, items: Iterable[Any], depth: int, kept: bool) -> None:
+        for item in items:
+            if kept and isinstance(item, Tensor) and id(item) not in self.tensors:
+                self.listed.add(id(item))
+            self._add(item, depth - 1, kept)
 
     def _add_module(self, module: nn.Module, depth: int) -> None:
         self.modules[id(module)] = module
@@ -112,7 +121,7 @@ class Holdings:
         value = place.get()
         if not isinstance(value, ModuleType):
             self.places.append((place, value))
-            self._add(value, depth - 1)
+            self._add(value, depth - 1, kept=True)
 
 
 @lru_cache(maxsize=1024)

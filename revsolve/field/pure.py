@@ -46,8 +46,9 @@ class Pure:
         self.repeats = (
             repeats  # whether evaluations are made to repeat: the field draws random numbers, or its buffers matter
         )
-        self.first: tuple[Time, Any] | None = None  # time and value of an evaluation at the start that has been made
+        self._first: tuple[Time, Any] | None = None
         self.own_leaves: frozenset[Any] = frozenset()  # shapes and dtypes of leaves that the field makes itself
+        self.coefficients: list[Tensor] = []  # of the scheme, which were computed before
         self.lent: Buffers | None = None  # that evaluations change, though their values do not depend on them
         self.constants: list[tuple[Tensor, int]] = []  # what it may use besides, with versions
         self.places: list[Any] = []  # where it finds things, with what it found there
@@ -57,6 +58,11 @@ class Pure:
         self.probe: Callable[[float, Tensor], list[Tensor]] = lambda t, x: []  # an evaluation
         self.start: tuple[float, Tensor] = (0.0, torch.empty(0, device="cpu"))
         self.stand_ins_needed = depend_on_each_other(self.tensors)
+
+    def take_first(self) -> tuple[Time, Any] | None:
+        """Time and value of an evaluation at the start that has been made; once, for it is not kept."""
+        first, self._first = self._first, None
+        return first
 
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
@@ -140,12 +146,14 @@ class Audit:
     def __init__(self, tensors: Sequence[Tensor], field: Pure) -> None:
         self.field = field
         self.known = {edge_of(x) for x in tensors if x.requires_grad}
+        self.computed = {edge_of(x) for x in field.coefficients}
         cached = any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) and torch.is_autocast_cache_enabled()
         self.since = 0 if cached else num_nodes()  # what autocast cast before is used again, and may be
 
     def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         leaves, old = boundary(outputs, self.known, self.since)
         mine = {id(x) for x in own}
+        old = [edge for edge in old if edge not in self.computed]
         if old and any(id(x) not in mine or edge_of(x) in self.known for x in boundary(old)[0]):
             raise RuntimeError(
                 f"the field uses a value that it kept from an earlier call (a cache; by {old[0][0].name()}), whose gradient "
@@ -248,14 +256,14 @@ def pure(
     field = Pure(Constant(term) if records and not wanted else term, tensors, repeats)
     field.lent = None if matter or not changing else changing
     if not repeats and not changing:
-        field.first = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
+        field._first = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
     if found and differentiates and wanted:
         field.own_leaves, field.places = found.own_leaves, found.places
         known = {id(x) for x in tensors} | {id(buffer) for _, _, buffer, _ in buffers.kept}
         field.constants = [
             (x, versions[i]) for i, x in holdings.tensors.items() if i not in known and version(x) == versions[i]
         ]
-        field.probe, field.start, field.late = probe, (span[0], x0.detach()), buffers.but(changing)
+        field.probe, field.late = probe, buffers.but(changing)
         field.lent = (buffers.but(changing) if matter else buffers) or None
         field.random = () if draws or capturing() else random_state(device)
     return field

@@ -35,12 +35,15 @@ PLAIN = (Tensor, float, int, type(None))
 class Transformed:
     """A field inside torch.func: its term, whose tensors are replaced by what they are at each level."""
 
-    first, stand_ins_needed = None, False
+    stand_ins_needed = False
 
     def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
         self.term, self.tensors = term, tuple(tensors)
         self.constants = [(x, version(x)) for x in constants]
         self.autocast = autocast_state()
+
+    def take_first(self) -> None:
+        return None
 
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:

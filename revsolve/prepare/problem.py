@@ -64,7 +64,7 @@ def prepare(
     field: Any = None
     operation: Any = None
     if values_hidden():
-        if gradient != "direct" and not scheme.has_tensors and (field := transformed_field(term, x, span, owners)):
+        if gradient != "direct" and not scheme.tensors and (field := transformed_field(term, x, span, owners)):
             operation = TransformedSolve
         else:
             _refuse_all_but_direct(chosen)
@@ -74,6 +74,8 @@ def prepare(
         gradient, followed = "direct", True
     if field is None:
         field = pure(term, x, span, owners, gradient != "direct", t is not None)
+        field.start = (span[0], x0.detach())
+        field.coefficients = [c for c in scheme.tensors if c.requires_grad]
     undoes = gradient == "reversible"
     told: dict[str, Any] = {"explain": explain, "remedy": remedy if undoes else None}
     problem = Problem(

@@ -76,7 +76,7 @@ class Compiled:
                 grid.restarts.add(start)
             if store is not None:
                 store(start, begin if start else (y0, None))
-        beforehand = problem.field.first is not None
+        beforehand = problem.field.take_first() is not None
         conclude(problem, problem.field.term, stepper, pair[0], y0, beforehand + ahead.num_evaluations)
         return ahead.ys, pair, grid
 
