@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.fixed_point import FixedPoint, fixed_point
 from revsolve.fixed_point.convergence import STOPS
 
