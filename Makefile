@@ -6,6 +6,12 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # Half a second of imports a worker: more than eight would cost more than they save.
 WORKERS ?= -n auto --maxprocesses 8
+# Releases that `make compat` tries, and where their environments go.
+TORCHES ?= 2.6.0 2.9.1 2.13.0 2.14.1 2.15.0
+COMPAT_DIR ?= build/compat
+# What `make quick` runs: of each test the cases that show it every kind of scheme and door, but for the tests that take long.
+QUICK := --quick tests $(patsubst %,--ignore=tests/%,fuzz backends/test_compiled.py ode/test_ode_stability.py \
+  works_with/test_distributed.py works_with/test_cleanup.py test_benchmarks.py test_docs_code.py)
 # One thread a process: the same numbers on every machine, and workers that do not fight over cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -13,10 +19,10 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 # Two targets at once (make -j) would run two installers in one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow format lint types docs notebooks render figures bench build check clean
+.PHONY: help demo quick test slow compat gpu-check format lint types docs notebooks render figures bench build check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "revsolve needs Python >= 3.10, but " \
@@ -29,7 +35,7 @@ $(VENV)/with-%: pyproject.toml constraints.txt | $(VENV)/created
 	touch $@
 
 # Pattern rules would otherwise treat the stamps as intermediate and delete them.
-.PRECIOUS: $(VENV)/with-%
+.PRECIOUS: $(VENV)/with-% $(COMPAT_DIR)/%/ready
 
 demo: $(VENV)/with-demo ## train a Neural ODE on the lynx and hare record; writes build/demo.png
 	$(BIN)/python notebooks/demo.py
@@ -37,8 +43,25 @@ demo: $(VENV)/with-demo ## train a Neural ODE on the lynx and hare record; write
 test: $(VENV)/with-test ## run the test suite and the docstring examples
 	$(PYTEST) $(WORKERS)
 
+quick: $(VENV)/with-test ## run in a minute what shows each test every kind of scheme and door
+	$(PYTEST) $(WORKERS) $(QUICK)
+
 slow: $(VENV)/with-test ## run the tests that `make test` leaves out for their time
 	$(PYTEST) $(WORKERS) -m slow
+
+# An environment each, some of several GB; what a machine's own constraints say of torch is not meant for these.
+$(COMPAT_DIR)/%/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	PIP_CONSTRAINT=/dev/null $(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==$* -e '.[test]'
+	touch $@
+
+compat-%: $(COMPAT_DIR)/%/ready
+	$(<D)/bin/python -m pytest -p no:cacheprovider $(WORKERS) $(QUICK)
+
+compat: $(TORCHES:%=compat-%) ## run `make quick` with every release of torch in TORCHES
+
+gpu-check: $(VENV)/with-test ## on a machine with a GPU, in 8 minutes: its tests, CUDA graphs, adaptive steps
+	$(BIN)/python .ci/gpu_check.py
 
 format: $(VENV)/with-lint ## rewrite the code in the one format
 	$(BIN)/ruff format .

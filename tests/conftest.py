@@ -1,5 +1,6 @@
 """What every test shares: one thread, fixed seeds, reproducible hypothesis runs, a device to run on."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -51,3 +52,24 @@ def float64() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device of this machine in turn."""
     return torch.device(request.param)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="of each test the cases that show it every kind of scheme and door"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        seen: set[tuple[str, ...]] = set()
+        kept = [item for item in items if not kinds(item) <= seen and not seen.update(kinds(item))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def kinds(item: pytest.Item) -> set[tuple[str, ...]]:
+    """A test and, of each parameter that is a name, what stands before its first digit or underscore: `rev` for rev_rk4."""
+    test, case = item.nodeid.partition("[")[0], getattr(item, "callspec", None)
+    names = [(name, value) for name, value in case.params.items() if isinstance(value, str)] if case else []
+    return {(test,), *((test, name, re.match(r"[a-zA-Z]*", value)[0]) for name, value in names)}

@@ -35,6 +35,7 @@ def test_every_script_is_run_by_make_bench() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
-def test_cuda_graphs_say_that_there_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(FOLDER / "cuda_graphs.py"), run_name="__main__")
+@pytest.mark.parametrize("name", ["cuda_graphs", "gpu_adaptive"])
+def test_scripts_for_a_gpu_say_that_there_is_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out == "No CUDA device here: nothing was measured.\n"

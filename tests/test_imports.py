@@ -4,13 +4,13 @@ An arrow up would let the engine know who uses it; two modules importing each ot
 """
 
 import ast
-import re
 import sys
 from graphlib import TopologicalSorter
 from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PACKAGE = Path(__file__).parents[1] / "revsolve"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -32,7 +32,7 @@ LAYERS = (
 TORCH_ONLY = {"core", "backends"}
 # Imported by a module of the same name only, which nothing else imports.
 OPTIONAL = {"torchdeq": {"torchdeq"}}
-DEPENDENCIES = {re.match(r"[\w-]+", r).group() for r in requires("revsolve") if "extra ==" not in r} | {"numpy"}
+REQUIRED = {r.name: r.specifier for r in map(Requirement, requires("revsolve") or ()) if r.marker is None}
 
 
 def module_name(path: Path) -> str:
@@ -91,9 +91,24 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_only_declared_dependencies(path: Path) -> None:
-    allowed = {"torch"} if part(module_name(path)) in TORCH_ONLY else DEPENDENCIES | OPTIONAL.get(path.stem, set())
+    allowed = {"torch"} if part(module_name(path)) in TORCH_ONLY else REQUIRED.keys() | OPTIONAL.get(path.stem, set())
     assert foreign_imports(path) <= allowed
 
 
 def test_no_module_imports_itself_through_others() -> None:
     TopologicalSorter({module_name(path): imported_modules(path) for path in MODULES}).prepare()
+
+
+def test_only_what_is_imported_is_required() -> None:
+    assert REQUIRED.keys() == {"torch", "numpy", "tqdm"}
+
+
+@pytest.mark.parametrize(
+    "build", ["2.6.0", "2.13.0a0+gitabc", "2.6.0a0+df5bbc0.nv24.12", "2.15.0.dev20261101+cu130", "3.0"]
+)
+def test_builds_of_torch_that_are_admitted(build: str) -> None:
+    assert build in REQUIRED["torch"]
+
+
+def test_older_torch_is_refused() -> None:
+    assert "2.5.1" not in REQUIRED["torch"]
