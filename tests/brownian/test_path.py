@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 import sys
+import threading
 import timeit
 
 import pytest
@@ -123,6 +124,17 @@ def test_memory_does_not_grow_with_queries(num_steps, times):
     early = bytes_alive()
     ask_all(path, spans)
     assert bytes_alive() <= early + 1024  # the last block may be longer or shorter
+
+
+@pytest.mark.parametrize("options", [{"dt": 0.01}, {}])
+def test_memory_is_given_back_with_the_thread_that_asked(options):
+    path = BrownianPath(0.0, 1.0, (1000,), seed=1, **options)
+    before = bytes_alive()
+    for _ in range(4):
+        thread = threading.Thread(target=path, args=(0.123, 0.456))
+        thread.start()
+        thread.join()
+    assert bytes_alive() == before
 
 
 def test_the_deepest_tree_needs_no_recursion():
