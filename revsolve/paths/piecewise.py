@@ -72,7 +72,7 @@ class PiecewisePath(Control):
     """
 
     def __init__(self, knots: Tensor, coefficients: Tensor, differences: Tensor, jump_times: Tensor) -> None:
-        self.interval = torch.stack([knots[0], knots[-1]])
+        self.interval = knots[:: len(knots) - 1]
         self.grid_points, self.knots = knots, numbers(knots)
         self.jump_times = jump_times.detach()
         self.jumps = numbers(self.jump_times)
