@@ -63,6 +63,7 @@ def _load_forward_mode() -> None:
     """Start torch's forward mode, which warns at first use of a deprecation inside torch that no user can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # its kind from torch 2.15 on
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
