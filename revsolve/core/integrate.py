@@ -220,8 +220,8 @@ class _Watch:
         return value
 
 
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
+def _finite(x: Any) -> bool:
+    return not isinstance(x, Tensor) or bool(torch.isfinite(x).all())
 
 
 def parasitic(scheme: Scheme, pair: Pair, before: Tensor, h: float | Tensor) -> Tensor:
