@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme
-from revsolve.core.gradient import solve
-from revsolve.core.problem import Problem
-from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
-from revsolve.equation import Way, solution_at, until_event
-from revsolve.extras.event_steps import EVENT_OPTIONS, FAR
-from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.field.functorch import followed
-from revsolve.field_term import FieldTerm
-from revsolve.prepare.options import choose_steps, explain, scheme_and_options
-from revsolve.prepare.problem import prepare
+from revsolve.extras.event_steps import EVENT_OPTIONS
+from revsolve.extras.progress import AcceptedStep
+from revsolve.extras.solve import solution_of
+from revsolve.prepare.initial_value import InitialValueProblem, Posed
+from revsolve.prepare.options import read_options
 from revsolve.prepare.state import Packing
-from revsolve.prepare.times import Clock, as_tensor, check_times
+from revsolve.prepare.times import as_tensor
 from revsolve.schemes.tableau import Tableau
-from revsolve.solution import Solution
 
 
 def odeint(
@@ -93,15 +85,31 @@ def odeint(
         >>> y[-1]
         tensor([0.3679])
     """
-    known = EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each")
-    scheme, settings = scheme_and_options("rev_dopri5" if method is None else method, options, known)
-    way = (scheme, settings, (rtol, atol), gradient, restarts, progress, callback, compile)
-    equation = _Equation(*way, func, y0, args)
-    if event_fn is not None:
-        event_t, solution = until_event(equation, t, event_fn)
-        return event_t, solution if full_output else solution.ys
-    solution = solution_at(equation, y0, t)
-    return solution if full_output else solution.ys
+    if not callable(func):
+        raise TypeError(f"func must be callable as func(t, y), but it is {func!r}.")
+    read = read_options(
+        "rev_dopri5" if method is None else method,
+        options,
+        EVENT_OPTIONS if event_fn is not None else ("dense", "steps_of_each"),
+        rtol=rtol,
+        atol=atol,
+        gradient=gradient,
+        restarts=restarts,
+        progress=progress,
+        callback=callback,
+        compile=compile,
+    )
+    arguments = args if isinstance(args, tuple) else (args,)
+    field = functools.partial(_with_arguments, func, arguments) if arguments else func
+    packing = Packing(y0)
+
+    def pose(clock: Any, steps: list[float] | None) -> Posed:
+        return Posed(FieldTerm(field, packing, clock), (func, arguments))
+
+    results = lambda xs, num_dims: packing.unpack(xs)  # noqa: E731
+    x0, read = packing.pack(y0), read.for_state(packing)
+    ivp = InitialValueProblem("odeint", packing, x0, read, pose, (field, y0), results)
+    return solution_of(ivp, t, event_fn, full_output)
 
 
 def odeint_event(
@@ -150,60 +158,27 @@ def odeint_event(
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
 
-@dataclass
-class _Equation(Way):
-    func: Callable[..., Any]
-    y0: Any
-    args: Any
-    kinks: Sequence[float] = ()
-    knots: Sequence[float] = ()
+class FieldTerm:
+    """The term of an ODE: field value times h. `clock` says which time the field sees, and how much of it passes, the control."""
 
-    def __post_init__(self) -> None:
-        if not callable(self.func):
-            raise TypeError(f"func must be callable as func(t, y), but it is {self.func!r}.")
-        self.arguments = self.args if isinstance(self.args, tuple) else (self.args,)
-        self.field = functools.partial(_with_arguments, self.func, self.arguments) if self.arguments else self.func
-        self.packing = Packing(self.y0)
-        self.fit(self.packing)
-        self.x0 = self.packing.pack(self.y0)
+    def __init__(self, func: Callable[..., Any], packing: Packing, clock: Any) -> None:
+        self.func, self.packing, self.clock = func, packing, clock
+        self.adds_up = self.is_rate = clock.adds_up
+        self.control, self.foresee = clock.control, clock.foresee
+        self.checked = False
 
-    def term(self, clock: Any) -> Term:
-        return FieldTerm(self.field, self.packing, clock)
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        lone = self.packing.lone
+        out = self.func(self.clock(t), x if lone else self.packing.unpack(x))
+        if not self.checked or (lone and (out.dtype is not x.dtype or out.shape != x.shape)):
+            self.packing.check_like(out, "the field")
+            self.checked = True
+        if not lone:
+            out = self.packing.pack(out)
+        return out if out.dtype is x.dtype else out.to(x.dtype)
 
-    def steps(self, times: list[float], term: Term, t: Any) -> Callable[[], Stepper]:
-        construct = lambda constructor: constructor(self.field, self.y0, t)  # noqa: E731
-        return choose_steps(times, self.scheme, self.options, self.tolerances, term, self.x0, construct)
-
-    def problem(
-        self, term: Term, times: list[float], make: Callable[[], Stepper], length: float | None, t: Tensor | None = None
-    ) -> Problem:
-        span = (times[0], times[1] if len(times) > 1 else times[0] + 1.0)
-        make = watched(make, self.progress, self.callback, f"odeint {self.scheme.name}", length, self.packing.unpack)
-        owners = (self.func, self.arguments)
-        how = (self.scheme, make, self.gradient, self.restarts)
-        return prepare(term, self.x0, t, span, owners, *how, explain=explain(term.value), compile=self.compile)
-
-    def results(self, xs: Tensor, num_dims: int) -> Any:
-        return self.packing.unpack(xs)
-
-    def kinks_of_each(self, clock: Any) -> Sequence[float]:
-        return ()
-
-    def breaks(self, steps: list[float]) -> Sequence[int]:
-        return ()
-
-    def end(self, times: list[float]) -> float:
-        return math.copysign(FAR, times[1] - times[0])
-
-    def at_times(self, t: Any) -> Solution:
-        times = check_times(t)
-        term = self.term(Clock(self.packing.real_dtype, self.packing.device))
-        with torch.no_grad():
-            make = self.steps(times, term, t)
-        moving = t if isinstance(t, Tensor) and followed(t) else None
-        problem = self.problem(term, times, make, abs(times[-1] - times[0]), moving)
-        xs = solve(problem, self.x0, moving) if len(times) > 1 else self.x0[None]
-        return Solution(as_tensor(t), self.packing.unpack(xs), problem.stats, problem.stats.times or times)
+    def product(self, value: Tensor, control: Time) -> tuple[Tensor, Time]:
+        return value, control
 
 
 def _with_arguments(func: Callable[..., Any], arguments: tuple[Any, ...], t: Tensor, y: Any) -> Any:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from revsolve.core.problem import Stats
-from revsolve.extras.dense import Dense
+
+
+class Interpolant(Protocol):
+    """The solution between the steps."""
+
+    def evaluate(self, t: Any) -> Any: ...
+    def derivative(self, t: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Solution:
     ys: Any
     stats: Stats
     times: list[float]
-    interpolant: Dense | None = None
+    interpolant: Interpolant | None = None
 
     def evaluate(self, t: Any) -> Any:
         """The state at the times t, a tensor of any shape: like y0, with the dimensions of t where those of output times are
@@ -46,7 +52,7 @@ class Solution:
         """
         return self._dense().derivative(t)
 
-    def _dense(self) -> Dense:
+    def _dense(self) -> Interpolant:
         if self.interpolant is None:
             raise ValueError(
                 "this solve has no dense output: solve again with options={'dense': True} in odeint or cdeint, for one time of "

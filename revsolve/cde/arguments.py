@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
-from revsolve.core.coupling import Scheme
-from revsolve.core.stepper import Grid
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import check_inside
-from revsolve.prepare.grid import distance
-from revsolve.prepare.options import Tolerances, adapts, check_choice, given
+from revsolve.prepare.options import SolverOptions, check_choice
 from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import OneEvaluation
 
-CLOSE = 1e-9  # knots nearer than so much of the whole to an output time give way to it
 FORMS = ("derivative", "increment")
 RTOL, ATOL = 1e-4, 1e-6  # as torchcde has them
-Tolerance = float | Tensor | None
 
 
 def check_path(control: Control, packing: Packing, times: list[float], t: Tensor) -> None:
@@ -54,33 +47,33 @@ def check_path(control: Control, packing: Packing, times: list[float], t: Tensor
             )
 
 
-def choose_form(
-    form: str | None, scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances
-) -> tuple[Scheme, str]:
-    """How to step, and the scheme, whose error estimate is given up with increments: it does not see what the path does within
+def choose_form(options: SolverOptions) -> SolverOptions:
+    """How to step, settled; with increments the scheme's error estimate is given up: it does not see what the path does within
     a step.
 
     By default, methods of order 2 with one evaluation take increments, for they resolve no more than the ends of a step.
     """
+    form, scheme = options.form, options.scheme
     if form is None:
         once = all(isinstance(update.increment, OneEvaluation | None) for update in scheme.updates)
-        form = "increment" if once and scheme.order <= 2 and not adapts(scheme, options, tolerances) else "derivative"
+        form = "increment" if once and scheme.order <= 2 and not options.adaptive else "derivative"
     check_choice("option form", form, FORMS)
     if form == "derivative":
-        return scheme, form
-    if given(tolerances):
+        return replace(options, form=form)
+    if options.tolerances_given:
         raise ValueError(
             "form='increment' takes fixed steps, but rtol or atol ask for adaptive ones: leave them out, or use "
             "form='derivative'."
         )
-    return replace(scheme, error_order=None), form
+    return replace(options, form=form, scheme=replace(scheme, error_order=None))
 
 
-def choose_tolerances(adaptive: bool, rtol: Tolerance, atol: Tolerance) -> Tolerances:
+def choose_tolerances(options: SolverOptions) -> SolverOptions:
     """The tolerances, which adaptive steps cannot do without."""
-    if not adaptive:
-        return rtol, atol
-    return RTOL if rtol is None else rtol, ATOL if atol is None else atol
+    if not options.adaptive:
+        return options
+    rtol, atol = options.rtol, options.atol
+    return replace(options, rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol)
 
 
 def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
@@ -90,25 +83,3 @@ def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
     if gradient not in (None, "direct"):
         raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
     return "direct"
-
-
-def refuse_kinks(kinks: Sequence[float], times: list[float], grid: Grid | None) -> None:
-    """Raise where a gradient with respect to output times is wanted but does not exist, or would not be seen by fixed steps."""
-    on_output = {*kinks} & {*times[1:-1]}
-    if on_output:
-        t = min(on_output)
-        raise ValueError(
-            f"t[{times.index(t)}] = {t} lies where dX/dt jumps, so that the solution has no derivative with respect to it: shift "
-            "it, pass t.detach(), or step by options={'form': 'increment'}."
-        )
-    if grid is None:
-        return
-    lowest, highest = sorted((times[0], times[-1]))
-    met = sorted([grid.times[n] for n in grid.pinned] + times)
-    missed = [t for t in kinks if lowest < t < highest and distance(t, met) > CLOSE * (highest - lowest)]
-    if missed:
-        raise ValueError(
-            f"t requires a gradient, but dX/dt jumps at {missed[0]}, within a step that moves with t, and the gradient would not "
-            "know: leave out step_size, so that steps go from knot to knot, pass t.detach(), or step by options={'form': "
-            "'increment'}."
-        )

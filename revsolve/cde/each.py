@@ -9,18 +9,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
-from revsolve.extras.per_sample import ClockOfEach
-from revsolve.field.functorch import numbers
+from revsolve.extras.per_sample import BatchedTime
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import PiecewisePath
-
-CLOSE = 1e-9  # kinks nearer to each other than so many steps between outputs count as one
 
 
 class PathOfEach:
     """X_b(t_b(s)) for every sample b: a path in the step variable s, which all samples share."""
 
-    def __init__(self, control: Control, clock: ClockOfEach) -> None:
+    def __init__(self, control: Control, clock: BatchedTime) -> None:
         self.control, self.clock = control, clock
 
     @property
@@ -45,18 +42,6 @@ class PathOfEach:
         if isinstance(self.control, PiecewisePath):
             return self.control.values_of_each(times)
         return tree_map(lambda x: _own(x.movedim(-2, 0)), self.control.evaluate(times))
-
-
-def kinks_of_each(kinks: Tensor, t: Tensor) -> list[float]:
-    """Where the time of some sample passes one of the kinks, in the step variable: increasing numbers.
-
-    kinks: (k,); t: the times of each sample at the outputs, (T, batch).
-    """
-    t = t.detach().to("cpu", torch.float64)
-    place = (kinks.detach().to(t)[:, None, None] - t[:-1]) / t.diff(dim=0)  # (k, T - 1, batch)
-    inside = (place > CLOSE) & (place < 1 - CLOSE)
-    passed = (place + torch.arange(len(t) - 1, dtype=t.dtype, device=t.device)[:, None])[inside].unique()
-    return numbers(passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE])
 
 
 def _own(x: Tensor) -> Tensor:

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, refuse_kinks
+from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
-from revsolve.cde.each import PathOfEach, kinks_of_each
-from revsolve.cde.term import MatrixTerm, ProductTerm, cde_term, source_of
+from revsolve.cde.each import PathOfEach
+from revsolve.cde.term import cde_term, source_of
 from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
-from revsolve.core.gradient import solve
-from revsolve.core.problem import Problem, Stats
-from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
-from revsolve.equation import Way, solution_at, until_event, with_kinks
 from revsolve.extras.event_steps import EVENT_OPTIONS
-from revsolve.extras.per_sample import ClockOfEach
-from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.field.functorch import followed
-from revsolve.paths.control import Control
-from revsolve.prepare.options import adapts, choose_steps, explain, scheme_and_options
-from revsolve.prepare.problem import prepare
+from revsolve.extras.per_sample import BatchedTime
+from revsolve.extras.progress import AcceptedStep
+from revsolve.extras.solve import solution_of
+from revsolve.prepare.initial_value import InitialValueProblem, Posed
+from revsolve.prepare.options import read_options
 from revsolve.prepare.state import Packing
-from revsolve.prepare.times import as_tensor, check_times
+from revsolve.prepare.times import check_times
 from revsolve.schemes.tableau import Tableau
-from revsolve.solution import Solution
 
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
@@ -110,114 +100,50 @@ def cdeint(
     """
     if not callable(func) and not hasattr(func, "prod"):
         raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
-    known = ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense", "steps_of_each")
-    scheme, settings = scheme_and_options(method, options, known)
-    scheme, form = choose_form(settings.pop("form", None), scheme, settings, (rtol, atol))
-    tolerances = choose_tolerances(adapts(scheme, settings, (rtol, atol)), rtol, atol)
-    gradient = choose_gradient(adjoint, gradient)
-    way = (scheme, settings, tolerances, gradient, restarts, progress, callback, compile)
-    equation = _Equation(*way, func, as_control(X), z0, form)
-    if event_fn is not None:
-        check_path(equation.control, equation.packing, check_times(t)[:1], t)
-        event_t, solution = until_event(equation, t, event_fn)
-        return event_t, solution if full_output else solution.ys
+    read = read_options(
+        method,
+        options,
+        ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense", "steps_of_each"),
+        rtol=rtol,
+        atol=atol,
+        gradient=choose_gradient(adjoint, gradient),
+        restarts=restarts,
+        progress=progress,
+        callback=callback,
+        compile=compile,
+    )
+    read, control, packing = choose_tolerances(choose_form(read)), as_control(X), Packing(z0, "z0")
     each = isinstance(t, Tensor) and t.ndim == 2
-    times = [*t.detach().aminmax()] if each and t.numel() else check_times(t)
-    check_path(equation.control, equation.packing, [float(s) for s in times], t)
-    solution = solution_at(equation, z0, t)
-    return solution if full_output else solution.ys
+    times = [*map(float, t.detach().aminmax())] if each and t.numel() else check_times(t)
+    check_path(control, packing, times[:1] if event_fn is not None else times, t)
+    drive: type[Drive] = Increments if read.form == "increment" else Slopes
 
+    def pose(clock: Any, steps: list[float] | None) -> Posed:
+        path = PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control
+        driven, span = drive(path, shift=clock.shift), None
+        if steps is not None:
+            low, high = asked_for(read.scheme, steps[:2])[0][1:]
+            driven, span = driven.tabulated(read.scheme, steps, ROWS_PER_KNOT * len(control.grid_points)), (low, high)
+        return Posed(cde_term(func, packing, driven, clock), (func, *driven.tensors), span)
 
-@dataclass
-class _Equation(Way):
-    func: Any
-    control: Control
-    z0: Any
-    form: str
-
-    def __post_init__(self) -> None:
-        self.packing = Packing(self.z0, "z0")
-        self.fit(self.packing)
-        self.x0 = self.packing.pack(self.z0)
-        self.kinks: Sequence[float] = self.control.jumps if self.form == "derivative" else []
-        knots = self.control.knots
-        self.knots: Sequence[float] = knots if len(knots) > 2 else []
-        self.drive: type[Drive] = Increments if self.form == "increment" else Slopes
-        self.rates = cde_term(self.func, self.packing, Slopes(self.control))
-
-    def term(self, clock: Any) -> MatrixTerm | ProductTerm:
-        source = PathOfEach(self.control, clock) if isinstance(clock, ClockOfEach) else self.control
-        return cde_term(self.func, self.packing, self.drive(source, shift=clock.shift), clock)
-
-    def steps(self, times: list[float], term: Term, t: Any) -> Callable[[], Stepper]:
-        construct = lambda constructor: constructor(self.func, self.z0, t)  # noqa: E731
-        options = with_kinks(self)
-        return choose_steps(times, self.scheme, options, self.tolerances, self.rates, self.x0, construct, self.knots)
-
-    def problem(
-        self, term: Term, times: list[float], make: Callable[[], Stepper], length: float | None, t: Tensor | None = None
-    ) -> Problem:
-        span = (times[0], times[1])
-        assert isinstance(term, (MatrixTerm, ProductTerm))
-        make = watched(make, self.progress, self.callback, f"cdeint {self.scheme.name}", length, self.packing.unpack)
-        owners = (self.func, *term.control.tensors)
-        rates = term if isinstance(term.control.control, PathOfEach) else self.rates
-        return prepare(
-            term,
-            self.x0,
-            t,
-            span,
-            owners,
-            self.scheme,
-            make,
-            self.gradient,
-            self.restarts,
-            explain=explain(lambda t, x: rates.product(rates.value(t, x), rates.control(t, t, t))[0]),
-            compile=self.compile,
-            source=source_of(term) if self.compile else None,
-        )
-
-    def results(self, xs: Tensor, num_dims: int) -> Any:
+    def results(xs: Tensor, num_dims: int) -> Any:
         front, back = tuple(range(num_dims)), tuple(range(-1 - num_dims, -1))
-        return tree_map(lambda zs: zs.movedim(front, back), self.packing.unpack(xs))
+        return tree_map(lambda zs: zs.movedim(front, back), packing.unpack(xs))
 
-    def kinks_of_each(self, clock: ClockOfEach) -> Sequence[float]:
-        return kinks_of_each(self.control.jump_times, clock.t) if self.kinks else []
-
-    def breaks(self, steps: list[float]) -> Sequence[int]:
-        """Increments follow straight lines within steps; else the ends of the steps that meet a kink."""
-        if self.form == "increment":
-            return range(len(steps))
-        forward = steps if steps[-1] > steps[0] else [-s for s in steps]
-        ends = set()
-        for kink in self.kinks:
-            place = kink if forward is steps else -kink
-            ends |= {bisect_right(forward, place) - 1, bisect_left(forward, place)}
-        return sorted(ends & {*range(len(steps))})
-
-    def end(self, times: list[float]) -> float:
-        first, last = self.control.knots[0], self.control.knots[-1]
-        end = last if times[1] > times[0] else first
-        if not abs(end - times[0]) > 0 or (end > times[0]) != (times[1] > times[0]):
-            raise ValueError(f"the path ends at t = {end}, where the solve would begin: give one over a longer time.")
-        return end
-
-    def at_times(self, t: Any) -> Solution:
-        times = check_times(t)
-        moving = t if isinstance(t, Tensor) and followed(t) else None
-        with torch.no_grad():
-            make = self.steps(times, self.rates, t)
-        grid = None if adapts(self.scheme, self.options, self.tolerances) else make().grid
-        if moving is not None:
-            refuse_kinks(self.kinks, times, grid)
-        if len(times) == 1:
-            return Solution(as_tensor(t), self.results(self.x0[None], 1), Stats(), times)
-        drive, span = self.drive(self.control), times[:2]
-        if grid is not None:
-            span = list(asked_for(self.scheme, grid.times[:2])[0][1:])
-            if moving is None:
-                drive = drive.tabulated(self.scheme, grid.times, ROWS_PER_KNOT * len(self.control.grid_points))
-        term = cde_term(self.func, self.packing, drive)
-        problem = self.problem(term, span, make, abs(times[-1] - times[0]), moving)
-        xs = solve(problem, self.x0, moving)
-        return Solution(as_tensor(t), self.results(xs, 1), problem.stats, problem.stats.times)
+    knots = control.knots
+    ivp = InitialValueProblem(
+        "cdeint",
+        packing,
+        packing.pack(z0),
+        read.for_state(packing),
+        pose,
+        (func, z0),
+        results,
+        rates=cde_term(func, packing, Slopes(control)),
+        knots=knots if len(knots) > 2 else (),
+        discontinuities=control.jumps if read.form == "derivative" else (),
+        straight=read.form == "increment",
+        interval=(knots[0], knots[-1]),
+        source=source_of,
+    )
+    return solution_of(ivp, t, event_fn, full_output)

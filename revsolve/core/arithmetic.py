@@ -12,6 +12,27 @@ Scalar = float | Tensor
 Time = float | Tensor
 
 
+class OneSided(float):
+    """A time at which the field jumps, as it is seen from one side: the field receives the next time on that side, later where
+    `side` is 1, earlier where it is -1. Spans of time are those to the jump itself."""
+
+    side: float
+
+    def __new__(cls, t: float, side: float) -> OneSided:
+        made = super().__new__(cls, t)
+        made.side = side
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneSided) and float(self) == float(other) and self.side == other.side
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((float(self), self.side))
+
+
 def moment(t0: Time, t1: Time, fraction: float) -> Time:
     """t0 + fraction * (t1 - t0), exact at both ends."""
     if fraction == 0.0:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
 
-from revsolve.core.arithmetic import Scalar, Time, equals, like, linear, moment, scaled_add, value_of
+from revsolve.core.arithmetic import OneSided, Scalar, Time, equals, like, linear, moment, scaled_add, value_of
 from revsolve.core.tape import Grads, Memo, Tape
 
 Pair = tuple[Tensor, Tensor | None]
@@ -116,8 +116,19 @@ class Scheme:
 def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     """The updates of the steps from each of the times to the next, in order; in fewer moves if the term adds up."""
     if adds_up and scheme.run is not None and len(times) > 2:
-        return scheme.run(times)
-    return [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
+        path = scheme.run(times)
+    else:
+        path = [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
+    return path + _jump(scheme, times) if scheme.staggered and isinstance(times[-1], OneSided) else path
+
+
+def _jump(scheme: Scheme, times: Sequence[Time]) -> list[Move]:
+    """Where the field jumps at the end of the steps, the velocity does as well: it would alternate about the new field else."""
+    before = times[-1]
+    assert isinstance(before, OneSided)
+    follow = next(update for update in scheme.updates if update.increment is not None)
+    sides = ((-1.0, before), (1.0, OneSided(before, -before.side)))
+    return [(replace(follow, keep=1.0, mix=0.0, gain=sign, error=0.0), times[-2], before, at) for sign, at in sides]
 
 
 def evaluations(path: Iterable[Move]) -> Iterator[tuple[Time, Time, Time]]:

@@ -246,7 +246,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, 
     for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
         if (i := grid.output(stop)) is not None:
             grads.add(0, grad_ys[i])
-        times = clock(start, stop)
+        times = grid.seen(start, stop, clock(start, stop))
         for move in reversed(moves(scheme, times, tape.memo.adds_up)):
             pair = pull_back(move, pair, grads, tape)
         if start in marks:

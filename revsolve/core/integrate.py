@@ -128,7 +128,7 @@ def replay(
     """Repeat the recorded steps start..stop; the last pair, and the outputs due after them by their index."""
     outputs = {}
     for a, b in grid.runs(start, stop):
-        pair, _ = walk(pair, times[a - start : b - start + 1], a in grid.restarts)
+        pair, _ = walk(pair, grid.seen(a, b, times[a - start : b - start + 1]), a in grid.restarts)
         if (i := grid.output(b)) is not None:
             outputs[i] = problem.narrowed(pair[0])
     return pair, outputs
@@ -198,7 +198,7 @@ def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeE
     with torch.no_grad():
         for n in range(grid.num_steps):
             before = pair[0]
-            pair, _ = walk(pair, grid.times[n : n + 2], n in grid.restarts)
+            pair, _ = walk(pair, grid.seen(n, n + 1, grid.times[n : n + 2]), n in grid.restarts)
             if watch.lost is not None:
                 return RuntimeError(problem.explain(*watch.lost))
             if not _finite(pair[0]):

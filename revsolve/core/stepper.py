@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from revsolve.core.arithmetic import OneSided
 from revsolve.core.coupling import Pair
 from revsolve.core.tape import Memo
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an error estimate, given y before and after the step
 
+T = TypeVar("T", bound="float | Tensor")
 LONGEST_RUN = 64  # what is kept for each step of a run is let go after it
 
 
@@ -34,14 +36,15 @@ class Step(Protocol):
 class Grid:
     """The accepted steps: `times` (one more than steps), the step counts at which outputs are due, and where z was reset.
 
-    The times at `pinned` step counts are facts about the field, such as jumps: they stay where they are when outputs move.
-    Up to `longest_run` steps are taken in one go.
+    The times at `pinned` step counts stay where they are when outputs move. At those in `jumps`, which are pinned, the field is
+    discontinuous: the steps on both sides see it from their own. Up to `longest_run` steps are taken in one go.
     """
 
     times: list[float]
     outputs: list[int]
     restarts: set[int] = field(default_factory=set)
     pinned: list[int] = field(default_factory=list)
+    jumps: set[int] = field(default_factory=set)
     longest_run: int = 1
 
     @property
@@ -62,10 +65,23 @@ class Grid:
                 or n == stop
                 or n in ends
                 or n in self.restarts
+                or n in self.jumps
                 or self.output(n) is not None
             ):
                 yield first, n
                 first = n
+
+    def seen(self, start: int, stop: int, times: Sequence[T]) -> Sequence[T]:
+        """The times of the steps start..stop, a run, where those at a jump are seen from within it."""
+        if not self.jumps or self.jumps.isdisjoint((start, stop)):
+            return times
+        side = math.copysign(1.0, self.times[-1] - self.times[0])
+        seen: list[Any] = list(times)
+        if start in self.jumps:
+            seen[0] = OneSided(self.times[start], side)
+        if stop in self.jumps:
+            seen[-1] = OneSided(self.times[stop], -side)
+        return seen
 
 
 class Stepper(Protocol):
@@ -100,10 +116,12 @@ class Stepper(Protocol):
 
 
 class FixedGrid:
-    """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` see `Grid`."""
+    """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` and `jumps` see `Grid`."""
 
-    def __init__(self, times: list[float], outputs: list[int], pinned: Sequence[int] = ()) -> None:
-        self.grid = Grid(times, outputs, pinned=list(pinned), longest_run=LONGEST_RUN)
+    def __init__(
+        self, times: list[float], outputs: list[int], pinned: Sequence[int] = (), jumps: Collection[int] = ()
+    ) -> None:
+        self.grid = Grid(times, outputs, pinned=list(pinned), jumps=set(jumps), longest_run=LONGEST_RUN)
         self.num_steps = self.num_rejected = 0
         self.num_total = len(times) - 1
         self.next_output = 0  # which of them; bisection would be a riddle to torch.compile
@@ -117,7 +135,9 @@ class FixedGrid:
         while outputs[self.next_output] <= n:
             self.next_output += 1
         stop = min(limit, n + LONGEST_RUN, outputs[self.next_output])
-        pair, _ = step(pair, self.grid.times[n : stop + 1], restart)
+        if self.grid.jumps:
+            stop = min([stop, *(jump for jump in self.grid.jumps if jump > n)])
+        pair, _ = step(pair, self.grid.seen(n, stop, self.grid.times[n : stop + 1]), restart)
         self.num_steps = stop
         return pair
 
@@ -193,9 +213,16 @@ class Adaptive:
     num_total: int | None = None
 
     def __init__(
-        self, targets: list[float], is_output: list[bool], control: Control, explain: Callable[..., str]
+        self,
+        targets: list[float],
+        is_output: list[bool],
+        control: Control,
+        explain: Callable[..., str],
+        jumps: Container[float] = (),
     ) -> None:
         self.grid = Grid(targets[:1], [0])
+        self.jumps = jumps  # those among the targets at which the field is discontinuous
+        self.grid.jumps = {0} if targets[0] in jumps else set()
         self.targets, self.is_output = targets, is_output
         self.control, self.explain = control, explain
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
@@ -221,7 +248,7 @@ class Adaptive:
             target = self.targets[self.next_target]
             lands = abs(target - t0) <= self.h * (1 + 1e-9)
             t1 = target if lands else t0 + self.direction * self.h
-            after, measured = step(pair, (t0, t1), restart, self._ratio)
+            after, measured = step(pair, self._seen(t0, t1), restart, self._ratio)
             assert measured is not None
             ratio = float(measured)
             factor = self._factor(ratio, grown)
@@ -245,6 +272,7 @@ class Adaptive:
         for counts in (self.grid.outputs, self.grid.pinned):
             while counts and counts[-1] > num_steps:
                 counts.pop()
+        self.grid.jumps = {n for n in self.grid.jumps if n <= num_steps}
         forward = self.direction
         self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
 
@@ -264,8 +292,17 @@ class Adaptive:
             return grow
         return min(grow, max(c.shrink, c.safety * ratio ** (-0.7 / k) * self.previous ** (0.4 / k)))
 
+    def _seen(self, t0: float, t1: float) -> tuple[float, float]:
+        """The ends of a step, where those at a jump are seen from within it."""
+        if self.jumps:
+            t0 = OneSided(t0, self.direction) if t0 in self.jumps else t0
+            t1 = OneSided(t1, -self.direction) if t1 in self.jumps else t1
+        return t0, t1
+
     def _accept(self, t1: float, lands: bool) -> None:
         self.grid.times.append(t1)
+        if t1 in self.jumps:
+            self.grid.jumps.add(self.num_steps)
         if lands or self.every_step:
             due = self.every_step or self.is_output[self.next_target]
             (self.grid.outputs if due else self.grid.pinned).append(self.num_steps)

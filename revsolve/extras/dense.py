@@ -6,11 +6,12 @@ Between two steps, Hermite interpolation through k of the nearest steps t_j,
 
 with the Lagrange polynomials l_j, has an error of order 2 k, and its derivative 2 k - 1. With 2 k at least two above the order of
 the method, it is as accurate between adaptive steps as at them (dopri5 with rtol 1e-7; with k one less, 30 times less accurate).
-At breaks, where the derivative jumps, the polynomials end: those of a piece use the steps within it alone, and as few as it has.
+At discontinuities of the slope the polynomials end: those of a piece use the steps within it alone, and as few as it has.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,26 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from revsolve.core.arithmetic import OneSided
+from revsolve.core.gradient import solve
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
+from revsolve.extras.progress import watched_steps
+from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of, steps_to
+from revsolve.prepare.times import as_tensor
+from revsolve.solution import Solution
+
+
+def solve_densely(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
+    """The solution at the times t, at least two, and in between: interpolated from steps that need not land on them."""
+    clock = moving_clock(ivp, t, times[0], times[-1])
+    make = watched_steps(every_step(steps_to(ivp, [times[0], times[-1]], t)), ivp, abs(times[-1] - times[0]))
+    problem = problem_of(ivp, ivp.pose(clock, None), times, make)
+    states = solve(problem, ivp.x0, None)
+    steps = list(problem.stats.times)
+    ends = range(len(steps)) if ivp.straight else steps_at(ivp.jumps, steps)
+    interpolant = Dense(problem, states, ivp.results, clock.shift, ends, {*ivp.options.jump_t})
+    return Solution(as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
 
 
 def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
@@ -37,11 +56,21 @@ def every_step(make: Callable[[], Stepper]) -> Callable[[], Stepper]:
     return made
 
 
+def steps_at(places: Sequence[float], steps: list[float]) -> Sequence[int]:
+    """The numbers of the steps that end at one of the places, or after which a step has one within it, or before."""
+    sign = 1.0 if steps[-1] > steps[0] else -1.0
+    forward, ends = [sign * s for s in steps], set()
+    for place in places:
+        ends |= {bisect_right(forward, sign * place) - 1, bisect_left(forward, sign * place)}
+    return sorted(ends & {*range(len(steps))})
+
+
 class Dense:
     """The solution at any time, from the states after every step. Differentiable, in the time too.
 
-    states: (steps + 1, *packed state). shift: what the field sees times later by, see `Clock`. breaks: the numbers of the
-    steps after which the derivative may jump. results: states with `num_dims` dimensions in front, as users see them.
+    states: (steps + 1, *packed state). results: states with `num_dims` dimensions in front, as users see them. shift: what the
+    field sees times later by, see `Clock`. ends: the numbers of the steps after which the derivative may jump. jumps: the times
+    at which the field does.
     """
 
     def __init__(
@@ -50,15 +79,18 @@ class Dense:
         states: Tensor,
         results: Callable[[Tensor, int], Any],
         shift: Tensor | None = None,
-        breaks: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        jumps: set[float] | frozenset[float] = frozenset(),
     ) -> None:
         self.field, self.results = problem.field, results
-        self.states, self.shift = states, shift
+        self.states, self.shift, self.jumps = states, shift, jumps
         # torch.func transforms know no saved-tensor hooks
         self.keeps_rates = problem.followed or problem.operation is not None
-        self.steps = problem.stats.times
-        self.times = torch.tensor(self.steps, dtype=torch.float64, device=states.device)
-        self.breaks = torch.tensor(sorted({0, len(self.steps) - 1, *breaks}), device=states.device)
+        self.steps = list(problem.stats.times)
+        self.times = torch.tensor(
+            self.steps, dtype=torch.float64, device="cpu"
+        )  # some devices have no double precision
+        self.ends = torch.tensor(sorted({0, len(self.steps) - 1, *ends}), device="cpu")
         self.num_knots = max(2, (problem.scheme.order + 3) // 2)
 
     def evaluate(self, t: Any) -> Any:
@@ -70,8 +102,8 @@ class Dense:
         return self._interpolated(t, _weight_derivatives)
 
     def _interpolated(self, t: Any, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
-        t = torch.as_tensor(t, device=self.states.device)
-        s = t.double().reshape(-1)
+        t = as_tensor(t)
+        s = t.to("cpu", torch.float64).reshape(-1)
         first, counts = self._knots(s.detach())
         groups = [(counts == n).nonzero().squeeze(1) for n in counts.unique().tolist()]
         parts = [self._combined(s[i], first[i], int(counts[i[0]]), weights) for i in groups]
@@ -84,11 +116,12 @@ class Dense:
         """Weighted states and rates at the knots from `first` on."""
         knots = first[:, None] + torch.arange(num_knots, device=s.device)  # (len(s), num_knots)
         before = torch.zeros_like(knots)  # 1 where the rate is that of the piece that ends at the knot
-        before[:, -1] = torch.isin(knots[:, -1], self.breaks)
+        before[:, -1] = torch.isin(knots[:, -1], self.ends)
         used, place = torch.unique(2 * knots + before, return_inverse=True)
         rates = torch.stack([self._rate(key // 2, key // 2 + (-1 if key % 2 else 1)) for key in used.tolist()])
         nodes = self.times[knots]
         for_states, for_rates = weights(s[:, None], nodes if self.shift is None else nodes + self.shift.to(nodes))
+        knots, place = knots.to(rates.device), place.to(rates.device)
         total = sum(
             _column(for_states, j, rates) * self.states[knots[:, j]] + _column(for_rates, j, rates) * rates[place[:, j]]
             for j in range(num_knots)
@@ -98,7 +131,7 @@ class Dense:
 
     def _knots(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Which steps each time is interpolated from, as the first and their number: those nearest to the step that it lies
-        in, without passing a break."""
+        in, without passing one of the ends."""
         forward = 1.0 if self.steps[-1] > self.steps[0] else -1.0
         outside = (forward * s < forward * self.times[0]) | (forward * s > forward * self.times[-1])
         if bool(outside.any()):
@@ -109,16 +142,19 @@ class Dense:
             )
         left = torch.searchsorted(forward * self.times, forward * s, right=True) - 1
         left = left.clamp(max=len(self.steps) - 2)
-        piece = torch.searchsorted(self.breaks, left, right=True)
-        low, high = self.breaks[piece - 1], self.breaks[piece]
+        piece = torch.searchsorted(self.ends, left, right=True)
+        low, high = self.ends[piece - 1], self.ends[piece]
         counts = (high - low + 1).clamp(max=self.num_knots)
         return (left - (counts - 2) // 2).maximum(low).minimum(high - counts + 1), counts
 
     def _rate(self, i: int, other: int) -> Tensor:
         """The rate of change after step i, on the side of another; evaluated again for its gradient instead of kept."""
+        t, t1 = self.steps[i], self.steps[other]
+        if t in self.jumps:
+            t = OneSided(t, 1.0 if t1 > t else -1.0)
         if torch.is_grad_enabled() and not self.keeps_rates:
-            return checkpoint(self._value, self.steps[i], self.steps[other], self.states[i], use_reentrant=False)
-        return self._value(self.steps[i], self.steps[other], self.states[i])
+            return checkpoint(self._value, t, t1, self.states[i], use_reentrant=False)
+        return self._value(t, t1, self.states[i])
 
     def _value(self, t: float, other: float, x: Tensor) -> Tensor:
         term = self.field.term
@@ -157,4 +193,4 @@ def _lagrange(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _column(weights: Tensor, j: int, like: Tensor) -> Tensor:
-    return weights[:, j].to(like.real.dtype).view(-1, *[1] * (like.ndim - 1))
+    return weights[:, j].to(like.device, like.real.dtype).view(-1, *[1] * (like.ndim - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Pair, Scheme
+from revsolve.core.coupling import Pair
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
-from revsolve.prepare.grid import adaptive_grid, check_limits, knot_grid
-from revsolve.prepare.options import Tolerances, adapts
+from revsolve.prepare.grid import adaptive_grid, knot_grid
+from revsolve.prepare.initial_value import InitialValueProblem
+from revsolve.prepare.options import TARGETS
 
 EVENT_OPTIONS = ("event_direction", "max_num_steps")
 MAX_NUM_STEPS = 10_000
-FAR = 1e300  # where time ends for an equation that knows no end
+# Without max_num_steps, the search ends as well after so many steps, once it is so many times as far from t[0] as t[1] is.
+FEW_STEPS, HORIZON = 1_000, 1_000.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,19 @@ class Event:
     """An event function `func(t, y)` on packed states, the directions in which it counts, and the crossing that was found.
 
     `direction`: 0 for any, 1 for crossings from negative to positive, -1 for the others, in the order in which the steps go; a
-    number, or one for each component. `end`: where time ends, or the path of a controlled equation.
+    number, or one for each component. `end`: where time ends, or the path of a controlled equation. `rounding`: that of the
+    initial time. `jumps`: the times at which the field jumps.
     """
 
-    def __init__(self, func: Callable[[Time, Tensor], Any], direction: Any, end: float) -> None:
-        self.func, self.direction, self.end = func, direction, end
+    def __init__(
+        self,
+        func: Callable[[Time, Tensor], Any],
+        direction: Any,
+        end: float,
+        rounding: float,
+        jumps: Container[Any] = (),
+    ) -> None:
+        self.func, self.direction, self.end, self.rounding, self.jumps = func, direction, end, rounding, jumps
         self.crossing: Crossing | None = None
 
     def value(self, t: Time, x: Tensor) -> Tensor:
@@ -113,9 +123,10 @@ class UntilEvent:
 
     num_total = None
 
-    def __init__(self, stepper: Stepper, event: Event, max_num_steps: int) -> None:
+    def __init__(self, stepper: Stepper, event: Event, max_num_steps: int | None, unit: float) -> None:
         self.stepper, self.grid, self.tolerance = stepper, stepper.grid, stepper.tolerance
-        self.event, self.max_num_steps = event, max_num_steps
+        self.event, self.max_num_steps = event, max_num_steps or MAX_NUM_STEPS
+        self.few_steps, self.horizon = max_num_steps or FEW_STEPS, HORIZON * unit
         self.done, self.num_rejected = False, 0
         self.latest: tuple[Tensor | None, list[float]] = (None, [])
 
@@ -126,7 +137,8 @@ class UntilEvent:
     def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
         n, t0 = self.num_steps, self.grid.times[-1]
         before = self._values(t0, pair[0])
-        if n + self.num_rejected >= self.max_num_steps or self.stepper.done or not math.isfinite(t0):
+        taken, far = n + self.num_rejected, abs(t0 - self.grid.times[0]) > self.horizon
+        if taken >= (self.few_steps if far else self.max_num_steps) or self.stepper.done or not math.isfinite(t0):
             remedy = "give the path over a longer time" if self.stepper.done else "raise the option max_num_steps"
             raise RuntimeError(
                 f"no event by t = {t0}, where event_fn is {before}, after {n} steps and {self.num_rejected} rejected ones: make "
@@ -136,7 +148,9 @@ class UntilEvent:
         self.num_rejected, t1 = self.stepper.num_rejected, self.grid.times[-1]
         values = self._values(t1, after[0])
         if n == 0:
-            before = _without_initial_zeros(before, values, t0, t1, torch.finfo(pair[0].dtype).eps)
+            eps = torch.finfo(pair[0].dtype).eps
+            nearby = max(self.event.rounding * abs(t0), eps * max(min(abs(t0), 1.0), abs(t1 - t0)))
+            before = _without_initial_zeros(before, values, abs(t1 - t0), 16 * nearby)
         signs = self.event.crossed(before, values)
         if not signs:
             return after
@@ -146,7 +160,7 @@ class UntilEvent:
         self.grid.times.append(middle := 0.5 * (t0 + t1))
         self.grid.outputs.append(n + 1)
         self.done = True
-        return step(pair, (t0, middle), restart)[0]
+        return step(pair, self.grid.seen(n, n + 1, (t0, middle)), restart)[0]
 
     def rewind(self, num_steps: int) -> None:
         while self.grid.outputs[-1] > num_steps:
@@ -161,32 +175,35 @@ class UntilEvent:
 
 
 def steps_until(
-    event: Event,
-    t0: float,
-    scheme: Scheme,
-    options: dict[str, Any],
-    tolerances: Tolerances,
-    term: Term,
-    x0: Tensor,
-    knots: Sequence[float] = (),
+    event: Event, ivp: InitialValueProblem, times: list[float], term: Term, discontinuities: Sequence[float] = ()
 ) -> Callable[[], Stepper]:
-    """Steps from t0 until the event or the end of time; without a word from the options, from knot to knot."""
-    event.directions(len(event.values(t0, x0)))
-    most = options.setdefault("max_num_steps", MAX_NUM_STEPS)
-    check_limits({"max_num_steps": most})
-    if adapts(scheme, options, tolerances):
-        make = adaptive_grid([t0, event.end], options, *tolerances, scheme, term, x0)
-        return lambda: UntilEvent(make(), event, most)
-    step_size = options.get("step_size")
-    if knots and step_size is None:
-        points = knot_grid([t0, event.end], knots, 8 * torch.finfo(x0.real.dtype).eps * abs(event.end))().grid.times
-        return lambda: UntilEvent(NumberedSteps(t0, dict(enumerate(points)).get), event, most)
-    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
+    """Steps from the first of two times until the event or the end of time; by default from knot to knot."""
+    options, t0, unit = ivp.options, times[0], abs(times[1] - times[0])
+    event.directions(len(event.values(t0, ivp.x0)))
+    if options.adaptive:
+        make = adaptive_grid([t0, event.end], options, term, ivp.x0, discontinuities)
+    else:
+        make = _fixed_steps(event, ivp, t0)
+    return lambda: UntilEvent(make(), event, options.max_num_steps, unit)
+
+
+def _fixed_steps(event: Event, ivp: InitialValueProblem, t0: float) -> Callable[[], Stepper]:
+    options, name = ivp.options, ivp.options.scheme.name
+    useless = options.given - {"step_size", "form", *EVENT_OPTIONS}
+    if useless:
+        where = "only adaptive steps land on" if useless <= {*TARGETS} else "fixed steps towards an event do not have"
+        raise ValueError(f"{where} option {min(useless)!r} ({name!r}): leave it out, or pass rtol and atol.")
+    if ivp.knots and options.step_size is None:
+        resolution = 8 * torch.finfo(ivp.x0.real.dtype).eps * abs(event.end)
+        points = dict(enumerate(knot_grid([t0, event.end], ivp.knots, resolution)().grid.times))
+        return lambda: NumberedSteps(t0, points.get)
+    if options.step_size is None:
         raise ValueError(
-            f"{scheme.name!r} takes fixed steps towards the event, so step_size must be a positive number, but it is "
-            f"{step_size!r}: pass options={{'step_size': ...}}, or rtol and atol where the method can adapt."
+            f"{name!r} takes fixed steps towards the event, so step_size must be a positive number, but it is None: pass "
+            "options={'step_size': ...}, or rtol and atol where the method can adapt."
         )
-    return lambda: UntilEvent(NumberedSteps(t0, equal_steps(t0, step_size, event.end)), event, most)
+    when = equal_steps(t0, options.step_size, event.end)
+    return lambda: NumberedSteps(t0, when)
 
 
 def equal_steps(t0: float, step_size: float, end: float) -> Callable[[int], float | None]:
@@ -200,7 +217,6 @@ def equal_steps(t0: float, step_size: float, end: float) -> Callable[[int], floa
     return when
 
 
-def _without_initial_zeros(before: list[float], after: list[float], t0: float, t1: float, eps: float) -> list[float]:
-    """The first values, with those set to zero whose zero lies within rounding of the initial time: an event just handled."""
-    nearby = 16 * eps * max(abs(t0), abs(t1 - t0))
-    return [0.0 if abs(a) * abs(t1 - t0) <= nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]
+def _without_initial_zeros(before: list[float], after: list[float], h: float, nearby: float) -> list[float]:
+    """The first values, with those set to zero whose zero lies within `nearby` of the initial time: an event just handled."""
+    return [0.0 if abs(a) * h <= nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]

@@ -18,16 +18,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time
+from revsolve.core.arithmetic import OneSided, Time
 from revsolve.core.gradient import solve
 from revsolve.core.integrate import Walk
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Memo
-from revsolve.extras.event_steps import Crossing, Event
+from revsolve.extras.event_steps import Crossing, Event, steps_until
+from revsolve.extras.progress import watched_steps
 from revsolve.field.autograd import boundary
+from revsolve.field.functorch import dual_numbers
+from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of
+from revsolve.prepare.problem import values_hidden
+from revsolve.prepare.times import as_tensor, check_times, resolution
+from revsolve.solution import Solution
 
 NEWTON_STEPS = 3  # each makes one more derivative of a root right
 MOST_EXTENSIONS = 8
+
+
+def solve_until_event(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., Any]) -> tuple[Tensor, Solution]:
+    """The time of the event, and the solution at the times t[0] and then."""
+    if ivp.options.compile:
+        raise ValueError("compile= is for the same fixed steps of all samples: leave it out with event_fn.")
+    if values_hidden() or dual_numbers():
+        raise RuntimeError(
+            "an event is found by looking at numbers, which torch.func transforms, forward mode and torch.compile hide: "
+            "differentiate with torch.autograd.grad or backward(), and solve outside of what is compiled."
+        )
+    times = check_times(t)
+    if len(times) != 2:
+        raise ValueError(
+            f"with event_fn, t must hold the initial time and one that gives the direction, but it holds {len(times)} times."
+        )
+    end = ivp.interval[1] if times[1] > times[0] else ivp.interval[0]
+    if not (end - times[0]) * (times[1] - times[0]) > 0:
+        raise ValueError(f"the path ends at t = {end}, where the solve would begin: give one over a longer time.")
+    clock, packing = moving_clock(ivp, t, times[0], end), ivp.packing
+    posed = ivp.pose(clock, None)
+    direction = ivp.options.event_direction
+    event = Event(
+        lambda s, x: event_fn(clock(s), packing.unpack(x)), direction, end, resolution(t), {*ivp.options.jump_t}
+    )
+    with torch.no_grad():
+        make = steps_until(event, ivp, times, posed.term, ivp.discontinuities)
+    problem = problem_of(ivp, posed, [times[0], end], watched_steps(make, ivp, None))
+    found, states = solve_until(event, problem, ivp.x0)
+    t = as_tensor(t)
+    event_t = found.to(t) if clock.shift is None else found.to(t) + (t[0] - t[0].detach())
+    steps = [*problem.stats.times, float(found.detach())]
+    return event_t, Solution(torch.stack([t[0], event_t]), ivp.results(states, 1), problem.stats, steps)
 
 
 def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +91,12 @@ class _LastStep:
 
     def __init__(self, problem: Problem, event: Event, t0: float, y: Tensor) -> None:
         self.problem, self.event, self.t0, self.y = problem, event, t0, y
+        self.before = t0  # the latest time known before the event
 
     def state(self, s: Time, y: Tensor) -> Tensor:
         walk = Walk(self.problem.scheme, Memo(self.problem.field.term))
+        if isinstance(s, float) and s in self.event.jumps:
+            s = OneSided(s, self.t0 - s)
         return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
 
     def value(self, s: Time, y: Tensor, component: int) -> Tensor:
@@ -82,8 +124,9 @@ class _LastStep:
                 f"event_fn changed sign between t = {crossing.between[0]} and {crossing.between[1]}, but not in steps of other "
                 "lengths: the steps are too long for it, take smaller ones (step_size, max_step, or rtol and atol)."
             )
-        eps = torch.finfo(self.y.dtype).eps
-        found = find_root(lowest, (a, here), (b, there), 4 * eps * max(abs(a), abs(b)))
+        exact = torch.finfo(torch.float64).eps  # times are, but states may tell them apart by parts of the step only
+        tolerance = 4 * exact * max(abs(a), abs(b)) + torch.finfo(self.y.dtype).eps * abs(b - a)
+        found, self.before = find_root(lowest, (a, here), (b, there), tolerance)
         if found == self.t0:  # a step of no length has no velocity
             found = math.nextafter(found, b)
         return found, min(heights(found))[1]
@@ -93,11 +136,30 @@ class _LastStep:
         found = torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True)
         for _ in range(NEWTON_STEPS):
             value = self.value(found, self.y, component)
-            if not self.y.requires_grad and all(leaf is found for leaf in boundary([value])[0]):
+            alone = not self.y.requires_grad and all(leaf is found for leaf in boundary([value])[0])
+            if alone or not value.requires_grad:
                 return found.detach()
-            (rate,) = torch.autograd.grad(value, found, retain_graph=True)
+            (rate,) = torch.autograd.grad(value, found, retain_graph=True, materialize_grads=True)
+            if float(rate.detach()) == 0.0 and self._stays_zero(s, component):  # it changes on the other side alone
+                return self._reached(s, component)
             found = _Newton.apply(found, value, _checked(rate, s))
         return found
+
+    @torch.no_grad()
+    def _stays_zero(self, s: float, component: int) -> bool:
+        later = s + 16 * (s - self.before)
+        return all(self.event.values(t, self.state(t, self.y))[component] == 0.0 for t in (s, later))
+
+    def _reached(self, s: float, component: int) -> Tensor:
+        """When the function becomes zero, from its values just before."""
+        found = torch.tensor(self.before, dtype=torch.float64, device="cpu", requires_grad=True)
+        value = self.value(found, self.y, component)
+        (rate,) = torch.autograd.grad(value, found, retain_graph=True, materialize_grads=True)
+        if abs(float(value.detach())) > 8 * abs(
+            float(rate.detach()) * (s - self.before)
+        ):  # it is not reached, but jumps there
+            return torch.tensor(s, dtype=torch.float64, device="cpu")
+        return _Newton.apply(found, value, _checked(rate, self.before)) + (s - self.before)
 
 
 class _Newton(torch.autograd.Function):
@@ -122,7 +184,7 @@ class _Newton(torch.autograd.Function):
 
 
 def _checked(rate: Tensor, s: float) -> float:
-    number = float(rate)
+    number = float(rate.detach())
     if not math.isfinite(number) or number == 0.0:
         raise RuntimeError(
             f"event_fn changes at the rate {number} at its zero t = {s}, so the time of the event has no derivative: the "
@@ -133,14 +195,15 @@ def _checked(rate: Tensor, s: float) -> float:
 
 def find_root(
     f: Callable[[float], float], left: tuple[float, float], right: tuple[float, float], tolerance: float
-) -> float:
-    """A zero of f between two points (x, f(x)) where its signs differ, to a tolerance in x.
+) -> tuple[float, float]:
+    """A zero of f between two points (x, f(x)) where its signs differ, to a tolerance in x, and the nearest point known where f
+    is positive. Where f is zero on a stretch, the zero is the end of it that is nearest to where f is positive.
 
     Inverse quadratic interpolation where that is safe, else bisection (Chandrupatla 1997, Advances in Engineering Software 28).
     """
     (b, fb), (a, fa) = left, right
     c, fc = b, fb
-    fraction = 0.5
+    fraction, met_zero = 0.5, False
     while True:
         x, fx = (x := a + fraction * (b - a)), f(x)
         if (fx > 0) == (fa > 0):
@@ -150,8 +213,12 @@ def find_root(
         a, fa = x, fx
         best, fbest = (a, fa) if abs(fa) < abs(fb) else (b, fb)
         least = max(0.5 * tolerance, abs(math.ulp(best))) / abs(b - a)
-        if fbest == 0.0 or least > 0.5:
-            return best
+        if least > 0.5:
+            return best, a if fa > 0 else b
+        if fbest == 0.0:  # is there another zero just before it?
+            fraction = 0.5 if met_zero else min(0.5, 1.9 * least) if best == a else max(0.5, 1 - 1.9 * least)
+            met_zero = True
+            continue
         xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
         fraction = 0.5
         if phi**2 < xi and (1 - phi) ** 2 < 1 - xi:

@@ -11,25 +11,55 @@ so that the times enter the field like any other argument, and their gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Scheme
+from revsolve.core.gradient import solve
+from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.field.functorch import numbers
-from revsolve.prepare.grid import given_grid
-from revsolve.prepare.options import Tolerances, adapts, choose_steps
+from revsolve.extras.per_sample_steps import check_per_sample_steps, per_sample_steps
+from revsolve.extras.progress import watched_steps
+from revsolve.field.functorch import followed, numbers
+from revsolve.prepare.grid import check_fixed, choose_steps, num_steps, on_points
+from revsolve.prepare.initial_value import InitialValueProblem, problem_of
+from revsolve.prepare.times import resolution
 from revsolve.schemes.increment import RungeKutta
+from revsolve.solution import Solution
 
+CLOSE = 1e-9  # places nearer to each other than so many steps between outputs count as one
 REFUSED = ("grid_constructor", "first_step", "min_step", "max_step", "step_t", "jump_t", "dense")
 
 
-def check_times_of_each(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0")) -> list[float]:
+def solve_per_sample(ivp: InitialValueProblem, t: Tensor) -> Solution:
+    """The states where each sample has observation times of its own, t of shape (T, batch)."""
+    options = ivp.options
+    if options.compile:
+        raise ValueError("compile= is for the same fixed steps of all samples: leave it out with 2-D times.")
+    times = check_sample_times(t, ivp.constructor_arguments[1], ("t", ivp.packing.name))
+    clock = BatchedTime(t, ivp.x0)
+    places = passed_by_samples(ivp.discontinuities, t)
+    if places and followed(t):
+        raise ValueError(
+            f"dX/dt jumps {len(places)} times on the way, so that the times of a sample move what its steps see: pass "
+            "t.detach(), a path whose slope does not jump (HermitePath), or options={'form': 'increment'}."
+        )
+    posed = ivp.pose(clock, None)
+    check_per_sample_steps(options, places)
+    make = steps_for_samples(ivp, t, posed.term, places)
+    make = per_sample_steps(clock, make) if options.steps_of_each else make
+    if len(times) == 1:
+        return Solution(t, ivp.results(ivp.x0[None].clone(), 1), Stats(), times)
+    problem = problem_of(ivp, posed, times, watched_steps(make, ivp, times[-1]), rates=posed.term)
+    xs = solve(problem, ivp.x0, None)
+    return Solution(t, ivp.results(xs, 1), problem.stats, list(problem.stats.times))
+
+
+def check_sample_times(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0")) -> list[float]:
     """The values 0, 1, 2, ... of the step variable at the outputs. Raises unless y0 is a batch and the times go one way."""
     name, state = names
     if not isinstance(y0, Tensor) or y0.ndim == 0 or y0.shape[0] != t.shape[1]:
@@ -48,16 +78,16 @@ def check_times_of_each(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0")
         b = int(bad.nonzero()[0])
         raise ValueError(
             f"the times of each sample must be finite and go one way (repeated ones hold its state), but {name}[:, {b}] = "
-            f"{t[:, b].tolist()}."
+            f"{t[:, b].tolist()!r:.80}."
         )
     return [float(i) for i in range(len(t))]
 
 
-class ClockOfEach:
+class BatchedTime:
     """The time of each sample, a vector for the field, and how much of it passes, shaped to multiply values like `x0`.
 
-    t: (T, batch), any device; x0: (batch, ...). Steps are counted from output to output; or, where a `pace` is given, one by one:
-    step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
+    t: (T, batch), any device; x0: (batch, ...). Steps are counted from output to output; or, where `fractions` are given, one by
+    one: step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
     """
 
     shift, adds_up = None, False
@@ -65,7 +95,7 @@ class ClockOfEach:
     def __init__(self, t: Tensor, x0: Tensor) -> None:
         self.t, self.dtype = t.to(x0.device), x0.real.dtype
         self.shape = (-1, *(1,) * (x0.ndim - 1))
-        self.pace: list[tuple[int, Tensor, Tensor]] | None = None
+        self.fractions: list[tuple[int, Tensor, Tensor]] | None = None
 
     def __call__(self, s: Time) -> Tensor:
         return self.exact(s).to(self.dtype)
@@ -73,13 +103,13 @@ class ClockOfEach:
     def exact(self, s: Time) -> Tensor:
         """The times in float64, (batch,)."""
         i, part = self._whole_steps(s := float(s))
-        if self.pace is None:
+        if self.fractions is None:
             return torch.lerp(self.t[i].double(), self.t[i + 1].double(), part)
-        i, start, end = self.pace[i]
+        i, start, end = self.fractions[i]
         return torch.lerp(self.t[i].double(), self.t[i + 1].double(), torch.lerp(start, end, part))
 
     def _whole_steps(self, s: float) -> tuple[int, float]:
-        last = len(self.t) - 2 if self.pace is None else len(self.pace) - 1
+        last = len(self.t) - 2 if self.fractions is None else len(self.fractions) - 1
         n = min(max(math.floor(s), 0), last)
         return n, s - n
 
@@ -98,26 +128,21 @@ class ClockOfEach:
     def rate(self, s0: Time, s1: Time) -> Tensor:
         """The speed of time between s0 and s1, which lie between two outputs."""
         i, _ = self._whole_steps(float(0.5 * (s0 + s1)))
-        if self.pace is None:
+        if self.fractions is None:
             speed = self.t[i + 1].double() - self.t[i].double()
         else:
-            i, start, end = self.pace[i]
+            i, start, end = self.fractions[i]
             speed = (self.t[i + 1].double() - self.t[i].double()) * (end - start)
         return speed.to(self.dtype).view(self.shape)
 
 
-def steps_for_each(
-    t: Tensor,
-    scheme: Scheme,
-    options: Mapping[str, Any],
-    tolerances: Tolerances,
-    term: Term,
-    x0: Tensor,
-    kinks: Sequence[float] = (),
+def steps_for_samples(
+    ivp: InitialValueProblem, t: Tensor, term: Term, discontinuities: Sequence[float]
 ) -> Callable[[], Stepper]:
-    """Steps shared by all samples: adaptive ones, which land on the `kinks`, or so many that no sample takes one longer than
-    `step_size`."""
-    refuse_options(options)
+    """Steps shared by all samples: adaptive ones, which land on the discontinuities, or so many that no sample takes one longer
+    than `step_size`."""
+    options, scheme = ivp.options, ivp.options.scheme
+    refuse_options(options.given)
     if scheme.staggered or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
         fault = (
             "carries a velocity from step to step" if scheme.staggered else "evaluates the field outside of its steps"
@@ -127,31 +152,47 @@ def steps_for_each(
             "another method, 'rev_rk4' say."
         )
     times = [float(i) for i in range(len(t))]
-    step_size = options.get("step_size")
-    if step_size is None or adapts(scheme, options, tolerances):
-        chosen = {**options, "jump_t": kinks} if kinks else options
-        return choose_steps(times, scheme, chosen, tolerances, term, x0, lambda constructor: constructor)
-    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
-    return given_grid(times, points_for_each(t, step_size))
+    if options.step_size is not None:
+        check_fixed(options)
+        return on_points(points_for_samples(t, options.step_size), times)
+    if discontinuities and not options.adaptive:
+        raise ValueError(
+            f"{scheme.name!r} takes fixed steps, and the knots of the path lie elsewhere for every sample: pass "
+            "options={'step_size': ...}."
+        )
+    with torch.no_grad():
+        return choose_steps(times, options, term, ivp.x0, lambda constructor: constructor, (), discontinuities)
 
 
-def refuse_options(options: Mapping[str, Any]) -> None:
+def refuse_options(given: Container[str]) -> None:
     """Raise where an option speaks of one time for all samples."""
     for name in REFUSED:
-        if options.get(name) is not None:
+        if name in given:
             raise ValueError(
                 f"option {name!r} has no meaning where each sample has times of its own: use step_size or rtol."
             )
 
 
-def points_for_each(t: Tensor, step_size: float) -> list[float]:
+def points_for_samples(t: Tensor, step_size: float) -> list[float]:
     """Where steps begin and end, so many that no sample takes one longer than `step_size`."""
-    points = [0.0]
+    points, slack = [0.0], resolution(t) * float(t.detach().abs().max())
     for i, span in enumerate(numbers(t.detach().double().diff(dim=0).abs().amax(1))):
-        n = max(1, math.ceil(span / step_size * (1 - 1e-9)))
+        n = num_steps(span, step_size, slack)
         points += [i + j / n for j in range(1, n)] + [i + 1.0]
     return points
+
+
+def passed_by_samples(places: Sequence[float], t: Tensor) -> list[float]:
+    """Where the time of some sample passes one of the places, in the step variable: increasing numbers. t: (T, batch)."""
+    if not places:
+        return []
+    t = t.detach().to("cpu", torch.float64)
+    part = (torch.tensor(places, dtype=t.dtype, device="cpu")[:, None, None] - t[:-1]) / t.diff(
+        dim=0
+    )  # (k, T - 1, batch)
+    inside = (part > CLOSE) & (part < 1 - CLOSE)
+    passed = (part + torch.arange(len(t) - 1, dtype=t.dtype, device="cpu")[:, None])[inside].unique()
+    return numbers(passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE])
 
 
 def _places(update: Any) -> list[float]:

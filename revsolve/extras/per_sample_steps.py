@@ -6,53 +6,59 @@ was too large. A sample that has reached its next output time waits there, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Pair
 from revsolve.core.stepper import SHORTEST, Adaptive, Control, Grid, Step, Stepper
-from revsolve.extras.per_sample import ClockOfEach
 from revsolve.field.functorch import batching
+from revsolve.prepare.options import SolverOptions
 
 LANDS = 1 + 1e-9  # a step so much longer ends at the output
 
 
-def check_own_steps(wanted: Any, adaptive: bool, options: Mapping[str, Any], kinks: Sequence[float]) -> bool:
-    """Whether samples are to have steps of their own. Raises where they cannot."""
-    if not wanted:
-        return False
-    why = None if adaptive else "steps are fixed here"
+class Batched(Protocol):
+    """The times of samples, which steps may pass at a speed of each sample's own: see `per_sample.BatchedTime`."""
+
+    t: Tensor
+    fractions: list[tuple[int, Tensor, Tensor]] | None
+
+
+def check_per_sample_steps(options: SolverOptions, discontinuities: Sequence[float]) -> None:
+    """Raise where samples are to have steps of their own, but cannot."""
+    if not options.steps_of_each:
+        return
+    why = None if options.adaptive else "steps are fixed here"
     why = "samples of samples have none inside torch.vmap" if batching() else why
-    why = "option 'norm' measures all samples together" if "norm" in options else why
-    why = "steps land on the kinks of the path, which lie elsewhere for every sample" if kinks else why
+    why = "option 'norm' measures all samples together" if options.norm is not None else why
+    why = "steps land on the kinks of the path, which lie elsewhere for every sample" if discontinuities else why
     if why is not None:
         raise ValueError(f"steps_of_each gives every sample adaptive steps of its own, but {why}: leave it out.")
-    return True
 
 
-def steps_of_each(clock: ClockOfEach, make_shared: Callable[[], Stepper]) -> Callable[[], Stepper]:
+def per_sample_steps(clock: Batched, make_shared: Callable[[], Stepper]) -> Callable[[], Stepper]:
     """Steppers with the tolerances and limits of shared ones."""
 
     def make() -> Stepper:
-        clock.pace = None  # the first step is guessed for all samples
+        clock.fractions = None  # the first step is guessed for all samples
         shared = make_shared()
         assert isinstance(shared, Adaptive)
-        return StepsOfEach(clock, shared.control)
+        return PerSampleSteps(clock, shared.control)
 
     return make
 
 
-class StepsOfEach:
+class PerSampleSteps:
     """Steps numbered 0, 1, 2, ...; the clock knows how far each of them takes every sample."""
 
     num_total = None
 
-    def __init__(self, clock: ClockOfEach, control: Control) -> None:
+    def __init__(self, clock: Batched, control: Control) -> None:
         self.clock, self.control = clock, control
-        self.pace = clock.pace = []
+        self.fractions = clock.fractions = []
         self.grid = Grid([0.0], [0])
         self.spans = clock.t.detach().to("cpu", torch.float64).diff(dim=0).abs()  # (T - 1, batch)
         self.h = control.first_step * self.spans.amax(0)
@@ -70,7 +76,7 @@ class StepsOfEach:
         while True:
             self._check_progress(i, start)
             end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
-            self.pace[n:] = [(i, start.to(self.clock.t.device), end.to(self.clock.t.device))]
+            self.fractions[n:] = [(i, start.to(self.clock.t.device), end.to(self.clock.t.device))]
             after, ratio = step(pair, (float(n), float(n + 1)), restart, self._ratios)
             assert ratio is not None
             length = (end - start) * span
@@ -85,7 +91,7 @@ class StepsOfEach:
 
     def rewind(self, num_steps: int) -> None:
         self.num_rejected += self.num_steps - num_steps
-        del self.grid.times[num_steps + 1 :], self.pace[num_steps:]
+        del self.grid.times[num_steps + 1 :], self.fractions[num_steps:]
         while self.grid.outputs[-1] > num_steps:
             self.grid.outputs.pop()
         self.done = False
@@ -96,9 +102,9 @@ class StepsOfEach:
 
     def _place(self) -> tuple[int, Tensor]:
         """Between which outputs the samples are, and how far each has come."""
-        if not self.pace:
+        if not self.fractions:
             return 0, torch.zeros_like(self.h)
-        i, _, end = self.pace[-1]
+        i, _, end = self.fractions[-1]
         return (i + 1, torch.zeros_like(self.h)) if bool((end == 1).all()) else (i, end.cpu())
 
     def _accept(self, i: int, end: Tensor, h: Tensor, ratio: Tensor) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from revsolve.core.coupling import Pair
 from revsolve.core.stepper import Step, Stepper
+from revsolve.prepare.initial_value import InitialValueProblem
 
 OVER_TIME = "{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
 OPEN_ENDED = "{desc}: {n:.4g} [{elapsed}{postfix}]"
@@ -100,6 +101,13 @@ class Watched:
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def watched_steps(make: Callable[[], Stepper], ivp: InitialValueProblem, length: float | None) -> Callable[[], Stepper]:
+    """Steppers watched as the options of an initial value problem ask for it."""
+    options = ivp.options
+    name = f"{ivp.name} {options.scheme.name}"
+    return watched(make, options.progress, options.callback, name, length, ivp.packing.unpack)
 
 
 def watched(

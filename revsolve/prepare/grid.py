@@ -1,4 +1,4 @@
-"""Where steps may end: fixed grids from integer step counts, and the settings of adaptive steps."""
+"""Where steps end: fixed grids from integer step counts, and adaptive steps that meet the tolerances."""
 
 from __future__ import annotations
 
@@ -6,69 +6,121 @@ import bisect
 import functools
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from revsolve.core.coupling import Scheme
+from revsolve.core.caller import warn
 from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
+from revsolve.prepare.options import FIXED_OPTIONS, TARGETS, SolverOptions, Tolerance
+from revsolve.prepare.times import check_times
 
-FIXED_OPTIONS = ("step_size", "grid_constructor")
-ADAPTIVE_OPTIONS = (
-    *("first_step", "safety", "ifactor", "dfactor", "min_step", "max_step", "max_num_steps"),
-    *("step_t", "jump_t", "norm"),
-)
-
-
-# By the names of torchdiffeq: what `Control` calls them, and what they must be.
-LIMITS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
-    "safety": ("safety", "lie in (0, 1]", lambda x: 0 < x <= 1),
-    "ifactor": ("grow", "be at least 1", lambda x: x >= 1),
-    "dfactor": ("shrink", "lie in (0, 1)", lambda x: 0 < x < 1),
-    "min_step": ("min_step", "be finite and not negative", lambda x: 0 <= x < math.inf),
-    "max_step": ("max_step", "be positive", lambda x: x > 0),
-    "max_num_steps": ("max_num_steps", "be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0),
-}
+FIXED = {*FIXED_OPTIONS, *TARGETS, "dense", "steps_of_each", "event_direction", "form"}
+MAX_NUM_STEPS = 100_000
+EXACT = torch.finfo(torch.float64).eps
 
 
-def fixed_grid(times: list[float], step_size: float | None, method: str) -> Callable[[], Stepper]:
+def choose_steps(
+    times: list[float],
+    options: SolverOptions,
+    term: Term,
+    x0: Tensor,
+    constructed: Callable[[Callable[..., Any]], Any],
+    knots: Sequence[float] = (),
+    discontinuities: Sequence[float] = (),
+    rounding: float = EXACT,
+) -> Callable[[], Stepper]:
+    """Adaptive steps, which land on the discontinuities, or the fixed ones that are asked for, by default from knot to knot.
+
+    `constructed` calls the user's grid_constructor with the arguments that it expects; `rounding` is that of the times.
+    """
+    if options.adaptive:
+        return adaptive_grid(times, options, term, x0, discontinuities)
+    check_fixed(options)
+    targets, jumps = (*options.step_t, *options.jump_t), options.jump_t
+    if options.grid_constructor is not None:
+        return given_grid(
+            times, check_times(constructed(options.grid_constructor), "grid_constructor(...)"), targets, jumps
+        )
+    if knots and options.step_size is None:
+        return knot_grid(times, (*knots, *targets), 8 * torch.finfo(x0.real.dtype).eps * max(map(abs, times)), jumps)
+    return fixed_grid(times, options.step_size, options.scheme.name, rounding, targets, jumps)
+
+
+def check_fixed(options: SolverOptions) -> None:
+    """Raise for options that fixed steps do not have, and warn of tolerances."""
+    name = options.scheme.name
+    useless = options.given - FIXED
+    if useless:
+        raise ValueError(f"option {min(useless)!r} is for adaptive steps, but these are fixed ({name!r}).")
+    if options.tolerances_given:
+        warn(f"rtol and atol have no effect: the steps of {name!r} are fixed here.")
+
+
+def fixed_grid(
+    times: list[float],
+    step_size: float | None,
+    method: str,
+    rounding: float = EXACT,
+    targets: Sequence[float] = (),
+    jumps: Sequence[float] = (),
+) -> Callable[[], Stepper]:
     """Equal steps of `step_size` or less between the given times; without it, one step from each time to the next.
 
-    Times may come from float32: a step may be longer than asked for by a millionth.
+    `rounding` is that of the times, relative to the largest: a step may be that much longer than asked for.
     """
-    if step_size is None:
-        if len(times) == 2:
-            warnings.warn(
-                f"method {method!r} takes fixed steps, and without a step size it takes a single one from t = {times[0]} to "
-                f"{times[1]}: pass options={{'step_size': ...}}.",
-                stacklevel=4,
-            )
-        return lambda: FixedGrid(times, list(range(len(times))))
-    if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"step_size must be a positive number, but it is {step_size!r}; its sign follows from t.")
-    grid, outputs = times[:1], [0]
-    for a, b in itertools.pairwise(times):
-        n = max(1, math.ceil(abs(b - a) / step_size * (1 - 1e-6)))
-        grid += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
-        outputs.append(len(grid) - 1)
-    return lambda: FixedGrid(grid, outputs)
+    ends = with_targets(times, targets)
+    if step_size is None and len(ends) == 2:
+        warn(
+            f"method {method!r} takes fixed steps, and without a step size it takes a single one from each time to the next: "
+            "pass options={'step_size': ...}."
+        )
+    points = ends[:1]
+    slack = rounding * max(map(abs, times))
+    for a, b in itertools.pairwise(ends):
+        n = 1 if step_size is None else num_steps(abs(b - a), step_size, slack)
+        points += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
+    return on_points(points, times, targets, jumps)
 
 
-def knot_grid(times: list[float], knots: Sequence[float], resolution: float) -> Callable[[], Stepper]:
-    """Steps from knot to knot, and to every output time; a knot within `resolution` of one of these gives way to it."""
+def num_steps(span: float, step_size: float, slack: float) -> int:
+    """The number of equal steps no longer than `step_size`, but for the slack (half a step at most) or a millionth."""
+    steps = span / step_size
+    return max(1, math.ceil(steps - max(1e-6 * steps, min(4 * slack / step_size, 0.5))))
+
+
+def with_targets(times: list[float], targets: Sequence[float]) -> list[float]:
+    """The times, and the targets between the first and the last of them, in order."""
+    if not targets:
+        return times
     lowest, highest = sorted((times[0], times[-1]))
+    return sorted({*times, *(s for s in targets if lowest < s < highest)}, reverse=times[-1] < times[0])
+
+
+def on_points(
+    points: list[float], times: list[float], pinned: Sequence[float] = (), jumps: Sequence[float] = ()
+) -> Callable[[], Stepper]:
+    """Steps from each point to the next; the times are among the points."""
+    if points == times and not jumps:
+        return lambda: FixedGrid(list(points), list(range(len(points))))
+    place = {s: n for n, s in enumerate(points)}
+    outputs, fixed, one_sided = ([place[s] for s in given if s in place] for given in (times, pinned, jumps))
+    return lambda: FixedGrid(list(points), list(outputs), fixed, one_sided)
+
+
+def knot_grid(
+    times: list[float], knots: Sequence[float], resolution: float, jumps: Sequence[float] = ()
+) -> Callable[[], Stepper]:
+    """Steps from knot to knot, and to every output time; a knot within `resolution` of one of these gives way to it."""
     ordered = sorted(times)
-    inner = [s for s in knots if lowest < s < highest and distance(s, ordered) > resolution]
-    grid = sorted({*inner, *times}, reverse=times[-1] < times[0])
-    place = {s: n for n, s in enumerate(grid)}
-    return lambda: FixedGrid(list(grid), [place[s] for s in times], [place[s] for s in inner])
+    inner = [s for s in knots if ordered[0] < s < ordered[-1] and distance(s, ordered) > resolution]
+    return on_points(with_targets(times, inner), times, inner, jumps)
 
 
 def distance(s: float, ordered: list[float]) -> float:
@@ -79,31 +131,26 @@ def distance(s: float, ordered: list[float]) -> float:
     return min(abs(s - other) for other in ordered)
 
 
-def given_grid(times: list[float], points: list[float]) -> Callable[[], Stepper]:
+def given_grid(
+    times: list[float], points: list[float], targets: Sequence[float] = (), jumps: Sequence[float] = ()
+) -> Callable[[], Stepper]:
     """Steps from each of the given points to the next; output times that are not among them are added."""
     forward = 1.0 if len(times) < 2 or times[-1] > times[0] else -1.0
     if any((b - a) * forward <= 0 for a, b in itertools.pairwise(points)):
         raise ValueError("the points of grid_constructor must be strictly monotone in the direction of t.")
     lowest, highest = sorted((times[0], times[-1]))
-    if points and not (lowest <= min(points) and max(points) <= highest):
+    outside = [s for s in points if not lowest <= s <= highest]
+    if outside:
         raise ValueError(
-            f"the points of grid_constructor must lie within t, [{lowest}, {highest}], but they leave it: {points}."
+            f"the points of grid_constructor must lie within t, [{lowest}, {highest}], but {outside[0]} does not."
         )
-    grid = sorted({*points, *times}, reverse=forward < 0)
-    return lambda: FixedGrid(grid, [grid.index(s) for s in times])
+    return on_points(with_targets(sorted({*points, *times}, reverse=forward < 0), targets), times, targets, jumps)
 
 
 def adaptive_grid(
-    times: list[float],
-    options: Mapping[str, Any],
-    rtol: float | Tensor | None,
-    atol: float | Tensor | None,
-    scheme: Scheme,
-    term: Term,
-    x0: Tensor,
+    times: list[float], options: SolverOptions, term: Term, x0: Tensor, discontinuities: Sequence[float] = ()
 ) -> Callable[[], Stepper]:
-    """Steps that meet the tolerances and land on every output time, and on `step_t` and `jump_t`."""
-    assert scheme.error_order is not None
+    """Steps that meet the tolerances and land on every output time, on `step_t`, `jump_t` and the discontinuities."""
     if torch.compiler.is_dynamo_compiling():
         raise ValueError(
             "adaptive steps are chosen by looking at numbers, which torch.compile hides: fix the steps, say with "
@@ -113,51 +160,45 @@ def adaptive_grid(
         raise ValueError(
             "a CUDA graph cannot capture adaptive steps, which look at their error: take a fixed options={'step_size': ...}."
         )
-    rtol, atol = check_tolerances(rtol, atol, x0.dtype)
-    extra = [float(s) for name in ("step_t", "jump_t") for s in options.get(name, ())]
-    lowest, highest = sorted((times[0], times[-1]))
-    targets = sorted({*times, *(s for s in extra if lowest < s < highest)}, reverse=times[-1] < times[0])
-    outputs = set(times)
-    limits = check_limits(options)
-    norm = options.get("norm", root_mean_square)
-    first = options.get("first_step")
-    if first is not None and not (isinstance(first, (int, float)) and math.isfinite(first) and first > 0):
-        raise ValueError(f"first_step must be a positive number, but it is {first!r}; its sign follows from t.")
-
+    rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
+    targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
+    outputs, jumps = set(times), set(options.jump_t)
+    norm = root_mean_square if options.norm is None else options.norm
     if transformed():
         norm = functools.partial(largest_of_samples, norm, x0.ndim)
+    order = options.scheme.error_order or 1
+    most = options.max_num_steps or MAX_NUM_STEPS
 
     def make() -> Stepper:
-        order = scheme.error_order or 1
-        h = first or first_step(term, x0, times, rtol, atol, norm, order)
-        control = Control(rtol, atol, norm, (_largest(atol), _largest(rtol)), order, h, **limits)
-        return Adaptive(targets, [s in outputs for s in targets], control, explain_step(None if batching() else term))
+        h = options.first_step or first_step(term, x0, targets, rtol, atol, norm, order)
+        control = Control(
+            rtol,
+            atol,
+            norm,
+            (_largest(atol), _largest(rtol)),
+            order,
+            h,
+            options.safety,
+            options.dfactor,
+            options.ifactor,
+            options.min_step,
+            options.max_step,
+            most,
+        )
+        explain = explain_step(None if batching() else term)
+        return Adaptive(targets, [s in outputs for s in targets], control, explain, jumps)
 
     return make
 
 
-def check_limits(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of adaptive steps, by the names that `Control` has for them."""
-    limits = {}
-    for name, (ours, wanted, holds) in LIMITS.items():
-        if name in options:
-            limit = options[name]
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not holds(limit):
-                raise ValueError(f"option {name} must {wanted}, but it is {limit!r}.")
-            limits[ours] = limit
-    if limits.get("min_step", 0.0) > limits.get("max_step", math.inf):
-        raise ValueError(f"min_step = {limits['min_step']} is larger than max_step = {limits['max_step']}.")
-    return limits
-
-
 def first_step(
-    term: Term, x0: Tensor, times: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
+    term: Term, x0: Tensor, targets: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
 ) -> float:
     """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): two evaluations, two device reads."""
-    if len(times) < 2:
+    if len(targets) < 2:
         return 1.0
-    t0, length = times[0], abs(times[-1] - times[0])
-    direction = math.copysign(1.0, times[-1] - times[0])
+    t0, length = targets[0], abs(targets[1] - targets[0])  # the field is looked at before anything can happen to it
+    direction = math.copysign(1.0, targets[-1] - targets[0])
     with torch.no_grad():
         scale = atol + rtol * x0.abs()
         f0 = _rate(term, t0, x0, direction)
@@ -172,9 +213,7 @@ def first_step(
     return min(100 * h0, h1, length)
 
 
-def check_tolerances(
-    rtol: float | Tensor | None, atol: float | Tensor | None, dtype: torch.dtype
-) -> tuple[float | Tensor, float | Tensor]:
+def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
     """Tolerances with defaults (1e-7 and 1e-9, or what the dtype can resolve). Raises for negative or unreachable ones."""
     eps = torch.finfo(dtype).eps
     rtol = max(1e-7, 100 * eps) if rtol is None else rtol
@@ -247,6 +286,23 @@ def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> s
         if not bool(torch.isfinite(value).all()):
             return explain_field(t, x, value)
     return None
+
+
+def explain(term: Term) -> Callable[[float, Tensor], str]:
+    """Why the state stopped being finite, in words."""
+
+    def explained(t: float, x: Tensor) -> str:
+        with torch.no_grad():
+            value, _ = term.product(term.value(t, x), term.control(t, t, t))
+        if not bool(torch.isfinite(value).all()):
+            return explain_field(t, x, value)
+        size = float(torch.linalg.vector_norm(x, ord=math.inf))
+        return (
+            f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
+            "long for the method (take smaller ones), or the solution itself grows without bound."
+        )
+
+    return explained
 
 
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:

@@ -1,35 +1,39 @@
-"""From a method, its options and tolerances to a scheme and the steps it takes: shared by the solvers that step through time."""
+"""What a door is told of the way to solve, read once: the method, its options and tolerances."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
-from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
-from revsolve.prepare.grid import (
-    ADAPTIVE_OPTIONS,
-    FIXED_OPTIONS,
-    adaptive_grid,
-    explain_field,
-    fixed_grid,
-    given_grid,
-    knot_grid,
-)
-from revsolve.prepare.times import check_times
+from revsolve.prepare.state import Packing
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
+Tolerance = float | Tensor | None
+
 SCHEME_OPTIONS = ("coupling", "eta")
-TIMES = {"step_t", "jump_t"}
+FIXED_OPTIONS = ("step_size", "grid_constructor")
+TARGETS = ("step_t", "jump_t")  # where steps end, whether they are fixed or adaptive
+# By the names of torchdiffeq: what they must be, and why.
+FROM_T = "; its sign follows from t"
+LIMITS: dict[str, tuple[str, Callable[[float], bool], str]] = {
+    "first_step": ("be a positive number", lambda x: 0 < x < math.inf, FROM_T),
+    "safety": ("lie in (0, 1]", lambda x: 0 < x <= 1, ""),
+    "ifactor": ("be at least 1", lambda x: x >= 1, ""),
+    "dfactor": ("lie in (0, 1)", lambda x: 0 < x < 1, ""),
+    "min_step": ("be finite and not negative", lambda x: 0 <= x < math.inf, ""),
+    "max_step": ("be positive", lambda x: x > 0, ""),
+    "max_num_steps": ("be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ""),
+    "step_size": ("be a positive number", lambda x: 0 < x < math.inf, FROM_T),
+}
+ADAPTIVE_OPTIONS = (*(name for name in LIMITS if name != "step_size"), *TARGETS, "norm")
 EXPLAINED = {  # names that options have elsewhere
     "restart": "pass the keyword restarts=, a number of steps say",
     "perturb": "leave it out, jump_t alone says where a step sees one side of the field",
@@ -40,80 +44,89 @@ EXPLAINED = {  # names that options have elsewhere
     "max_order": "leave it out, there are no Adams methods",
     "max_iters": "leave it out, there are no implicit methods",
 }
-Tolerances = tuple[float | Tensor | None, float | Tensor | None]  # rtol, atol
 
 
-def scheme_and_options(
-    method: str | Tableau | Scheme, options: Mapping[str, Any] | None, extra: Sequence[str] = ()
-) -> tuple[Scheme, dict[str, Any]]:
-    """The scheme, with the options that are its own, and those that are left; `extra` ones are known besides the usual."""
-    rest = dict(options or {})
-    scheme = named_scheme(method, **{name: rest.pop(name) for name in SCHEME_OPTIONS if name in rest})
-    known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    chosen = check_options(rest, (*known, *SCHEME_OPTIONS, *extra), scheme.name)
-    for name in TIMES.intersection(chosen):
-        chosen[name] = [float(s) for s in chosen[name]]
-    return scheme, chosen
+@dataclass(frozen=True)
+class SolverOptions:
+    """How to solve; options have their public names. `adaptive`: whether steps follow the error."""
+
+    scheme: Scheme
+    rtol: Tolerance = None
+    atol: Tolerance = None
+    gradient: str | None = None
+    restarts: Any = "auto"
+    progress: bool = False
+    callback: Callable[[Any], Any] | None = None
+    compile: Any = False
+    step_size: float | None = None
+    grid_constructor: Callable[..., Any] | None = None
+    first_step: float | None = None
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int | None = None
+    step_t: Sequence[float] = ()
+    jump_t: Sequence[float] = ()
+    norm: Callable[[Tensor], Tensor] | None = None
+    dense: bool = False
+    steps_of_each: bool = False
+    event_direction: Any = 0
+    form: str | None = None  # of the steps of a controlled equation
+    given: frozenset[str] = frozenset()  # the names of the options that were given
+    adaptive: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that are no such steps."""
+        for name in self.given & LIMITS.keys():
+            (wanted, holds, why), value = LIMITS[name], getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+                raise ValueError(f"{name} must {wanted}, but it is {value!r}{why}.")
+        if self.min_step > self.max_step:
+            raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")
+        if self.step_size is not None and self.grid_constructor is not None:
+            raise ValueError("step_size and grid_constructor exclude each other: give one of them.")
+        fixed = self.step_size is not None or self.grid_constructor is not None or self.scheme.error_order is None
+        embedded = self.scheme.name.removeprefix("rev_") in TABLEAUS or not self.scheme.reversible
+        object.__setattr__(self, "adaptive", not fixed and (embedded or self.tolerances_given))
+
+    @property
+    def tolerances_given(self) -> bool:
+        return self.rtol is not None or self.atol is not None
+
+    def for_state(self, packing: Packing) -> SolverOptions:
+        """These options for the packed state: tolerances and a norm are given for the parts of the user's."""
+        if packing.lone and not isinstance(self.rtol, (list, tuple)) and not isinstance(self.atol, (list, tuple)):
+            return self
+        norm = self.norm
+        of_parts = norm if norm is None or packing.lone else lambda x: norm(packing.unpack(x))
+        rtol, atol = packing.spread(self.rtol, "rtol"), packing.spread(self.atol, "atol")
+        return replace(self, rtol=rtol, atol=atol, norm=of_parts)
 
 
-def adapts(scheme: Scheme, options: Mapping[str, Any], tolerances: Tolerances) -> bool:
-    """Whether steps follow the error: methods with an embedded estimate do unless the options fix the steps, the natively
-    reversible ones only when a tolerance is given."""
-    fixed = [name for name in FIXED_OPTIONS if options.get(name) is not None]
-    if len(fixed) > 1:
-        raise ValueError("step_size and grid_constructor exclude each other: give one of them.")
-    embedded = scheme.name.removeprefix("rev_") in TABLEAUS or not scheme.reversible
-    return scheme.error_order is not None and not fixed and (embedded or given(tolerances))
+def read_options(
+    method: str | Tableau | Scheme, options: Mapping[str, Any] | None, extra: Sequence[str] = (), **keywords: Any
+) -> SolverOptions:
+    """What `method`, `options` and the other keywords of a door say; `extra` options are known besides the usual.
 
-
-def given(tolerances: Tolerances) -> bool:
-    """Whether the user asked for any."""
-    return any(tolerance is not None for tolerance in tolerances)
-
-
-def choose_steps(
-    times: list[float],
-    scheme: Scheme,
-    options: Mapping[str, Any],
-    tolerances: Tolerances,
-    term: Term,
-    x0: Tensor,
-    construct: Callable[[Callable[..., Any]], Any],
-    knots: Sequence[float] = (),
-) -> Callable[[], Stepper]:
-    """Adaptive steps, or the fixed ones that the options ask for; without a word from them, from knot to knot.
-
-    `construct` calls the user's grid_constructor with the arguments that it expects.
+    Methods with an embedded estimate adapt their steps unless the options fix them, the natively reversible ones only when a
+    tolerance is given.
     """
-    if adapts(scheme, options, tolerances):
-        return adaptive_grid(times, options, *tolerances, scheme, term, x0)
-    useless = [name for name in options if name not in FIXED_OPTIONS]
-    if useless:
-        raise ValueError(f"option {useless[0]!r} is for adaptive steps, but these are fixed ({scheme.name!r}).")
-    if given(tolerances):
-        warnings.warn(f"rtol and atol have no effect: the steps of {scheme.name!r} are fixed here.", stacklevel=3)
-    if options.get("grid_constructor") is not None:
-        return given_grid(times, check_times(construct(options["grid_constructor"]), "grid_constructor(...)"))
-    if knots and options.get("step_size") is None:
-        return knot_grid(times, knots, 8 * torch.finfo(x0.real.dtype).eps * max(map(abs, times)))
-    return fixed_grid(times, options.get("step_size"), scheme.name)
+    parameters = {name: _number((options or {}).get(name)) for name in SCHEME_OPTIONS}
+    scheme = named_scheme(method, **parameters)
+    known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
+    given = check_options(options, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
+    return made_options(scheme, {k: v for k, v in given.items() if k not in SCHEME_OPTIONS}, **keywords)
 
 
-def explain(rate: Callable[[float, Tensor], Tensor]) -> Callable[[float, Tensor], str]:
-    """Why the state stopped being finite, in words, given the rate of change at one time and state."""
-
-    def explained(t: float, x: Tensor) -> str:
-        with torch.no_grad():
-            value = rate(t, x)
-        if not bool(torch.isfinite(value).all()):
-            return explain_field(t, x, value)
-        size = float(torch.linalg.vector_norm(x, ord=math.inf))
-        return (
-            f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
-            "long for the method (take smaller ones), or the solution itself grows without bound."
-        )
-
-    return explained
+def made_options(scheme: Scheme, given: Mapping[str, Any], **keywords: Any) -> SolverOptions:
+    """These options, which are known to be some."""
+    times = {}
+    for name in given.keys() & set(TARGETS):
+        listed = [given[name]] if isinstance(given[name], (int, float)) else given[name]
+        times[name] = tuple(float(s) for s in listed)
+    return SolverOptions(scheme, given=frozenset(given), **keywords, **{**given, **times})
 
 
 def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:

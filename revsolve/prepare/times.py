@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.field.functorch import batched, numbers, wrapped
+from revsolve.core.arithmetic import OneSided, Time
+from revsolve.core.caller import warn
+from revsolve.field.functorch import batched, numbers, version, wrapped
 from revsolve.field.repeat import capturing
 
 REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
@@ -41,7 +44,8 @@ def check_times(t: Any, name: str = "t") -> list[float]:
             times = [float(s) for s in t]
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"{name} must be a 1-D tensor or a list of numbers, from the initial time on, as in [0.0, 1.0], but it is {t!r}."
+                f"{name} must be a 1-D tensor or a list of numbers, from the initial time on, as in [0.0, 1.0], but it is "
+                f"{t!r:.80}."
             ) from error
     if not times:
         raise ValueError(f"{name} is empty: give at least the initial time.")
@@ -71,10 +75,14 @@ class Clock:
         self.shift = None if shift is None else shift.to(device, dtype)
         self.recent: dict[float, Tensor] = {}
 
-    def __call__(self, t: float | Tensor) -> Tensor:
-        now = t.to(self.device, self.dtype) if isinstance(t, Tensor) else self.recent.get(t)
-        if now is None:
-            now = self._constant(t)
+    def __call__(self, t: Time) -> Tensor:
+        now: Tensor | None
+        if isinstance(t, Tensor):
+            now = t.to(self.device, self.dtype)
+        else:
+            now = self.recent.get(t)
+            if now is None or not (torch.compiler.is_compiling() or version(now) == 0):  # fields may change theirs
+                now = self._constant(t)
         return now if self.shift is None else now + self.shift
 
     def control(self, t: Any, t0: Any, t1: Any) -> Any:
@@ -86,20 +94,37 @@ class Clock:
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
             made = torch.tensor(new, dtype=self.dtype, device=self.device)
-            if not wrapped(made):
+            if not wrapped(made) and not made.is_inference():
                 self.recent.update(zip(new, made.unbind(), strict=True))
 
-    def _constant(self, t: Any) -> Tensor:
+    def _constant(self, t: float) -> Tensor:
         if len(self.recent) >= REMEMBERED_TIMES:
             self.recent.clear()
         made = torch.full((), t, dtype=self.dtype, device=self.device)
-        if torch.compiler.is_compiling() or not wrapped(
-            made
-        ):  # not that of a transform, which ends before the solve does
+        if isinstance(t, OneSided):
+            made = torch.nextafter(made, torch.full_like(made, t.side * math.inf))
+        # That of a transform ends before the solve does, and one of inference mode does not tell whether a field changed it.
+        if torch.compiler.is_compiling() or not (wrapped(made) or made.is_inference()):
             self.recent[t] = made
         return made
 
 
+def resolution(t: Any) -> float:
+    """The rounding of the times, relative to the largest."""
+    return torch.finfo(t.dtype if isinstance(t, Tensor) else torch.float64).eps
+
+
+def warn_of_indistinct(times: Sequence[float], dtype: torch.dtype) -> None:
+    """Warn where the field's dtype cannot tell the times apart."""
+    eps = torch.finfo(dtype).eps
+    if any(abs(b - a) < eps * max(abs(a), abs(b)) for a, b in itertools.pairwise(times)):
+        warn(
+            f"the field receives times in the dtype of the state, {dtype}, which cannot tell these steps apart: count times "
+            "from zero (pass t - t[0], and add t[0] in the field, in double precision, if it needs the date), or make the state "
+            "float64."
+        )
+
+
 def as_tensor(x: Any) -> Tensor:
-    """Numbers as a tensor; one stays where it is, while torch's function of this name moves it to the default device."""
-    return x if isinstance(x, Tensor) else torch.as_tensor(x)
+    """Numbers as a tensor in double precision, which is theirs; a tensor stays as it is."""
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")

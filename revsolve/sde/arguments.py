@@ -14,7 +14,7 @@ from torch import Tensor
 from revsolve.brownian.path import BrownianPath, clamped
 from revsolve.brownian.presampled import PresampledPath
 from revsolve.compat.torchsde import ForeignBrownian, as_brownian
-from revsolve.extras.per_sample import check_times_of_each
+from revsolve.extras.per_sample import check_sample_times
 from revsolve.field.functorch import followed, outside, sample_numbers
 from revsolve.prepare.times import check_times
 from revsolve.sde.coefficients import SDE, Coefficients
@@ -37,7 +37,7 @@ def increasing(ts: Tensor | Sequence[float]) -> list[float]:
 def increasing_for_each(ts: Tensor, y0: Tensor, bm: Any) -> list[float]:
     """The values 0, 1, 2, ... of the step variable at the times of each sample, (T, batch)."""
     _check_constant(ts)
-    times = check_times_of_each(ts, y0, ("ts", "y0"))
+    times = check_sample_times(ts, y0, ("ts", "y0"))
     falls = (ts.diff(dim=0) < 0).any(0)
     if bool(falls.any()):
         b = int(falls.nonzero()[0])

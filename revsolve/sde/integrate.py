@@ -16,11 +16,12 @@ from revsolve.core.gradient import solve
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
-from revsolve.extras.per_sample import ClockOfEach, points_for_each, refuse_options
+from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_options
 from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, given_grid
+from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
+from revsolve.prepare.options import made_options
 from revsolve.prepare.problem import prepare, values_hidden
-from revsolve.prepare.times import Clock, as_tensor
+from revsolve.prepare.times import Clock, as_tensor, resolution
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
     as_sde,
@@ -141,9 +142,10 @@ class _Equation:
     def __init__(self, sde: Any, y0: Tensor, ts: Any, bm: Any, names: Mapping[str, str] | None, logqp: bool) -> None:
         self.clock: Any = Clock(y0.dtype, y0.device)
         if isinstance(ts, Tensor) and ts.ndim == 2:
-            self.times, self.clock = increasing_for_each(ts, y0, bm), ClockOfEach(ts, y0)
+            self.times, self.clock = increasing_for_each(ts, y0, bm), BatchedTime(ts, y0)
         else:
             self.times = increasing(ts)
+        self.rounding = resolution(ts)
         self.y0, self.logqp, self.start = y0, logqp, self.clock(self.times[0])
         self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
         self.sde = as_sde(sde, self._at_start, y0)
@@ -159,7 +161,7 @@ class _Equation:
         self.scheme, self.settings = scheme_and_options(method, parts, options, adaptive)
         unsaid = self.scheme.reversible and isinstance(restarts, str) and restarts == "auto"
         self.restarts = default_restarts(self.scheme) if unsaid else restarts
-        if isinstance(self.clock, ClockOfEach):
+        if isinstance(self.clock, BatchedTime):
             refuse_options(self.settings)
         if self.logqp and parts.prior is None:
             raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
@@ -176,17 +178,17 @@ class _Equation:
 
     def term(self, path: Path, area: bool = False) -> SDETerm | LogRatioTerm:
         """The term that this path drives."""
-        noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, ClockOfEach) else path
+        noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, BatchedTime) else path
         on_demand = area and not (self.logqp or values_hidden())
         term = SDETerm(self.parts, noise, self.clock, self.shift, area, on_demand)
         return LogRatioTerm(term, self.parts) if self.logqp else term
 
     def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
         """Steps, and what a Brownian motion needs to know of them."""
-        if isinstance(self.clock, ClockOfEach):
-            make = given_grid(self.times, points_for_each(self.clock.t, dt))
+        if isinstance(self.clock, BatchedTime):
+            make = on_points(points_for_samples(self.clock.t, dt), self.times)
         else:
-            make = fixed_grid(self.times, dt, self.scheme.name)
+            make = fixed_grid(self.times, dt, self.scheme.name, self.rounding)
         grid = make().grid.times
         self.first_step = (grid[0], grid[min(1, len(grid) - 1)])
         return make, {"grid": grid} if len(grid) > 1 else {}
@@ -195,11 +197,13 @@ class _Equation:
         self, dt: float, dt_min: float, rtol: float, atol: float
     ) -> tuple[Callable[[], Stepper], dict[str, Any]]:
         """Steps, and what a Brownian motion needs to know of them."""
-        speed = self.clock.fastest if isinstance(self.clock, ClockOfEach) else 1.0
+        speed = self.clock.fastest if isinstance(self.clock, BatchedTime) else 1.0
         first, least = dt / speed, dt_min / speed
         self.first_step = (self.times[0], min(self.times[0] + first, self.times[-1]))
-        options = {**self.settings, "first_step": first, "min_step": least}
-        make = adaptive_grid(self.times, options, rtol, atol, self.scheme, self.rates, self.x0)
+        options = made_options(
+            self.scheme, {**self.settings, "first_step": first, "min_step": least}, rtol=rtol, atol=atol
+        )
+        make = adaptive_grid(self.times, options, self.rates, self.x0)
         return make, {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, self.times)))}
 
     def motion(self, bm: Any, knots: dict[str, Any]) -> Path:
@@ -214,7 +218,7 @@ class _Equation:
         """What the engine takes."""
         source = None
         if programs:
-            if self.area or isinstance(self.clock, ClockOfEach):
+            if self.area or isinstance(self.clock, BatchedTime):
                 raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
             source = Source(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
         return prepare(

@@ -11,7 +11,7 @@ from torch import Tensor
 from revsolve.brownian.path import BrownianPath
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
-from revsolve.extras.per_sample import ClockOfEach
+from revsolve.extras.per_sample import BatchedTime
 from revsolve.sde.coefficients import Coefficients, contraction, increment
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
@@ -84,7 +84,7 @@ class NoiseOfEach:
     Where time runs at the rate r, W of a span has r times the variance, and so has its space-time area.
     """
 
-    def __init__(self, path: Path, clock: ClockOfEach) -> None:
+    def __init__(self, path: Path, clock: BatchedTime) -> None:
         self.path, self.clock = path, clock
 
     def __call__(self, s0: Time, s1: Time, return_H: bool = False) -> Any:

@@ -181,7 +181,7 @@ def test_find_root(root: float, power: int, width: float, off: float) -> None:
 
     a, b = root - off * width, root + (1 - off) * width
     calls: list[float] = []
-    found = find_root(lambda x: calls.append(x) or f(x), (b, f(b)), (a, f(a)), 1e-12)
+    found, _ = find_root(lambda x: calls.append(x) or f(x), (b, f(b)), (a, f(a)), 1e-12)
     # Bisection needs 43 halvings of 5 to 1e-12; a flat root may vanish by underflow before.
     assert abs(found - root) < 1e-11
     assert len(calls) < 150

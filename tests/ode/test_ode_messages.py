@@ -268,7 +268,7 @@ def test_tolerances_without_effect_warn() -> None:
 
 
 def test_one_single_step_warns() -> None:
-    with pytest.warns(UserWarning, match="a single one from t = 0.0 to 1.0: pass options"):
+    with pytest.warns(UserWarning, match="takes a single one from each time to the next: pass options"):
         odeint(decay, torch.ones(2), T, method="rk4")
 
 
