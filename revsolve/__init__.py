@@ -51,3 +51,17 @@ __all__ = [
     "sdeint",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("odeint_adjoint", "sdeint_adjoint"):
+        door = name.removesuffix("_adjoint")
+        raise ImportError(
+            f"revsolve has no {name}, for {door} itself has exact gradients in bounded memory: write from revsolve import "
+            f"{door}, and leave out adjoint_params and the like."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

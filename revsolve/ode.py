@@ -15,12 +15,14 @@ from revsolve.extras.event_steps import EVENT_OPTIONS
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.prepare.initial_value import InitialValueProblem, Posed
+from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import read_options
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import as_tensor
 from revsolve.schemes.tableau import Tableau
 
 
+@explains_keywords
 def odeint(
     func: Callable[..., Any],
     y0: Any,
@@ -168,13 +170,12 @@ class FieldTerm:
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> Tensor:
-        lone = self.packing.lone
-        out = self.func(self.clock(t), x if lone else self.packing.unpack(x))
-        if not self.checked or (lone and (out.dtype is not x.dtype or out.shape != x.shape)):
+        if not self.packing.lone:
+            return self.packing.pack(self.func(self.clock(t), self.packing.unpack(x)), "the field")
+        out = self.func(self.clock(t), x)
+        if not (self.checked and isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             self.packing.check_like(out, "the field")
             self.checked = True
-        if not lone:
-            out = self.packing.pack(out)
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def product(self, value: Tensor, control: Time) -> tuple[Tensor, Time]:

@@ -19,6 +19,7 @@ from revsolve.extras.per_sample import BatchedTime
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.prepare.initial_value import InitialValueProblem, Posed
+from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import read_options
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import check_times
@@ -27,6 +28,7 @@ from revsolve.schemes.tableau import Tableau
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
 
+@explains_keywords
 def cdeint(
     X: Any,
     func: Callable[..., Any],

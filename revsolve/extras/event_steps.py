@@ -65,7 +65,7 @@ class Event:
     def values(self, t: float, x: Tensor) -> list[float]:
         values = self.value(t, x.detach()).tolist()
         if any(math.isnan(v) for v in values):
-            raise RuntimeError(f"event_fn returned NaN at t = {t}: {values}.")
+            raise RuntimeError(f"event_fn returned NaN at t = {t}: {values!s:.80}.")
         return values
 
     def directions(self, num_components: int) -> list[float]:
@@ -73,7 +73,7 @@ class Event:
         if len(given) != num_components or any(d not in (-1, 0, 1) for d in given):
             raise ValueError(
                 f"event_direction must be -1, 0 or 1, or one of these for each of the {num_components} components of event_fn, "
-                f"but it is {self.direction!r}."
+                f"but it is {self.direction!r:.80}."
             )
         return [float(d) for d in given]
 
@@ -141,8 +141,8 @@ class UntilEvent:
         if taken >= (self.few_steps if far else self.max_num_steps) or self.stepper.done or not math.isfinite(t0):
             remedy = "give the path over a longer time" if self.stepper.done else "raise the option max_num_steps"
             raise RuntimeError(
-                f"no event by t = {t0}, where event_fn is {before}, after {n} steps and {self.num_rejected} rejected ones: make "
-                f"sure that it changes sign, check the direction of time and event_direction, or {remedy}."
+                f"no event by t = {t0}, where event_fn is {before!s:.80}, after {n} steps and {self.num_rejected} rejected ones: "
+                f"make sure that it changes sign, check the direction of time and event_direction, or {remedy}."
             )
         after = self.stepper.advance(step, pair, restart, n + 1)
         self.num_rejected, t1 = self.stepper.num_rejected, self.grid.times[-1]

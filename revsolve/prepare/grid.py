@@ -203,7 +203,7 @@ def first_step(
         scale = atol + rtol * x0.abs()
         f0 = _rate(term, t0, x0, direction)
         d0, d1 = (float(norm(v / scale)) for v in (x0, f0))
-        h0 = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, length)
+        h0 = min(1e-6 if not (d0 >= 1e-5 and 1e-5 <= d1 < math.inf) else 0.01 * d0 / d1, length)
         f1 = _rate(term, t0 + direction * h0, x0 + h0 * f0, direction)
         d2 = float(norm((f1 - f0) / scale)) / h0
     steepest = max(d1, d2)
@@ -218,11 +218,15 @@ def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tu
     eps = torch.finfo(dtype).eps
     rtol = max(1e-7, 100 * eps) if rtol is None else rtol
     atol = max(1e-9, eps) if atol is None else atol
+    least = torch.finfo(dtype).tiny / eps  # what is zero, and stays so, has no error
+    atol = atol.clamp(min=least) if isinstance(atol, Tensor) and not bool((atol < 0).any()) else atol or least
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient: pass {name}.detach().")
         if not bool(torch.as_tensor(value >= 0, device="cpu").all()):
-            raise ValueError(f"{name} must not be negative, but it is {value}.")
+            raise ValueError(
+                f"{name} must not be negative, but it is {value if isinstance(value, float) else _smallest(value)}."
+            )
     if _largest(rtol) < 2 * eps:
         raise ValueError(
             f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, {eps:.1e}: use rtol >= {10 * eps:.0e}."
@@ -309,6 +313,10 @@ def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
     k, scale = term.product(term.value(t, x), term.control(t, t, t + direction))
     return k * scale
+
+
+def _smallest(tolerance: Any) -> float:
+    return float(torch.as_tensor(tolerance).min())
 
 
 def _largest(tolerance: float | Tensor) -> float:

@@ -14,9 +14,10 @@ class Packing:
 
     def __init__(self, state: Any, name: str = "y0") -> None:
         leaves, self.spec = tree_flatten(state)
+        self.as_tuples = tree_flatten(_as_tuples(state))[1]
         self.name, self.lone = name, isinstance(state, Tensor)
         if not leaves:
-            raise ValueError(f"{name} holds no tensor, it is {state!r}: pass one, or a pytree of them.")
+            raise ValueError(f"{name} holds no tensor, it is {state!r:.80}: pass one, or a pytree of them.")
         for leaf in leaves:
             _check_leaf(leaf, name)
         devices = {leaf.device for leaf in leaves}
@@ -33,13 +34,27 @@ class Packing:
             self.real_dtype = torch.promote_types(self.real_dtype, dtype)
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
 
-    def pack(self, state: Any) -> Tensor:
+    def pack(self, state: Any, where: str | None = None) -> Tensor:
+        """The state as one tensor; what a field returned is checked, and `where` is the field's name."""
         if self.lone:
             return state
-        leaves, spec = tree_flatten(state)
-        if spec != self.spec and len(leaves) != len(self.shapes):
-            raise ValueError(f"expected the structure of {self.name}, {self.spec}, but got {spec}.")
+        leaves = self._leaves(state, where or self.name)
+        if where is not None:
+            self._check_leaves(leaves, where)
         return torch.cat([_flat(leaf, self.real_dtype) for leaf in leaves])
+
+    def _leaves(self, state: Any, where: str) -> list[Any]:
+        """The leaves in the order of the state's own; lists count as tuples, and dicts have no order."""
+        leaves, spec = tree_flatten(state)
+        if spec == self.spec:
+            return leaves
+        wanted, got = ("one tensor", f"a {type(state).__name__}") if self.lone else (self.spec, spec)
+        try:
+            if not self.lone:
+                return self.as_tuples.flatten_up_to(_as_tuples(state))
+        except ValueError:
+            pass
+        raise ValueError(f"{where} must return the structure of {self.name}, {wanted}, but it returned {got}.")
 
     def unpack(self, x: Tensor) -> Any:
         """The pytree whose leaves keep the leading dimensions of x, if it has any."""
@@ -58,11 +73,14 @@ class Packing:
         """Numbers or tensors for the leaves of the state, as one tensor that goes with a packed state; a lone one as it is."""
         if numbers is None or isinstance(numbers, (Tensor, float, int)):
             return numbers
-        leaves, spec = tree_flatten(numbers)
-        if spec != self.spec:
+        if self.lone and isinstance(numbers, (list, tuple)):
+            numbers = torch.tensor(numbers, dtype=self.real_dtype, device=self.device)
+        try:
+            leaves = self.as_tuples.flatten_up_to(_as_tuples(numbers))
+        except ValueError:
             raise ValueError(
-                f"{name} must have the structure of {self.name}, {self.spec}, or be one number, but it is {numbers!r}."
-            )
+                f"{name} must have the structure of {self.name}, {self.spec}, or be one number, but it is {numbers!r:.80}."
+            ) from None
         parts = []
         for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True):
             part = torch.as_tensor(leaf, dtype=self.real_dtype, device=self.device)
@@ -77,12 +95,12 @@ class Packing:
 
     def check_like(self, out: Any, where: str) -> None:
         """Raise unless the field's value has the structure and shapes of the state."""
-        leaves, spec = tree_flatten(out)
-        if len(leaves) != len(self.shapes) or (spec != self.spec and not self.lone):
-            raise ValueError(f"{where} must return the structure of {self.name}, {self.spec}, but it returned {spec}.")
+        self._check_leaves(self._leaves(out, where), where)
+
+    def _check_leaves(self, leaves: list[Any], where: str) -> None:
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r}.")
+                raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r:.80}.")
             if leaf.shape != shape:
                 raise ValueError(
                     f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}."
@@ -96,9 +114,18 @@ class Packing:
                 )
 
 
+def _as_tuples(state: Any) -> Any:
+    """A pytree with tuples in the place of its lists."""
+    if type(state) in (list, tuple):
+        return tuple(map(_as_tuples, state))
+    return {key: _as_tuples(value) for key, value in state.items()} if type(state) is dict else state
+
+
 def _check_leaf(leaf: Any, name: str) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r}.")
+        raise TypeError(
+            f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r:.80}."
+        )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(
             f"{name} must be floating point or complex, but it has dtype {leaf.dtype}: cast it, say with .float()."

@@ -27,6 +27,25 @@ NATIVE: dict[str, Callable[[], Scheme]] = {
 }
 
 
+_NO_MULTISTEP = (
+    "there are no Adams or other multistep methods here, implicit ones neither, take 'rev_dopri5' or 'dopri5'"
+)
+_OF_SDES = "it is a method for SDEs, see sdeint, for ODEs take 'rev_dopri5' or 'reversible_heun'"
+ELSEWHERE = {  # names that methods have in other packages
+    "adaptive_heun": "that pair of tableaus is called 'heun_euler' here, or 'rev_heun_euler' as a reversible method",
+    "fehlberg2": "take 'heun_euler' or 'bosh3', pairs of orders 2 and 3, or 'fehlberg45'",
+    "dopri853": "that method is called 'dop853' here, or 'rev_dop853' as a reversible method",
+    **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), _NO_MULTISTEP),
+    "scipy_solver": "there are no solvers of scipy here, take 'dopri5' for its RK45, 'bosh3' for RK23, 'dop853' for DOP853",
+    "RK45": "that method is called 'dopri5' here",
+    "RK23": "that method is called 'bosh3' here",
+    **dict.fromkeys(
+        ("LSODA", "BDF", "Radau"), "there are no methods for stiff equations here, implicit ones, take 'rev_dopri5'"
+    ),
+    **dict.fromkeys(("srk", "milstein", "euler_heun", "log_ode"), _OF_SDES),
+}
+
+
 def method_names() -> list[str]:
     """All names that `method=` takes: every tableau, its reversible twin, and the natively reversible methods."""
     return [*TABLEAUS, *(f"rev_{name}" for name in TABLEAUS), *NATIVE]
@@ -50,10 +69,13 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         raise TypeError(f"method must be a name, a Tableau or a Scheme, but it is {method!r}.")
     if method in NATIVE or name in TABLEAUS:
         return _named(method)
-    close = difflib.get_close_matches(method, method_names(), n=1, cutoff=0.0)
-    raise ValueError(
-        f"unknown method {method!r}: did you mean {close[0]!r}? Known methods: {', '.join(method_names())}."
-    )
+    known = method_names()
+    if method in ELSEWHERE:
+        hint = f": {ELSEWHERE[method]}."
+    else:
+        close = difflib.get_close_matches(method.lower(), known, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"unknown method {method!r}{hint} Known methods: {', '.join(known)}.")
 
 
 MADE: dict[str, Scheme] = {}  # torch.compile knows no functools.cache

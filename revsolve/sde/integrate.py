@@ -19,6 +19,7 @@ from revsolve.core.tape import Term
 from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_options
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
+from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import made_options
 from revsolve.prepare.problem import prepare, values_hidden
 from revsolve.prepare.times import Clock, as_tensor, resolution
@@ -42,6 +43,7 @@ from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
 
 
+@explains_keywords
 def sdeint(
     sde: Any,
     y0: Tensor,
@@ -127,7 +129,7 @@ def sdeint(
     path = equation.motion(bm, knots)
     times, scheme = equation.times, equation.scheme
     if len(times) == 1:
-        return _results(equation.x0[None], logqp)
+        return _results(equation.x0[None].clone(), logqp)
     make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
     problem = equation.problem(path, make, gradient, compile)
     ys = _results(solve(problem, equation.x0, None), logqp)
