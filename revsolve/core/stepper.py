@@ -152,15 +152,22 @@ class FixedGrid:
 class UntilConverged:
     """The steps of a fixed-point iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
 
-    `observe(n, y, step)` sees y after n steps and the increment from there, which is what the next step asks for first.
+    `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first; `by_step`
+    says that it asks at the number of the step, not at 0. Outputs are due at the end, and after every `every` steps.
     """
 
     num_total = None
     num_rejected = 0
 
-    def __init__(self, max_steps: int, observe: Callable[[int, Tensor, Tensor], bool]) -> None:
+    def __init__(
+        self,
+        max_steps: int,
+        observe: Callable[[int, Tensor, Tensor], bool],
+        every: int | None = None,
+        by_step: bool = False,
+    ) -> None:
         self.grid = Grid([0.0], [max_steps])
-        self.max_steps, self.observe = max_steps, observe
+        self.max_steps, self.observe, self.every, self.by_step = max_steps, observe, every or max_steps, by_step
         self.done = max_steps == 0
 
     @property
@@ -171,11 +178,13 @@ class UntilConverged:
         n = self.num_steps + 1
         pair, _ = step(pair, (float(n - 1), float(n)), restart)
         self.grid.times.append(float(n))
-        memo = step.memo
-        ahead, _ = memo.product(memo.value(0.0, pair[0]), memo.control(0.0, 0.0, 0.0))
+        memo, t = step.memo, float(n) if self.by_step else 0.0
+        ahead, _ = memo.product(memo.value(t, pair[0]), memo.control(t, t, t))
         self.done = self.observe(n, pair[0], ahead) or n == self.max_steps
         if self.done:
-            self.grid.outputs[0] = n
+            self.grid.outputs[-1] = n
+        elif n % self.every == 0:
+            self.grid.outputs.insert(-1, n)
         return pair
 
     def rewind(self, num_steps: int) -> None:

@@ -61,13 +61,14 @@ def set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
 class Repeatable(Guarded):
     """A term whose evaluations depend on time, state and tensors alone, though its field draws random numbers or changes buffers.
 
-    With a `seed`, what is drawn is a function of it and of the time; the state of the generators is left as it was. With
-    `buffers`, every evaluation finds these as they were when the solve began.
+    With a `seed`, what is drawn is a function of it and of the time, or of it alone if the term has `one_draw`; the state of the
+    generators is left as it was. With `buffers`, every evaluation finds these as they were when the solve began.
     """
 
     def __init__(self, term: Term, seed: int | None, devices: list[torch.device], buffers: Buffers | None) -> None:
         super().__init__(term)
         self.seed, self.devices, self.buffers = seed, devices, buffers
+        self.one_draw = getattr(term, "one_draw", False)
 
     def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         with ExitStack() as stack:
@@ -75,7 +76,7 @@ class Repeatable(Guarded):
                 stack.enter_context(self.buffers)
             if self.seed is not None:
                 stack.enter_context(torch.random.fork_rng(self.devices))
-                seed = hash((self.seed, float(t))) & 0x7FFF_FFFF_FFFF_FFFF
+                seed = hash((self.seed, 0.0 if self.one_draw else float(t))) & 0x7FFF_FFFF_FFFF_FFFF
                 torch.default_generator.manual_seed(
                     seed
                 )  # torch.manual_seed would reach devices whose state is not kept

@@ -43,7 +43,7 @@ class Criterion:
     @property
     def rests(self) -> bool:
         """Whether a sample may rest while others go on."""
-        return self.stop == "sample" and self.tol > 0
+        return self.stop == "sample" and self.tol > 0 and self.min_steps < self.max_steps
 
 
 @dataclass
@@ -137,6 +137,10 @@ class Convergence:
         if on_failure == "raise":
             raise RuntimeError(message)
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+    def lost(self, t: float, y: Tensor) -> str:
+        """The message where the state stops being finite in step t."""
+        return f"the iteration diverges: z is not finite after {int(t) + 1} steps. {self.hint()}"
 
     def hint(self) -> str:
         """How fast the residual grows or shrinks, and what that asks for."""

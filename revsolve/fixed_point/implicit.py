@@ -59,16 +59,17 @@ def equilibrium(
     rule = _rule(method, beta, options)
     tracked = torch.is_grad_enabled()
     with torch.set_grad_enabled(tracked and gradient == "direct"):
-        z = _iterate(lambda z: memo.value(0.0, z), z0, rule, convergence)
+        z = _iterate(lambda n, z: memo.value(float(n), z), z0, rule, convergence)
     stats = Stats(num_steps=convergence.num_steps, num_evaluations=memo.num_evaluations)
     if not tracked or gradient == "direct":
         return z, stats
+    last = float(stats.num_steps)
     if gradient == "phantom":
         for _ in range(options.get("phantom_steps", 5)):
-            z = torch.lerp(z, term.value(0.0, z), options.get("phantom_beta", 0.5))
+            z = torch.lerp(z, term.value(last, z), options.get("phantom_beta", 0.5))
         return z, stats
     leaf = leaf_of(z)
-    value = term.value(0.0, leaf)
+    value = term.value(last, leaf)
     out = z + (value - value.detach())  # z as it is, and the history of one evaluation there
     out.register_hook(_Adjoint(leaf, value, convergence.packing, options, on_failure, stats))
     return out, stats
@@ -100,7 +101,7 @@ class _Adjoint:
         if method == "gmres":
             u = gmres(self.product, g, options.get("memory", 20), convergence)
         else:
-            u = _iterate(lambda u: g + self.product(u), g, _rule(method, 1.0, options), convergence)
+            u = _iterate(lambda n, u: g + self.product(u), g, _rule(method, 1.0, options), convergence)
         convergence.conclude(self.on_failure)
         return u * size
 
@@ -111,17 +112,17 @@ class _Adjoint:
         return torch.zeros_like(u) if back is None else back
 
 
-def _iterate(f: Callable[[Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
+def _iterate(f: Callable[[int, Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
     criterion = convergence.criterion
     for n in range(criterion.max_steps):
-        value = f(z)
+        value = f(n, z)
         if criterion.tol > 0 and n > 0 and convergence.observe(n, z, value):
             return z
         after = rule(z, value)
         z = torch.where(convergence.moves(n), after, z) if criterion.rests else after
     convergence.num_steps = criterion.max_steps
     if criterion.tol > 0:
-        convergence.observe(criterion.max_steps, z, f(z))
+        convergence.observe(criterion.max_steps, z, f(criterion.max_steps, z))
     return z
 
 

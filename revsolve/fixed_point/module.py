@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,8 @@ class RevDEQ(nn.Module):
         tol, max_steps: as in `fixed_point`; tol=0 and few steps is a weight-tied network rather than an equilibrium.
         eval_max_steps: the most steps in eval mode; by default those of training, unless these are drawn by a function.
         init: makes the initial z from x, where that is neither zero nor shaped like x.
-        min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, options, on_failure, progress, callback, compile:
-            as in `fixed_point`.
+        min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, noise, save_at, options, on_failure, progress,
+            callback, compile: as in `fixed_point`.
 
     Attributes:
         last: the `FixedPoint` of the latest call, its z detached: statistics, and a warm start for the next call.
@@ -62,6 +62,8 @@ class RevDEQ(nn.Module):
         gradient: str | None = None,
         pair_dtype: torch.dtype | None = None,
         anchor_every: int | None = None,
+        noise: str = "solve",
+        save_at: int | Sequence[int] | None = None,
         options: Mapping[str, Any] | None = None,
         on_failure: str = "warn",
         progress: bool = False,
@@ -81,6 +83,7 @@ class RevDEQ(nn.Module):
         self.residual, self.stop, self.on_failure = residual, stop, on_failure
         self.method, self.gradient, self.options = method, gradient, options
         self.pair_dtype, self.anchor_every = pair_dtype, anchor_every
+        self.noise, self.save_at = noise, save_at
         self.progress, self.callback = progress, callback
         self.programs = compile  # a module's `compile` is a method
         self.last: FixedPoint | None = None
@@ -90,7 +93,7 @@ class RevDEQ(nn.Module):
         return self.fixed_beta if self.learnable is None else self.learnable()
 
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
-        """z like z0, which is by default `init(x)`, or zeros of the shape of x.
+        """z like z0, which is by default `init(x)`, or zeros of the shape of x; with `save_at` states stacked in front.
 
         Raises:
             RuntimeError: the iteration diverges, or does not converge with on_failure="raise".
@@ -112,6 +115,8 @@ class RevDEQ(nn.Module):
             gradient=self.gradient,
             pair_dtype=self.pair_dtype,
             anchor_every=self.anchor_every,
+            noise=self.noise,
+            save_at=self.save_at,
             options=self.options,
             on_failure=self.on_failure,
             full_output=True,

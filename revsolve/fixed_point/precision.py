@@ -34,17 +34,21 @@ def anchor_spacing(beta: Scalar, pair: torch.dtype, computed: torch.dtype, value
     """
     eps, own = torch.finfo(pair).eps, torch.finfo(computed).eps
     least = float((1.0 - beta.detach()).abs().min()) if isinstance(beta, Tensor) else abs(1.0 - beta)
-    if own > eps:
-        growth, closest = math.sqrt(own / eps) / MARGIN, (eps / own) ** (1 / 3)
-    else:
-        growth, closest = eps**-SHARE, eps**SHARE
+    closest = (eps / own) ** (1 / 3) if own > eps else eps**SHARE
     if least < closest:
         raise ValueError(
             f"beta is {least:.1e} away from 1, but undoing steps in {pair} needs {closest:.1e}: move beta away from 1, or use "
             "gradient='checkpoint'."
         )
-    steps = int(math.log(max(growth, 1.0)) / (-2 * math.log(least)))
-    return max(1, steps, 0 if isinstance(beta, Tensor) else _exact_steps(least, eps, torch.finfo(value).eps))
+    exact = 0 if isinstance(beta, Tensor) else _exact_steps(least, eps, torch.finfo(value).eps)
+    return max(exact, steps_undone(least**2, pair, computed))
+
+
+def steps_undone(factor: float, pair: torch.dtype, computed: torch.dtype) -> int:
+    """How many steps may be undone that multiply rounding by 1 / factor each; at least 1."""
+    eps, own = torch.finfo(pair).eps, torch.finfo(computed).eps
+    growth = math.sqrt(own / eps) / MARGIN if own > eps else eps**-SHARE
+    return max(1, int(math.log(max(growth, 1.0)) / -math.log(factor)))
 
 
 def _exact_steps(least: float, eps: float, value_eps: float) -> int:
@@ -60,7 +64,8 @@ def pair_dtype_of(packing: Packing, wanted: torch.dtype | None) -> torch.dtype:
     wide = wanted or (narrowest if packing.device.type == "mps" else torch.float64)
     if wide not in (torch.float32, torch.float64) or torch.finfo(wide).eps > torch.finfo(packing.real_dtype).eps:
         raise ValueError(
-            f"pair_dtype must be torch.float32 or torch.float64 and no narrower than z0 ({packing.real_dtype}), but it is {wide}."
+            f"pair_dtype must be torch.float32 or torch.float64 and no narrower than {packing.name} ({packing.real_dtype}), but "
+            f"it is {wide}."
         )
     return torch.promote_types(wide, given) if given.is_complex else wide
 

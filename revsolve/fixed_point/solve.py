@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from revsolve.core.arithmetic import Scalar, Time
-from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
-from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
-from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.fixed_point.arguments import check_whole, checked, refuse
+from revsolve.extras.progress import AcceptedStep
+from revsolve.fixed_point.arguments import check_compiled, check_whole, checked, refuse, stepper
 from revsolve.fixed_point.convergence import Convergence
 from revsolve.fixed_point.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
-from revsolve.fixed_point.precision import anchor_spacing, computed_dtype, packed_beta, pair_dtype_of
+from revsolve.fixed_point.iteration import Iteration
+from revsolve.fixed_point.precision import anchor_spacing, packed_beta, pair_dtype_of
+from revsolve.fixed_point.term import ValueTerm, applied, takes_step
 from revsolve.prepare.options import check_choice, check_options
-from revsolve.prepare.problem import prepare
-from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation
 
 
@@ -48,28 +45,6 @@ class FixedPoint:
     stats: Stats
 
 
-class ValueTerm:
-    """The term of a fixed-point iteration: the value of f in `dtype`, whatever those of the pair and of f are."""
-
-    def __init__(self, f: Callable[[Any], Any], packing: Packing, dtype: torch.dtype) -> None:
-        self.f, self.packing, self.dtype = f, packing, dtype
-        self.alike = False
-
-    def value(self, t: Time, x: Tensor) -> Tensor:
-        state = self.packing.unpack(x.to(self.packing.dtypes[0]) if self.packing.lone else x)
-        out = self.f(state)
-        if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):
-            self.packing.check_like(out, "f")
-            self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
-        return self.packing.pack(out).to(self.dtype)
-
-    def control(self, t: Time, t0: Time, t1: Time) -> float:
-        return 1.0
-
-    def product(self, value: Tensor, control: float) -> tuple[Tensor, float]:
-        return value, control
-
-
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -85,6 +60,8 @@ def fixed_point(
     gradient: str | None = None,
     pair_dtype: torch.dtype | None = None,
     anchor_every: int | None = None,
+    noise: str = "solve",
+    save_at: int | Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
     on_failure: str = "warn",
     full_output: bool = False,
@@ -100,10 +77,12 @@ def fixed_point(
         z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
 
     Real eigenvalues of the Jacobian of f must lie in (-1, 1), whatever beta is; those off the real axis ask for a smaller beta.
-    What f draws at random (dropout) it draws once a call: the same in every step, so that there is a fixed point.
+    What f draws at random (dropout) it draws once a call, the same in every step, so that there is a fixed point; see `noise`.
 
     Args:
-        f: any callable `f(z, *args)`; its value is shaped like z.
+        f: any callable `f(z, *args)`; its value is shaped like z. If it has a parameter named `step`, it is given the number of
+            the step, 0, 1, ..., the same for both evaluations of one step, and the last one again where the residual is
+            measured after it.
         z0: where the iteration starts: a tensor of any shape, real or complex, or a pytree of tensors. It gets a gradient.
         args: a tuple of further arguments for f, the injected input for example; anything else is passed as a single one.
         method: "reversible", or for comparison "simple", "relaxed" (by beta) or "anderson".
@@ -123,6 +102,10 @@ def fixed_point(
             fixed point) or "direct".
         pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
         anchor_every: keep the pair after so many steps; by default as many as the dtypes and beta allow.
+        noise: "solve", what f draws at random is the same in every step, or "step", drawn anew in each (but the same for both
+            evaluations of one).
+        save_at: return the states after these steps, stacked in front; a number k stands for every k-th step and the last
+            one. For the reversible method; a list needs tol=0, and its last one is the last step made.
         options: for the other methods, see `revsolve.implicit`.
         on_failure: "warn", "raise" or "ignore" when max_steps are not enough, or b_max_steps of an implicit gradient.
         full_output: return a `FixedPoint` instead of z alone.
@@ -131,7 +114,7 @@ def fixed_point(
         compile: make machine code of the steps, as in `odeint`: for the reversible method, tol=0 and a number beta.
 
     Returns:
-        The last y: like z0.
+        The last y, like z0; with `save_at` those asked for, in an additional leading dimension.
 
     Raises:
         ValueError, TypeError: for bad arguments, before any step.
@@ -152,94 +135,46 @@ def fixed_point(
         )
     arguments = args if isinstance(args, tuple) else (args,)
     check_choice("method", method, ("reversible", *METHODS))
-    unpack = functools.partial(_unpacked, packing)
+    check_choice("noise", noise, ("solve", "step"))
     bar = tqdm(total=criterion.max_steps, desc="fixed point") if progress else None
-    report = functools.partial(_report, bar, None if method == "reversible" else callback, unpack)
-    convergence = Convergence(criterion, packing, report)
     x0 = packing.pack(z0)
     if method == "reversible":
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))  # what cotangents are added up in
-    term = ValueTerm(functools.partial(_with_arguments, f, arguments) if arguments else f, packing, x0.dtype)
+    term = ValueTerm(applied(f, arguments, criterion.max_steps - 1), packing, x0.dtype, noise == "solve")
+    report = functools.partial(_report, bar, None if method == "reversible" else callback, term.unpack)
+    convergence = Convergence(criterion, packing, report)
     with nullcontext() if bar is None else bar:
         if method == "reversible":
-            check_whole("anchor_every", 1 if anchor_every is None else anchor_every)
             refuse(method, METHODS, options=options)
             wide = pair_dtype_of(packing, pair_dtype)
-            betas = packed_beta(beta, packing, wide.to_real() if wide.is_complex else wide)
-            watch = functools.partial(watched, progress=False, callback=callback, unpack=unpack)
-            y, stats = _iterate(
-                term, x0, wide, betas, gradient, anchor_every, convergence, (f, arguments), watch, compile
+            real = wide.to_real() if wide.is_complex else wide
+            beta = packed_beta(beta, packing, real)
+            by_step = takes_step(f) or noise == "step"
+            check_compiled(compile, beta, by_step)
+            active = functools.partial(convergence.moves, dtype=real) if criterion.rests else None
+            iteration = Iteration(
+                relaxation(beta, active, by_step),
+                gradient,
+                wide,
+                check_whole("anchor_every", anchor_every),
+                spacing=functools.partial(anchor_spacing, beta),
+                explain=convergence.lost,
+                remedy="move beta away from 1, ",
+                callback=callback,
+                compile=compile,
             )
+            make = stepper(criterion, convergence.observe, save_at, by_step)
+            ys, stats = iteration.solve(term, x0, make, (f, arguments, beta))
+            y = ys[-1] if save_at is None else ys
         else:
-            refuse(method, ("reversible",), compile=compile or None, pair_dtype=pair_dtype, anchor_every=anchor_every)
+            mine = {"compile": compile or None, "pair_dtype": pair_dtype, "anchor_every": anchor_every}
+            refuse(method, ("reversible",), **mine, save_at=save_at, noise=None if noise == "solve" else noise)
             check_choice("gradient", gradient or "implicit", GRADIENTS)
-            betas = packed_beta(beta, packing, x0.real.dtype)
-            y, stats = equilibrium(
-                term,
-                x0,
-                betas,
-                method,
-                gradient or "implicit",
-                convergence,
-                check_options(options, OPTIONS, method),
-                on_failure,
-            )
+            beta, options = packed_beta(beta, packing, x0.real.dtype), check_options(options, OPTIONS, method)
+            y, stats = equilibrium(term, x0, beta, method, gradient or "implicit", convergence, options, on_failure)
     convergence.conclude(on_failure)
-    z = unpack(y)
+    z = term.unpack(y)
     return _full_output(z, convergence, stats) if full_output else z
-
-
-def _iterate(
-    term: ValueTerm,
-    x0: Tensor,
-    wide: torch.dtype,
-    beta: Scalar,
-    gradient: str | None,
-    anchor_every: int | None,
-    convergence: Convergence,
-    owners: tuple[Any, ...],
-    watch: Callable[[Callable[[], Stepper]], Callable[[], Stepper]],
-    compile: bool | Mapping[str, Any],  # noqa: A002
-) -> tuple[Tensor, Stats]:
-    criterion = convergence.criterion
-    stops = criterion.rests and criterion.min_steps < criterion.max_steps
-    scheme = relaxation(beta, functools.partial(convergence.moves, dtype=wide.to_real()) if stops else None)
-
-    def stepper() -> Stepper:
-        if criterion.tol == 0.0:
-            return FixedGrid([float(n) for n in range(criterion.max_steps + 1)], [criterion.max_steps])
-        return UntilConverged(criterion.max_steps, convergence.observe)
-
-    if compile and isinstance(beta, Tensor):
-        raise ValueError("compile= needs a beta that is a number: give a float, or leave out compile=.")
-    computed = computed_dtype(term.packing)
-    problem = prepare(
-        term,
-        x0,
-        None,
-        (0.0, 0.0),
-        (*owners, beta),
-        scheme,
-        watch(stepper),
-        gradient,
-        None,
-        explain=lambda t, y: f"the iteration diverges: z is not finite after {int(t) + 1} steps. {convergence.hint()}",
-        pair_dtype=wide,
-        anchor_every=lambda: anchor_every or anchor_spacing(beta, wide, computed, x0.dtype),
-        rounding=max(torch.finfo(computed).eps, torch.finfo(wide).eps),
-        remedy="store the pair more often (anchor_every=1), move beta away from 1, use pair_dtype=torch.float64",
-        compile=compile,
-    )
-    y = solve(problem, x0, None)[0]
-    return y, problem.stats
-
-
-def _with_arguments(f: Callable[..., Any], arguments: tuple[Any, ...], z: Any) -> Any:
-    return f(z, *arguments)
-
-
-def _unpacked(packing: Packing, y: Tensor) -> Any:
-    return packing.unpack(y.to(packing.dtypes[0]) if packing.lone else y)
 
 
 def _report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, moment, plus
@@ -89,6 +90,22 @@ class FieldValue:
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
         return frozen(term, x, 0.0, t0, t1), []
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No increment: zero, without an evaluation."""
+
+    nodes = ()
+
+    @property
+    def ends_in_value(self) -> bool:
+        return False
+
+    def __call__(
+        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
+    ) -> tuple[Combination, Combination]:
+        return [(1.0, torch.zeros_like(x))], []
 
 
 def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:
