@@ -1,0 +1,296 @@
+"""Loops of one block or of many: exact, as the schemes say, in memory that does not grow with their length."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revsolve import ReconstructionWarning, RevLoop, reversible_loop
+from tests.fixed_point.cells import difference
+from tests.memory import most_held
+
+EXACT = 1e-12
+SCHEMES = ["coupling", "midpoint", "momentum", "relaxation"]
+TWO_STEP = SCHEMES[:3]
+
+
+@pytest.fixture(autouse=True)
+def _double(float64: None) -> None: ...
+
+
+class Block(nn.Module):
+    """What a residual block adds: tanh(A x + b + step / 10), with A of spectral norm `norm`; perhaps with dropout."""
+
+    def __init__(self, norm: float = 0.5, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.map, self.dropout = nn.Linear(6, 6), nn.Dropout(dropout)
+        with torch.no_grad():
+            self.map.weight.mul_(norm / torch.linalg.matrix_norm(self.map.weight, 2))
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        return self.dropout(torch.tanh(self.map(x) + 0.1 * step))
+
+
+def blocks_of(shared: bool, num_steps: int, **options: Any) -> tuple[Any, int | None]:
+    torch.manual_seed(0)
+    if shared:
+        return Block(**options), num_steps
+    return nn.ModuleList(Block(**options) for _ in range(num_steps)), None
+
+
+def gradients(blocks: Any, num_steps: int | None, x: Tensor, **options: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    y = reversible_loop(blocks, x, num_steps=num_steps, **options)
+    return list(torch.autograd.grad((y.square() + y).sum(), [*blocks.parameters(), x]))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one", "each"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 32, 33, 300])
+@pytest.mark.parametrize("norm", [0.1, 1.0])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients(scheme: str, norm: float, num_steps: int, shared: bool) -> None:
+    blocks, count = blocks_of(shared, num_steps, norm=norm)
+    x = torch.randn(3, 6, requires_grad=True)
+    found, unrolled = (gradients(blocks, count, x, scheme=scheme, gradient=g) for g in ("reversible", "direct"))
+    assert difference(found, unrolled) < EXACT
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.99])
+def test_gradients_for_every_momentum(momentum: float) -> None:
+    blocks, count = blocks_of(True, 100)
+    x, options = torch.randn(3, 6, requires_grad=True), {"scheme": "momentum", "momentum": momentum}
+    found, unrolled = (gradients(blocks, count, x, gradient=g, **options) for g in ("reversible", "direct"))
+    assert difference(found, unrolled) < EXACT
+
+
+@pytest.mark.parametrize(
+    "options", [{"save_at": 5}, {"save_at": [0, 3, 19, 20]}, {"noise": "solve"}, {"noise": "step"}]
+)
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_with_dropout_and_states_on_the_way(scheme: str, gradient: str, options: dict[str, Any]) -> None:
+    blocks, count = blocks_of(False, 20, dropout=0.2)
+    x = torch.randn(3, 6, requires_grad=True)
+    found, unrolled = (gradients(blocks, count, x, scheme=scheme, gradient=g, **options) for g in (gradient, "direct"))
+    assert difference(found, unrolled) < EXACT
+
+
+def by_hand(blocks: Any, x: Tensor, scheme: str, previous: Tensor | None = None) -> list[Tensor]:
+    """The states, by the recursions of the papers."""
+    states = [x if previous is None else previous, x]
+    v = states[1] - states[0]
+    for n, block in enumerate(blocks):
+        f = block(states[-1], step=n)
+        if scheme == "momentum":
+            v = 0.9 * v + 0.1 * f
+            states.append(states[-1] + v)
+        elif scheme == "midpoint" and n == 0 and previous is None:
+            states.append(x + f)
+        else:
+            states.append(states[-2] + {"coupling": 1, "midpoint": 2}[scheme] * f)
+    return states[1:]
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("scheme", TWO_STEP)
+def test_values_are_those_of_the_papers(scheme: str, moving: bool) -> None:
+    blocks, _ = blocks_of(False, 9)
+    x, previous = torch.randn(3, 6), torch.randn(3, 6) if moving else None
+    found = reversible_loop(blocks, x, scheme=scheme, previous=previous, save_at=[*range(10)])
+    torch.testing.assert_close(found, torch.stack(by_hand(blocks, x, scheme, previous)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "direct"])
+def test_two_streams_of_a_revnet(gradient: str) -> None:
+    blocks, _ = blocks_of(False, 8)
+    first, second = (torch.randn(3, 6, requires_grad=True) for _ in range(2))
+    inputs = [*blocks.parameters(), first, second]
+    a, b = first, second
+    for n in range(0, 8, 2):
+        a = a + blocks[n](b, step=n)
+        b = b + blocks[n + 1](a, step=n + 1)
+    streams = reversible_loop(blocks, second, previous=first, scheme="coupling", save_at=[7, 8], gradient=gradient)
+    torch.testing.assert_close(streams, torch.stack([a, b]), rtol=0, atol=1e-13)
+    found, expected = (torch.autograd.grad(out.square().sum(), inputs) for out in (streams, torch.stack([a, b])))
+    assert difference(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("scheme", ["coupling", "midpoint"])
+def test_a_pretrained_residual_stack(scheme: str) -> None:
+    branches, _ = blocks_of(False, 6)
+    stack = [lambda x, step, f=f: x + f(x, step=step) for f in branches]
+    x = torch.randn(3, 6)
+    found, expected = (
+        reversible_loop(blocks, x, scheme=scheme, residual=residual)
+        for blocks, residual in ((stack, True), (branches, False))
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("last_steps", [1, 4, 12, 50])
+@pytest.mark.parametrize("shared", [True, False], ids=["one", "each"])
+@pytest.mark.parametrize("scheme", TWO_STEP)
+def test_gradients_of_the_last_steps(scheme: str, shared: bool, last_steps: int) -> None:
+    blocks, count = blocks_of(shared, 12)
+    each = [blocks] * 12 if shared else list(blocks)
+    x, cut = torch.randn(3, 6), max(0, 12 - last_steps)
+    with torch.no_grad():
+        early = by_hand(each[:cut], x, scheme)
+    shifted = [lambda x, step, f=f: f(x, step=step + cut) for f in each[cut:]]
+    expected = by_hand(shifted, early[-1], scheme, early[-2] if cut else None)[-1]
+    found = reversible_loop(blocks, x, num_steps=count, scheme=scheme, last_steps=last_steps)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(blocks.parameters())
+    grads = [torch.autograd.grad(y.square().sum(), parameters, allow_unused=True) for y in (found, expected)]
+    filled = [[torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gs, strict=True)] for gs in grads]
+    assert difference(*filled) < EXACT
+
+
+def test_evaluations() -> None:
+    calls: list[int] = []
+
+    def block(x: Tensor, step: int) -> Tensor:
+        calls.append(step)
+        return 0.1 * torch.tanh(x)
+
+    x = torch.randn(3, 6, requires_grad=True)
+    result = reversible_loop(block, x, num_steps=9, full_output=True)
+    assert calls == [*range(9)]
+    result.z.sum().backward()
+    assert calls[9:] == [*reversed(range(9))]
+    assert (result.num_steps, result.stats.num_evaluations, result.stats.num_backward_evaluations) == (9, 9, 9)
+
+
+def test_higher_derivatives() -> None:
+    x = torch.randn(3, requires_grad=True)
+    f = lambda x: reversible_loop(lambda x: 0.3 * torch.sin(x), x, num_steps=10).sum()  # noqa: E731
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_per_sample_gradients(scheme: str) -> None:
+    block, xs = Block(), torch.randn(4, 6)
+
+    def loss(x: Tensor) -> Tensor:
+        return reversible_loop(block, x, num_steps=6, scheme=scheme).square().sum()
+
+    leaf = xs.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(xs), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pair_dtype", [None, torch.float32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bfloat16_blocks_under_autocast(scheme: str, pair_dtype: torch.dtype | None) -> None:
+    """The gradient is that of the same loop unrolled; without the cache of autocast, which would add up gradients in bfloat16."""
+    blocks, count = blocks_of(False, 32)
+    blocks, x = blocks.float(), torch.randn(3, 6, dtype=torch.float32, requires_grad=True)
+    options = {"scheme": scheme, "pair_dtype": pair_dtype}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found, unrolled = (gradients(blocks, count, x, gradient=g, **options) for g in ("reversible", "direct"))
+    assert difference(found, unrolled) < 1e-3
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("midpoint", 1.35), ("coupling", 1.35), ("momentum", 1.75)])
+def test_memory_does_not_grow_with_the_number_of_blocks(scheme: str, most: float) -> None:
+    """But by the gradients of the blocks' parameters and one stored pair every 32 steps."""
+
+    def peak(num_blocks: int) -> int:
+        blocks = nn.ModuleList(Wide() for _ in range(num_blocks)).float()
+        x = torch.randn(4096, 16, dtype=torch.float32)
+        return most_held(lambda: reversible_loop(blocks, x, scheme=scheme).square().mean().backward())
+
+    assert peak(64) < most * peak(4)
+
+
+def test_pytrees() -> None:
+    x = {"a": torch.randn(2, 3, requires_grad=True), "b": torch.randn(2, requires_grad=True)}
+    f = lambda x: {"a": 0.1 * torch.tanh(x["a"] + x["b"][:, None]), "b": 0.1 * x["a"].mean(1)}  # noqa: E731
+    found, unrolled = (
+        torch.autograd.grad(
+            sum(y.square().sum() for y in reversible_loop(f, x, num_steps=20, gradient=g).values()), list(x.values())
+        )
+        for g in ("reversible", "direct")
+    )
+    assert difference(found, unrolled) < EXACT
+
+
+def test_the_module() -> None:
+    loop = RevLoop([Block() for _ in range(5)], scheme="momentum", momentum=0.8, save_at=2)
+    x = torch.randn(3, 6)
+    assert loop(x).shape == (3, 3, 6)
+    assert len(list(loop.parameters())) == 10
+    assert not loop.last.z.requires_grad
+    assert "momentum=0.8" in repr(loop)
+    shared = RevLoop(Block(), 4)
+    torch.testing.assert_close(shared(x, num_steps=7), reversible_loop(shared.blocks, x, num_steps=7), rtol=0, atol=0)
+
+
+def test_blocks_that_differ_when_repeated_are_found_out() -> None:
+    drawn = iter(torch.randn(1000).tolist())
+    y = reversible_loop(lambda x: torch.tanh(x) * next(drawn), torch.ones(3, requires_grad=True), num_steps=8)
+    with pytest.warns(ReconstructionWarning, match=r"anchor_every=1.*make sure that the field is deterministic"):
+        y.sum().backward()
+
+
+def plain(x: Tensor) -> Tensor:
+    return 0.1 * x
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: reversible_loop([plain, plain], x, num_steps=3), ValueError, "num_steps=3 does not match 2 blocks"),
+        (lambda x: reversible_loop(plain, x), ValueError, "num_steps must say how often"),
+        (lambda x: reversible_loop(plain, x, num_steps=0), ValueError, "num_steps must be a whole number"),
+        (lambda x: reversible_loop([], x), TypeError, "blocks must be callable"),
+        (lambda x: reversible_loop([plain, 3], x), TypeError, "blocks must be callable"),
+        (lambda x: reversible_loop(3, x, num_steps=2), TypeError, "blocks must be callable"),
+        (lambda x: reversible_loop(plain, x, num_steps=2, scheme="revnet"), ValueError, "scheme must be one of"),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=2, scheme="momentum", momentum=1.0),
+            ValueError,
+            r"momentum must lie in \(0, 1\), but it is 1.0",
+        ),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=2, scheme="momentum", momentum=-0.1),
+            ValueError,
+            r"momentum must lie in \(0, 1\)",
+        ),
+        (lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", beta=1.0), ValueError, "beta is 0.0"),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", last_steps=1),
+            ValueError,
+            "last_steps= has no meaning for scheme='relaxation'",
+        ),
+        (
+            lambda x: reversible_loop([plain, lambda x: x[:1]], x),
+            ValueError,
+            r"a block must return the shape of x, \(2, 3\), but it returned \(1, 3\)",
+        ),
+        (lambda x: reversible_loop([plain, lambda x: x.float()], x), TypeError, "a block must return the dtype of x"),
+        (lambda x: reversible_loop(plain, x, num_steps=4, noise="block"), ValueError, "noise must be one of"),
+        (lambda x: reversible_loop(plain, x, num_steps=4, gradient="one"), ValueError, "gradient must be one of"),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=4, last_steps=2, save_at=1),
+            ValueError,
+            "save_at asks for step 1, which is not one of the last 2 of 4",
+        ),
+        (lambda x: reversible_loop(lambda x: 1e300 * x, x, num_steps=4), RuntimeError, "not finite after step"),
+        (lambda x: RevLoop(plain, 4, schema="momentum"), TypeError, "RevLoop has no keyword 'schema'"),
+    ],
+)
+def test_refusals(call: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 3, requires_grad=True))
