@@ -1,6 +1,6 @@
 """Reversible solvers for neural ODEs, CDEs, SDEs and fixed points: exact gradients in bounded memory."""
 
-from revsolve.backends.inductor.transcript import CompilationError
+from revsolve.backends import CompilationError
 from revsolve.brownian.path import BrownianPath
 from revsolve.cde import cdeint
 from revsolve.core.gradient import ReconstructionWarning

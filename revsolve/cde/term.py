@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.driven import Source
+from revsolve.backends import TensorControl
 from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Time
 from revsolve.prepare.state import Packing
@@ -61,7 +61,7 @@ def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> Ma
     return (ProductTerm if hasattr(func, "prod") else MatrixTerm)(func, packing, drive, clock)
 
 
-def source_of(term: MatrixTerm | ProductTerm) -> Source:
+def source_of(term: MatrixTerm | ProductTerm) -> TensorControl:
     """The path as what drives the term in programs. Raises ValueError where programs cannot take it."""
     drive = term.control
     if isinstance(term, ProductTerm) or not term.packing.lone or any(x.requires_grad for x in drive.tensors):
@@ -75,7 +75,7 @@ def source_of(term: MatrixTerm | ProductTerm) -> Source:
         dx, scale = drive(t, t0, t1)
         return dx if by_slope else dx * scale
 
-    return Source(ask, lambda row, t0, t1: (row, t1 - t0 if by_slope else 1.0))
+    return TensorControl(ask, lambda row, t0, t1: (row, t1 - t0 if by_slope else 1.0))
 
 
 def applied(f: Tensor, dx: Tensor) -> Tensor:

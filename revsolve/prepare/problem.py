@@ -96,7 +96,7 @@ def prepare(
     )
     if not compile:
         return problem
-    from revsolve.backends.inductor.sweeps import compiled  # importing what compiles takes longer than many solves
+    from revsolve.backends.inductor.backend import compiled  # importing what compiles takes longer than many solves
 
     return compiled(problem, compile, x0, t, source)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.driven import Source
+from revsolve.backends import TensorControl
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
@@ -222,7 +222,7 @@ class _Equation:
         if programs:
             if self.area or isinstance(self.clock, BatchedTime):
                 raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-            source = Source(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
+            source = TensorControl(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
         return prepare(
             self.term(path, self.area),
             self.x0,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from revsolve import Solution, odeint
+from revsolve.backends import CompilationError
 from revsolve.backends.inductor.programs import PROGRAMS
-from revsolve.backends.inductor.transcript import CompilationError
 from tests.backends.test_compiled import EXACT, RECORDED, needs_compiler, quiet
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, loss_of, worst_difference
 

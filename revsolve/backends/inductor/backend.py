@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from revsolve.backends.inductor.attempts import Attempts
-from revsolve.backends.inductor.compiler import Compiler, compiler
-from revsolve.backends.inductor.driven import Driven, Source, Undriven
-from revsolve.backends.inductor.recorded import Ahead, Back
-from revsolve.backends.inductor.repeated import recompute
-from revsolve.backends.inductor.setting import Setting
+from revsolve.backends import CompilationError, TensorControl
+from revsolve.backends.inductor.adaptive import CompiledSteps
+from revsolve.backends.inductor.checkpoints import recompute
+from revsolve.backends.inductor.context import CompileContext
+from revsolve.backends.inductor.control_table import Tabulated, Untabulated
+from revsolve.backends.inductor.options import Compiler, compiler
+from revsolve.backends.inductor.segments import Backward, Forward
+from revsolve.backends.inductor.torch_internals import LOWEST, is_batched, supported
 from revsolve.core import gradient
 from revsolve.core.coupling import Pair
 from revsolve.core.gradient import certify
@@ -31,11 +32,11 @@ from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
 
-class Compiled:
-    """How a problem is solved by programs; `march` and `undo` do what the functions of these names do."""
+class InductorBackend:
+    """Marches, undoes and recomputes by programs, in the place of the functions of these names."""
 
-    def __init__(self, way: Compiler, source: Source | None) -> None:
-        self.way, self.source = way, source
+    def __init__(self, by: Compiler, source: TensorControl | None) -> None:
+        self.compiler, self.source = by, source
 
     def march(
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
@@ -48,10 +49,11 @@ class Compiled:
         grid, segments = stepper.grid, segments_of(problem, stepper)
         most = segments.longest if segments.resets else segments.length
         term = problem.field.term
-        driven = Undriven(term) if self.source is None else Driven(term, self.source, problem.scheme, grid, most)
-        self.setting = Setting(problem, driven, grid, y0, self.way)
+        source = self.source
+        table = Untabulated(term) if source is None else Tabulated(term, source, problem.scheme, grid, most)
+        self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=store is not None)
         modes = Modes(problem.scheme, Memo(term))
-        ahead = Ahead(self.setting, grid, y0, modes if segments.judged else None)
+        ahead = Forward(self.context, grid, y0, modes if segments.judged else None)
         as_foreseen = True  # was the length of the latest segment; else the next one's first step is taken alone
         while not stepper.done:
             start, begin = stepper.num_steps, pair
@@ -84,9 +86,10 @@ class Compiled:
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
     ) -> tuple[Tensor, Pair, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
-        ys, pair, grid = march(problem, problem.field.term, y0, store, functools.partial(Attempts, self.way))
+        ys, pair, grid = march(problem, problem.field.term, y0, store, functools.partial(CompiledSteps, self.compiler))
         if store is not None:
-            self.setting = Setting(problem, Undriven(problem.field.term), grid, y0, self.way)
+            table = Untabulated(problem.field.term)
+            self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=True)
         return torch.stack(ys), pair, grid
 
     def undo(
@@ -99,9 +102,9 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
-        if is_legacy_batchedtensor(grad_ys):  # is_grads_batched=True, which programs know nothing of
+        if is_batched(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
-        back = Back(self.setting, grad_ys, tape)
+        back = Backward(self.context, grad_ys, tape)
         grads, missed = Grads(), []  # type: Grads, list[Tensor]
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         end = size_of(pair[0])
@@ -126,30 +129,34 @@ class Compiled:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
-        if is_legacy_batchedtensor(grad_ys):
+        if is_batched(grad_ys):
             return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
-        return recompute(self.setting, problem, grid, marks, grad_ys, tape), {}
+        return recompute(self.context, problem, grid, marks, grad_ys, tape), {}
 
 
 def compiled(
-    problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: Source | None = None
+    problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: TensorControl | None = None
 ) -> Problem:
     """The problem, solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
-    way = compiler(given)
+    if not supported():
+        raise CompilationError(
+            f"compile= needs torch {'.'.join(map(str, LOWEST))} or newer, but this is torch {torch.__version__}: leave it out."
+        )
+    by = compiler(given)
     if moving is not None:
         raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
     _check(problem, x0, source)
-    if x0.is_complex() and way.backend == "inductor":
+    if x0.is_complex() and by.backend == "inductor":
         raise ValueError(
             "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
         )
     stepper = problem.make_stepper()
     _check_steps(stepper, source)
     field: Any = problem.field
-    return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=Compiled(way, source))
+    return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, source))
 
 
-def _check(problem: Problem, x0: Tensor, source: Source | None) -> None:
+def _check(problem: Problem, x0: Tensor, source: TensorControl | None) -> None:
     """Raise ValueError unless this can be compiled."""
     instead = "leave out compile="
     if problem.followed or problem.operation is not None:
@@ -167,7 +174,7 @@ def _check(problem: Problem, x0: Tensor, source: Source | None) -> None:
         )
 
 
-def _check_steps(stepper: Any, source: Source | None) -> None:
+def _check_steps(stepper: Any, source: TensorControl | None) -> None:
     if not isinstance(stepper, FixedGrid if source else (FixedGrid, Adaptive)):
         raise ValueError(
             "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revsolve.backends.inductor.compiler import Compiler
+from revsolve.backends.inductor.context import TracedMemo
+from revsolve.backends.inductor.operation_trace import Substituted, autocast_state, operation_trace
+from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
-from revsolve.backends.inductor.recorded import Recalled
-from revsolve.backends.inductor.setting import surroundings
-from revsolve.backends.inductor.transcript import Swap, transcript
+from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.coupling import Pair, Scheme, advance, over
 from revsolve.core.integrate import parasitic
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
 
 
-class Attempts:
+class CompiledSteps:
     """Takes single steps and measures their error, as `Walk` does; `gap` is the parasitic part that the latest step left.
 
     Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
     """
 
-    def __init__(self, way: Compiler, scheme: Scheme, memo: Memo) -> None:
-        self.way, self.scheme, self.memo = way, scheme, memo
+    def __init__(self, compiler: Compiler, scheme: Scheme, memo: Memo) -> None:
+        self.compiler, self.scheme, self.memo = compiler, scheme, memo
         self.begins = next(update.source for update in scheme.updates if update.increment is not None)
-        self.passes_on = _ends_where_it_begins(scheme, self.begins)
+        self.passes_on = _first_same_as_last(scheme, self.begins)
         self.program: Program | None = None
 
     def __call__(
@@ -52,7 +52,7 @@ class Attempts:
         if self.program is None:
             self._find(times, inputs, measure, form)
         assert self.program is not None
-        measured, self.gap, y, *rest = self.program.run(*inputs, *self.outside)
+        measured, self.gap, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
         memo.num_evaluations += self.program.besides
         pair = (y, rest.pop(0)) if self.scheme.reversible else (y, None)
         memo.latest = (pair[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
@@ -67,18 +67,22 @@ class Attempts:
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
         """The program for inputs like these, made now unless there is one."""
         (t0, t1), y = times, inputs[2]
-        text, outside = transcript(self.memo.term, t0, y, t1, y.new_zeros(0), lambda x: measure(x, x, x))
+        trace, self.outside = operation_trace(self.memo.term, t0, y, t1, y.new_zeros(0), lambda x: measure(x, x, x))
         states = [(x.shape, x.stride(), x.dtype) for x in inputs]
-        made = PROGRAMS.made((self.scheme, self.way, text, *surroundings(), *states))
-        self.outside = [x.detach() for x in outside]
+        made = PROGRAMS.made((self.scheme, self.compiler, trace, *autocast_state(), *states))
         if "attempt" not in made:
             counts: list[int] = []
 
             def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-                with torch.no_grad(), Swap(outside, tensors[len(inputs) :]):
+                with torch.no_grad(), Substituted(self.outside, tensors[len(inputs) :]):
                     return self._step(counts, measure, form, *tensors[: len(inputs)])
 
-            run = once(step, inputs, self.outside, self.way)
+            eps = torch.finfo(y.dtype).eps
+            blur = measure(
+                torch.full_like(y, eps**0.75 * float(y.abs().max())), y, y
+            )  # of an error that rounding alone makes
+            with torch.no_grad(), without_fakes(self.memo.term):
+                run = once(step, [*inputs, *(x.detach() for x in self.outside)], self.compiler, [float(blur)])
             made["attempt"] = Program(run, counts[-1])
         self.program = made["attempt"]
 
@@ -87,7 +91,7 @@ class Attempts:
     ) -> tuple[Tensor, ...]:
         z, *value = rest if self.scheme.reversible else (None, *rest)
         begun: Pair = (y, z)
-        pair, memo, error = begun, Recalled(self.memo.term), []  # type: Pair, Memo, list[Tensor]
+        pair, memo, error = begun, TracedMemo(self.memo.term), []  # type: Pair, Memo, list[Tensor]
         if self.passes_on:
             memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
         for update in self.scheme.updates:
@@ -100,8 +104,8 @@ class Attempts:
         return measured, gap, *(x for x in pair if x is not None), *passed
 
 
-def _ends_where_it_begins(scheme: Scheme, begins: int) -> bool:
-    """Whether the last evaluation of an attempt is the first of the step after it."""
+def _first_same_as_last(scheme: Scheme, begins: int) -> bool:
+    """Whether the last evaluation of an attempt is the first of the step after it (FSAL)."""
     memo, one = Memo(_Unmoved()), torch.ones((), device="cpu")
     pair: Pair = (one, one)
     for update in scheme.updates:

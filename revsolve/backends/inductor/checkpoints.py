@@ -1,0 +1,142 @@
+"""Checkpointed gradients by programs: steps repeated from a stored pair, those before each kept, then differentiated one by one.
+
+As a step is differentiated from the pair that it began with, it need not be one that can be undone; and what is kept of a
+segment is its pairs, not what the field computed in it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from revsolve.backends.inductor.context import (
+    CompileContext,
+    SegmentSweep,
+    at,
+    cotangent,
+    counter,
+    detached_clones,
+    row,
+)
+from revsolve.backends.inductor.programs import Constants, Tensors
+from revsolve.backends.inductor.segments import as_pair
+from revsolve.core.coupling import Pair
+from revsolve.core.gradient import certify
+from revsolve.core.integrate import size_of
+from revsolve.core.problem import Problem
+from revsolve.core.stepper import Grid
+from revsolve.core.tape import Grads, Tape, vector_jacobian_product
+
+
+class Repeat(SegmentSweep):
+    """Carries pairs ahead over steps that were taken before, keeping the pair with which each begins, up to `most` of them."""
+
+    def __init__(self, context: CompileContext, most: int, y: Tensor) -> None:
+        super().__init__(context)
+        size, rows = 1 + context.scheme.reversible, 1 << (most - 1).bit_length()  # few sizes, so few programs
+        self.kept = [y.new_empty(rows, *y.shape) for _ in range(size)]
+
+    def __call__(self, pair: Pair, origin: int, start: int, stop: int, restart: bool) -> Pair:
+        """The pair after the steps start..stop, before which z is reset if so said; what is kept of step n goes to the place
+        n - origin."""
+        context, self.restart = self.context, restart
+        given = [x.contiguous() for x in (pair[0], None if restart else pair[1]) if x is not None]
+        constant = context.constants(origin=counter(origin), first=counter(start))
+        constant["controls"] = context.term.table(start, stop)
+        name = "repeat", len(self.kept[0]), restart
+        return as_pair(context.run(context.programs, name, self, (start, stop), given, constant, self.kept))
+
+    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
+        return detached_clones(*self.begun(n, as_pair(given), constant))
+
+    def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
+        context, times, controls, done = self.context, constant["times"], constant["controls"], n - constant["first"]
+        t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
+        for x, kept in zip(carried, changed, strict=True):
+            kept.index_copy_(0, (n - constant["origin"]).reshape(1), x[None])
+        with self.evaluating("step", constant) as memo:
+            pair = context.advanced(context.rest, as_pair(carried), t0, t1, row(controls, done), memo)
+            pair = context.advanced(context.lead, pair, t1, t2, row(controls, done + 1), memo)
+        return detached_clones(*pair)
+
+    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
+        return carried
+
+
+class Differentiate(SegmentSweep):
+    """Carries cotangents back over steps of which the first pairs were kept; what the tensors used get is added up on a tape."""
+
+    def __init__(self, context: CompileContext, kept: list[Tensor], grad_ys: Tensor, tape: Tape) -> None:
+        super().__init__(context)
+        self.kept, self.grad_ys = kept, grad_ys.contiguous()
+        self.differentiate_by(tape)
+
+    def __call__(self, grads: Grads, origin: int, start: int, stop: int, stored: Tensor, restart: bool) -> None:
+        """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
+        `stored`."""
+        context, self.restart = self.context, restart
+        zero, cotangents = torch.zeros_like(self.kept[0][0]), [grads[member] for member in range(len(self.kept))]
+        given = [zero if g is None else g.to(zero).contiguous() for g in cotangents]
+        constant = context.constants(origin=counter(origin), first=counter(stop), stored=stored.contiguous())
+        constant |= {"controls": context.term.table(start, stop), "kept": self.kept, "grad_ys": self.grad_ys}
+        program = context.differentiating, ("differentiate", len(self.kept[0]), restart), self
+        for member, grad in enumerate(context.run(*program, (stop, start), given, constant, self.sums)):
+            grads[member] = grad
+
+    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
+        return detached_clones(*given)
+
+    def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
+        context, times, controls, first = self.context, constant["times"], constant["controls"], constant["first"]
+        t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, first)))
+        with self.differentiating("step", constant, changed) as tape:
+            begun = [row(x, n - 1 - constant["origin"]).detach().requires_grad_() for x in constant["kept"]]
+            pair = context.advanced(context.rest, as_pair(begun), t0, t1, row(controls, n - 1 - stop), tape.memo)
+            y = context.narrowed(pair[0])
+            pair = context.advanced(context.lead, pair, t1, t2, row(controls, n - stop), tape.memo)
+            outputs, inputs = [y, *(x for x in pair if x is not None)], (*begun, *tape.tensors)
+            if tape.audit is not None:
+                tape.audit(outputs, inputs)
+            found = vector_jacobian_product(outputs, inputs, [cotangent(n, constant), *carried])
+            tape.add_up(found[len(begun) :])
+        return detached_clones(*(torch.zeros_like(x) if g is None else g for x, g in zip(begun, found, strict=False)))
+
+    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
+        if len(carried) == 1:
+            return carried
+        pair, grads = as_pair([row(x, n - constant["origin"]) for x in constant["kept"]]), Grads(*carried)
+        with self.differentiating("end", constant, changed) as tape:
+            self.ended(n, pair, constant, grads, tape)
+        zero = torch.zeros_like(constant["stored"])
+        return detached_clones(*(zero if g is None else g for g in (grads[0], grads[1])))
+
+
+def recompute(
+    context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape
+) -> Tensor | None:
+    """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
+    stop, (end, _) = grid.num_steps, marks.pop(grid.num_steps)
+    most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
+    repeat = Repeat(context, most, problem.widened(end))
+    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads()
+    distances, sizes = [], [size_of(end)]  # type: list[Tensor], list[Tensor]
+    for start in sorted(marks, reverse=True):
+        sizes.append(size_of(marks[start][0]))
+        pair = problem.widened(marks[start][0]), marks[start][1]
+        runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
+        stored: list[Tensor] = []
+        for a, b in runs:
+            stored.append(pair[0])
+            pair = repeat(pair, start, a, b, a in grid.restarts)
+        distances.append(size_of(pair[0] - end))
+        for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
+            differentiate(grads, start, a, b, before, a in grid.restarts)
+        stop, (end, _) = start, marks.pop(start)
+    tape.memo.num_evaluations += repeat.num_evaluations + differentiate.num_evaluations
+    certify(problem, distances, sizes)
+    if (grad := grads[0]) is not None:
+        grads[0] = problem.narrowed(grad)
+    grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
+    return grads[0]
