@@ -194,8 +194,7 @@ def _fixed_steps(event: Event, ivp: InitialValueProblem, t0: float) -> Callable[
         where = "only adaptive steps land on" if useless <= {*TARGETS} else "fixed steps towards an event do not have"
         raise ValueError(f"{where} option {min(useless)!r} ({name!r}): leave it out, or pass rtol and atol.")
     if ivp.knots and options.step_size is None:
-        resolution = 8 * torch.finfo(ivp.x0.real.dtype).eps * abs(event.end)
-        points = dict(enumerate(knot_grid([t0, event.end], ivp.knots, resolution)().grid.times))
+        points = dict(enumerate(knot_grid([t0, event.end], ivp.knots, ivp.x0.real.dtype)().grid.times))
         return lambda: NumberedSteps(t0, points.get)
     if options.step_size is None:
         raise ValueError(

@@ -49,7 +49,7 @@ def choose_steps(
             times, check_times(constructed(options.grid_constructor), "grid_constructor(...)"), targets, jumps
         )
     if knots and options.step_size is None:
-        return knot_grid(times, (*knots, *targets), 8 * torch.finfo(x0.real.dtype).eps * max(map(abs, times)), jumps)
+        return knot_grid(times, knots, x0.real.dtype, targets, jumps)
     return fixed_grid(times, options.step_size, options.scheme.name, rounding, targets, jumps)
 
 
@@ -115,11 +115,18 @@ def on_points(
 
 
 def knot_grid(
-    times: list[float], knots: Sequence[float], resolution: float, jumps: Sequence[float] = ()
+    times: list[float],
+    knots: Sequence[float],
+    dtype: torch.dtype,
+    targets: Sequence[float] = (),
+    jumps: Sequence[float] = (),
 ) -> Callable[[], Stepper]:
-    """Steps from knot to knot, and to every output time; a knot within `resolution` of one of these gives way to it."""
+    """Steps from knot to knot, to the targets, and to every output time; one that differs from such a time by a few roundings
+    of the dtype gives way to it, but no knot that is a step away."""
     ordered = sorted(times)
-    inner = [s for s in knots if ordered[0] < s < ordered[-1] and distance(s, ordered) > resolution]
+    shortest = min([after - before for before, after in itertools.pairwise(knots)])
+    resolution = min(8 * torch.finfo(dtype).eps * max(map(abs, times)), 1e-3 * shortest)
+    inner = [s for s in (*knots, *targets) if ordered[0] < s < ordered[-1] and distance(s, ordered) > resolution]
     return on_points(with_targets(times, inner), times, inner, jumps)
 
 
