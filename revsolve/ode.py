@@ -55,7 +55,8 @@ def odeint(
             broadcast against y0, or, where y0 is a pytree, one of these for each of its parts.
         method: a name (`revsolve.method_names()`), a `Tableau` (its plain method) or a `Scheme`; None is the default.
         options: `step_size` or `grid_constructor` for fixed steps; `first_step`, `safety`, `ifactor`, `dfactor`, `min_step`,
-            `max_step`, `max_num_steps`, `step_t`, `jump_t`, `norm` for adaptive ones; `coupling` (`rev_` methods), `eta` (alf).
+            `max_step`, `max_num_steps`, `norm` for adaptive ones; `step_t`, `jump_t` for times where steps end, with a jump of
+            the field at the latter, of which each step sees its own side; `coupling` (`rev_` methods), `eta` (alf).
             Methods with an embedded error estimate adapt unless the steps are fixed here; the natively reversible ones
             adapt when rtol or atol is given. `dense`: steps need not land on output times, which are interpolated; keeps the
             state after every step. `steps_of_each`: with 2-D t, each sample has adaptive steps of its own length.
@@ -78,7 +79,7 @@ def odeint(
     Raises:
         ValueError, TypeError: for bad arguments, before any work.
         RuntimeError: if the field returns NaN, the step size underflows, there are too many steps, or no event was found after
-            10,000 steps (or `max_num_steps`), with the time reached; if compile= cannot compile the field.
+            10,000 steps, or 1,000 far from the start (docs: Events), with the time reached; if compile= cannot compile the field.
 
     Example:
         >>> import torch

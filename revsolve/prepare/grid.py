@@ -43,7 +43,7 @@ def choose_steps(
     if options.adaptive:
         return adaptive_grid(times, options, term, x0, discontinuities)
     check_fixed(options)
-    targets, jumps = (*options.step_t, *options.jump_t), options.jump_t
+    targets, jumps = (*options.step_t, *options.jump_t), options.one_sided
     if options.grid_constructor is not None:
         return given_grid(
             times, check_times(constructed(options.grid_constructor), "grid_constructor(...)"), targets, jumps
@@ -169,7 +169,7 @@ def adaptive_grid(
         )
     rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
     targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
-    outputs, jumps = set(times), set(options.jump_t)
+    outputs, jumps = set(times), set(options.one_sided)
     norm = root_mean_square if options.norm is None else options.norm
     if transformed():
         norm = functools.partial(largest_of_samples, norm, x0.ndim)
@@ -225,20 +225,17 @@ def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tu
     eps = torch.finfo(dtype).eps
     rtol = max(1e-7, 100 * eps) if rtol is None else rtol
     atol = max(1e-9, eps) if atol is None else atol
-    least = torch.finfo(dtype).tiny / eps  # what is zero, and stays so, has no error
-    atol = atol.clamp(min=least) if isinstance(atol, Tensor) and not bool((atol < 0).any()) else atol or least
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient: pass {name}.detach().")
         if not bool(torch.as_tensor(value >= 0, device="cpu").all()):
-            raise ValueError(
-                f"{name} must not be negative, but it is {value if isinstance(value, float) else _smallest(value)}."
-            )
+            raise ValueError(f"{name} must not be negative, but it is {float(torch.as_tensor(value).min())}.")
     if _largest(rtol) < 2 * eps:
         raise ValueError(
             f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, {eps:.1e}: use rtol >= {10 * eps:.0e}."
         )
-    return rtol, atol
+    least = torch.finfo(dtype).tiny / eps  # so that what is zero, and stays so, has no error
+    return rtol, atol.clamp(min=least) if isinstance(atol, Tensor) else max(atol, least)
 
 
 def root_mean_square(x: Tensor) -> Tensor:
@@ -320,10 +317,6 @@ def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
     k, scale = term.product(term.value(t, x), term.control(t, t, t + direction))
     return k * scale
-
-
-def _smallest(tolerance: Any) -> float:
-    return float(torch.as_tensor(tolerance).min())
 
 
 def _largest(tolerance: float | Tensor) -> float:

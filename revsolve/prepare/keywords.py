@@ -25,7 +25,8 @@ ELSEWHERE = {
     "dense_output": "write options={'dense': True} and full_output=True",
     "events": "write event_fn=...",
     **dict.fromkeys(
-        ("t_eval", "t_span", "saveat", "t0", "t1"), "write the times at which the state is wanted as the argument t"
+        ("t_eval", "t_span", "saveat", "t0", "t1"),
+        "write the times at which the state is wanted as the argument of times",
     ),
 }
 

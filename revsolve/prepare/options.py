@@ -82,7 +82,7 @@ class SolverOptions:
         for name in self.given & LIMITS.keys():
             (wanted, holds, why), value = LIMITS[name], getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-                raise ValueError(f"{name} must {wanted}, but it is {value!r}{why}.")
+                raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")
         if self.min_step > self.max_step:
             raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")
         if self.step_size is not None and self.grid_constructor is not None:
@@ -90,6 +90,11 @@ class SolverOptions:
         fixed = self.step_size is not None or self.grid_constructor is not None or self.scheme.error_order is None
         embedded = self.scheme.name.removeprefix("rev_") in TABLEAUS or not self.scheme.reversible
         object.__setattr__(self, "adaptive", not fixed and (embedded or self.tolerances_given))
+
+    @property
+    def one_sided(self) -> Sequence[float]:
+        """The jumps that steps see from one side; programs see both."""
+        return () if self.compile else self.jump_t
 
     @property
     def tolerances_given(self) -> bool:
