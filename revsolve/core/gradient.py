@@ -174,7 +174,8 @@ class Solve:
         wanted = [x for x, needs in zip(leaves, needed[2:], strict=True) if needs]
         moving = bool(needed[1])
         with problem.field.at(leaves) as term:
-            tape = Tape(term, wanted, problem.field.audit(leaves), problem.state_dtype)
+            field = problem.field
+            tape = Tape(term, wanted, field.audit(leaves), problem.state_dtype, field.differentiate)
             grad_y0, grad_times = sweep(problem, grid, marks, grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
         found = [grad_y0] if needed[0] else []

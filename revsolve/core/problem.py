@@ -15,7 +15,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Pair, Scheme
 from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Grid, Stepper
-from revsolve.core.tape import Audit, Tape, Term
+from revsolve.core.tape import Audit, Differentiate, Tape, Term
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Field(Protocol):
 
     term: Term
     tensors: tuple[Tensor, ...]
+    differentiate: Differentiate  # what takes vector-Jacobian products
     stand_ins_needed: bool  # whether one of the tensors was computed from another one
 
     def take_first(self) -> tuple[Time, Any] | None:

@@ -148,19 +148,27 @@ class Grads:
 
 # Raises RuntimeError if outputs, recorded since it was called last, depend on anything but the inputs.
 Audit = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+# Gives the products of cotangents, by outputs and inputs, as `vector_jacobian_product` does.
+Differentiate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor | None, ...]]
 
 
 class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
     `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
-    Leaves are of the dtype `narrow`, where the pair's is wider.
+    Leaves are of the dtype `narrow`, where the pair's is wider. `differentiate` takes the products.
     """
 
     def __init__(
-        self, term: Term, tensors: Sequence[Tensor], audit: Audit | None = None, narrow: torch.dtype | None = None
+        self,
+        term: Term,
+        tensors: Sequence[Tensor],
+        audit: Audit | None = None,
+        narrow: torch.dtype | None = None,
+        differentiate: Differentiate | None = None,
     ) -> None:
         self.narrow = narrow
+        self.differentiate = differentiate or vector_jacobian_product
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
@@ -221,7 +229,7 @@ class Tape:
             joins = total is not None and total.dtype is self.leaf.dtype
             if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
-            got = vector_jacobian_product(outputs, inputs, cotangents)
+            got = self.differentiate(outputs, inputs, cotangents)
             if joins:
                 grads[self.member] = got[0]
             else:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.core.arithmetic import Scalar, Time, scaled_add
 from revsolve.core.tape import Term
-from revsolve.field.functorch import of_all, of_sample, sample_level
+from revsolve.field.functorch import of_all, of_sample, sample_level, vector_jacobian_product
 
 CONTAINERS = (list, tuple, dict)
 
@@ -24,7 +24,7 @@ class Batch:
     """A field for all samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in
     `own`."""
 
-    stand_ins_needed = False
+    stand_ins_needed, differentiate = False, staticmethod(vector_jacobian_product)
 
     def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:
         self.sample, self.own, self.size, self.randomness = sample, own, size, randomness

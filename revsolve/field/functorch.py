@@ -30,6 +30,7 @@ except ImportError:
     TorchDispatchMode, _disable_current_modes = object, nullcontext  # type: ignore[misc,assignment]
 
 _AUTOGRAD: Any = getattr(torch._C, "_autograd", None)
+_ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 # torch 2.6 has no is_exporting; there is_compiling is true within torch.export alone, besides Dynamo.
 _IS_EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -253,3 +254,14 @@ def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 def has_hooks(x: Tensor) -> bool:
     """Whether something happens whenever a gradient of x is taken."""
     return x.retains_grad or bool(getattr(x, "_backward_hooks", True))
+
+
+def vector_jacobian_product(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad without its checks in Python: for a small field 60 of the 250 us of an undone evaluation."""
+    if _ENGINE is None:
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    return _ENGINE.run_backward(
+        tuple(outputs), tuple(cotangents), False, False, tuple(inputs), True, accumulate_grad=False
+    )

@@ -24,7 +24,16 @@ from revsolve.core.integrate import march, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Term
 from revsolve.field.batch import Batch
-from revsolve.field.functorch import core, have_rules, outside, stray, transforms, version, wrapped
+from revsolve.field.functorch import (
+    core,
+    have_rules,
+    outside,
+    stray,
+    transforms,
+    vector_jacobian_product,
+    version,
+    wrapped,
+)
 from revsolve.field.holders import Holdings
 from revsolve.field.repeat import Repeatable, autocast_state, random_state, same_random_state, set_random_state
 from revsolve.field.substitute import Substitution
@@ -35,7 +44,7 @@ PLAIN = (Tensor, float, int, type(None))
 class Transformed:
     """A field inside torch.func: its term, whose tensors are replaced by what they are at each level."""
 
-    stand_ins_needed = False
+    stand_ins_needed, differentiate = False, staticmethod(vector_jacobian_product)
 
     def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
         self.term, self.tensors = term, tuple(tensors)
