@@ -161,6 +161,7 @@ class Audit:
     def _strangers(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> list[Edge]:
         """Edges to leaves that are not known, and to nodes older than the recording. On the hot path: one flat loop, and ages
         are asked only where a count of nodes is new (5 % of the gradient of a small field)."""
+        state = own[0] if own else None
         known, seen, strangers = self.known, set(), []  # type: set[Edge], set[Edge], list[Edge]
         stack: list[Edge] = [(x.grad_fn, x.output_nr) for x in outputs]
         while stack:
@@ -173,7 +174,7 @@ class Audit:
                 continue
             further = node.next_functions
             if not further:
-                if getattr(node, "variable", None) is not own[0]:
+                if state is None or getattr(node, "variable", None) is not state:
                     strangers.append(edge)
             else:
                 stack += further
@@ -236,6 +237,24 @@ class Constant(Guarded):
         return tree_map_only(Tensor, Tensor.detach, value) if outputs else value
 
 
+class OwnValues(Guarded):
+    """A term whose field returns the same preallocated memory in every call: values are copied out of it."""
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.clone, call(*args))
+
+
+def _in_one_memory(value: Any, again: Callable[[], Any], values: list[Any], buffers: Buffers) -> bool:
+    """Whether another call returns the memory of this value, which was written in place. `again` puts its value in `values`."""
+    written = [x for x in tree_leaves(value) if isinstance(x, Tensor) and version(x) != 0]
+    if not written or capturing():
+        return False
+    with buffers, torch.no_grad():
+        again()
+    there = {x.untyped_storage().data_ptr() for x in tree_leaves(values[0]) if isinstance(x, Tensor)}
+    return any(x.untyped_storage().data_ptr() in there for x in written)
+
+
 def lost(x: Tensor) -> RuntimeError:
     """The error of a tensor that was not there when the field was first called."""
     return RuntimeError(
@@ -281,6 +300,9 @@ def pure(
     if capturing() and draws:
         raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
     changing, device = buffers.changed(), x0.device
+    value = values[0]
+    if not getattr(term, "late", False) and _in_one_memory(value, evaluate, values, buffers):
+        term, value = OwnValues(term), tree_map_only(Tensor, Tensor.clone, values[0])
     probe = partial(_probe, term, span)
     matter = bool(changing) and _matter(changing, probe, span[0], x0.detach(), draws)
     repeats = draws or matter
@@ -294,7 +316,7 @@ def pure(
     field = Pure(Constant(term) if records and not wanted else term, tensors, repeats)
     field.lent = None if matter or not changing else changing
     if not repeats and not changing:
-        field._first = (span[0], tree_map_only(Tensor, Tensor.detach, values[0]))
+        field._first = (span[0], tree_map_only(Tensor, Tensor.detach, value))
     if found and differentiates and wanted:
         field.own_leaves, field.places = found.own_leaves, found.places
         known = {id(x) for x in tensors} | {id(buffer) for _, _, buffer, _ in buffers.kept}
