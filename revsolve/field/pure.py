@@ -240,6 +240,10 @@ class Constant(Guarded):
 class OwnValues(Guarded):
     """A term whose field returns the same preallocated memory in every call: values are copied out of it."""
 
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self.is_rate = False  # no evaluation is recorded where no gradient is wanted: it would stay in that memory
+
     def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         return tree_map_only(Tensor, Tensor.clone, call(*args))
 
