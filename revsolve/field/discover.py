@@ -48,7 +48,8 @@ def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Sequ
         with again():
             birthday, outputs = _recorded(call)
     leaves, outside = boundary(outputs, since=birthday)
-    found = {id(x): x for x in held if x.requires_grad and (x.is_leaf or id(x) not in holdings.listed)}
+    unused = holdings.listed | {id(then) for _, then, _ in moved}  # unless the call's graph ends there
+    found = {id(x): x for x in held if x.requires_grad and (x.is_leaf or id(x) not in unused)}
     mine = {id(x) for x in own}
     unheld = [x for x in leaves if id(x) not in found and id(x) not in mine]
     made: list[Tensor] = []

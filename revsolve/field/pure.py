@@ -109,7 +109,9 @@ class Pure:
     def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise RuntimeError if the field began late with what its first call did not do. `again` repeats the forward pass."""
         late = self.late.changed()
-        if late and _matter(late, self.probe, t, y.detach(), False):
+        with self.lent or nullcontext():  # also those that the first call changed
+            matters = bool(late) and _matter(late, self.probe, t, y.detach(), False)
+        if matters:
             raise RuntimeError(
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."

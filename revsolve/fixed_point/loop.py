@@ -109,7 +109,7 @@ def reversible_loop(
     wide = pair_dtype_of(packing, pair_dtype)
     arguments = args if isinstance(args, tuple) else (args,)
     each: Sequence[Any] = [blocks] * num_steps if _is_one(blocks) else blocks  # type: ignore[assignment]
-    calls = [applied(f, arguments, num_steps) for f in each]
+    calls = [applied(f, arguments, num_steps - 1) for f in each]
 
     def run(x: Any, previous: Any, first: int, outputs: list[int]) -> FixedPoint:
         x0 = packing.pack(x)
@@ -188,7 +188,7 @@ def _value(
 ) -> Any:
     if n == BEFORE:
         return tree_map(torch.sub, x, previous)
-    out = calls[n](x, n + first)
+    out = calls[min(n, len(calls) - 1)](x, n + first)  # a field is also asked at the end of the last step
     return tree_map(torch.sub, out, x) if residual else out
 
 
