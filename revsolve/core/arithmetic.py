@@ -70,9 +70,8 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
 
     A source narrower than the target is widened first, so that a sum has the same rounding whichever term is solved for.
     """
-    own = False  # whether the result may take the place of the source
-    if target is not None and source.dtype is not target.dtype:
-        source, own = source.to(target.dtype), not torch._C._are_functorch_transforms_active()
+    if target is not None:
+        source = source.to(target.dtype)
     if keep.__class__ is not float or mix.__class__ is not float:
         out = None if target is None else target if equals(keep, 1.0) else keep * target
         return out if equals(mix, 0.0) else scaled_add(out, source, mix)
@@ -83,7 +82,7 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if keep == 1.0:
         return plus(target, source, mix)
     if abs(keep + mix - 1.0) < 1e-14:
-        return source.lerp_(target, keep) if own else torch.lerp(source, target, keep)
+        return torch.lerp(source, target, keep)
     if keep == -1.0:
         return -plus(target, source, -mix)
     return plus(target.mul(keep), source, mix)
@@ -94,6 +93,11 @@ def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if total is None or grad is None:
         return grad if total is None else total
     return total + grad
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The real dtype with the most digits on a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def value_of(coefficient: Scalar) -> Scalar:

@@ -350,7 +350,8 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
     rows = [g if (g := grads.get(n)) is not None else zero for n in range(len(grid.times))]
     with torch.enable_grad():
         leaf = t.detach().requires_grad_()
-        return torch.autograd.grad(moments(grid, leaf), leaf, torch.stack(rows).to(t.device))[0]
+        times = moments(grid, leaf)
+        return torch.autograd.grad(times, leaf, torch.stack(rows).to(times))[0]
 
 
 def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:

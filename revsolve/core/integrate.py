@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from revsolve.core.arithmetic import Time
+from revsolve.core.arithmetic import Time, widest
 from revsolve.core.coupling import Pair, Scheme, advance, evaluations, moves, over
 from revsolve.core.modes import Modes
 from revsolve.core.problem import Problem
@@ -154,8 +154,9 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
         right += [j] * (b - a)
         place += [(s - t0) / (t1 - t0) for s in grid.times[a:b]]
     last = anchors[-1][1]
-    fraction = torch.tensor([*place, 1.0], dtype=torch.float64, device=t.device)
-    exact = torch.cat([t.double(), t.new_tensor([grid.times[n] for n in pinned], dtype=torch.float64)])
+    dtype = widest(t.device)
+    fraction = torch.tensor([*place, 1.0], dtype=dtype, device=t.device)
+    exact = torch.cat([t.to(dtype), t.new_tensor([grid.times[n] for n in pinned], dtype=dtype)])
     return torch.lerp(exact[[*left, last]], exact[[*right, last]], fraction)
 
 

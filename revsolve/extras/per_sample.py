@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time
+from revsolve.core.arithmetic import Time, widest
 from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
@@ -93,7 +93,7 @@ class BatchedTime:
     shift, adds_up = None, False
 
     def __init__(self, t: Tensor, x0: Tensor) -> None:
-        self.t, self.dtype = t.to(x0.device), x0.real.dtype
+        self.t, self.dtype = t.to(x0.device, widest(x0.device)), x0.real.dtype
         self.shape = (-1, *(1,) * (x0.ndim - 1))
         self.fractions: list[tuple[int, Tensor, Tensor]] | None = None
 
@@ -101,12 +101,12 @@ class BatchedTime:
         return self.exact(s).to(self.dtype)
 
     def exact(self, s: Time) -> Tensor:
-        """The times in float64, (batch,)."""
+        """The times in the dtype with the most digits, (batch,)."""
         i, part = self._whole_steps(s := float(s))
         if self.fractions is None:
-            return torch.lerp(self.t[i].double(), self.t[i + 1].double(), part)
+            return torch.lerp(self.t[i], self.t[i + 1], part)
         i, start, end = self.fractions[i]
-        return torch.lerp(self.t[i].double(), self.t[i + 1].double(), torch.lerp(start, end, part))
+        return torch.lerp(self.t[i], self.t[i + 1], torch.lerp(start, end, part))
 
     def _whole_steps(self, s: float) -> tuple[int, float]:
         last = len(self.t) - 2 if self.fractions is None else len(self.fractions) - 1
@@ -129,10 +129,10 @@ class BatchedTime:
         """The speed of time between s0 and s1, which lie between two outputs."""
         i, _ = self._whole_steps(float(0.5 * (s0 + s1)))
         if self.fractions is None:
-            speed = self.t[i + 1].double() - self.t[i].double()
+            speed = self.t[i + 1] - self.t[i]
         else:
             i, start, end = self.fractions[i]
-            speed = (self.t[i + 1].double() - self.t[i].double()) * (end - start)
+            speed = (self.t[i + 1] - self.t[i]) * (end - start)
         return speed.to(self.dtype).view(self.shape)
 
 
@@ -176,7 +176,7 @@ def refuse_options(given: Container[str]) -> None:
 def points_for_samples(t: Tensor, step_size: float) -> list[float]:
     """Where steps begin and end, so many that no sample takes one longer than `step_size`."""
     points, slack = [0.0], resolution(t) * float(t.detach().abs().max())
-    for i, span in enumerate(numbers(t.detach().double().diff(dim=0).abs().amax(1))):
+    for i, span in enumerate(numbers(t.detach().to("cpu", torch.float64).diff(dim=0).abs().amax(1))):
         n = num_steps(span, step_size, slack)
         points += [i + j / n for j in range(1, n)] + [i + 1.0]
     return points

@@ -76,7 +76,7 @@ class PerSampleSteps:
         while True:
             self._check_progress(i, start)
             end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
-            self.fractions[n:] = [(i, start.to(self.clock.t.device), end.to(self.clock.t.device))]
+            self.fractions[n:] = [(i, start.to(self.clock.t), end.to(self.clock.t))]
             after, ratio = step(pair, (float(n), float(n + 1)), restart, self._ratios)
             assert ratio is not None
             length = (end - start) * span

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from revsolve.core.arithmetic import Scalar
+from revsolve.core.arithmetic import Scalar, widest
 from revsolve.prepare.state import Packing
 
 # The share of the digits that undoing may cost between two anchors, where f computes as precisely as the pair is kept.
@@ -60,8 +60,7 @@ def _exact_steps(least: float, eps: float, value_eps: float) -> int:
 def pair_dtype_of(packing: Packing, wanted: torch.dtype | None) -> torch.dtype:
     """What the pair is kept in: wide enough to undo steps, complex if a lone state is."""
     given = packing.dtypes[0] if packing.lone else packing.real_dtype
-    narrowest = torch.promote_types(packing.real_dtype, torch.float32)
-    wide = wanted or (narrowest if packing.device.type == "mps" else torch.float64)
+    wide = wanted or widest(packing.device)
     if wide not in (torch.float32, torch.float64) or torch.finfo(wide).eps > torch.finfo(packing.real_dtype).eps:
         raise ValueError(
             f"pair_dtype must be torch.float32 or torch.float64 and no narrower than {packing.name} ({packing.real_dtype}), but "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revsolve.core.arithmetic import widest
 from revsolve.field.functorch import of_every_sample, outside
 from revsolve.paths.piecewise import Times
 
@@ -136,7 +137,7 @@ def as_times(t: Times, device: torch.device) -> Tensor:
     """Times as a tensor: in double precision, unless they are a floating-point tensor."""
     if isinstance(t, Tensor) and t.is_floating_point():
         return t.to(device)
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack the latter
+    dtype = widest(device)
     if isinstance(t, (list, tuple)) and any(isinstance(s, Tensor) for s in t):  # whose gradients as_tensor would drop
         return torch.stack([torch.as_tensor(s, dtype=dtype, device=device) for s in t])
     return torch.as_tensor(t, dtype=dtype, device=device)
