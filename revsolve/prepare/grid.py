@@ -107,10 +107,10 @@ def on_points(
     points: list[float], times: list[float], pinned: Sequence[float] = (), jumps: Sequence[float] = ()
 ) -> Callable[[], Stepper]:
     """Steps from each point to the next; the times are among the points."""
-    if points == times and not jumps:
-        return lambda: FixedGrid(list(points), list(range(len(points))))
-    place = {s: n for n, s in enumerate(points)}
-    outputs, fixed, one_sided = ([place[s] for s in given if s in place] for given in (times, pinned, jumps))
+    place = dict(zip(points, range(len(points)), strict=True))
+    outputs = list(map(place.__getitem__, times))
+    fixed = [place[s] for s in pinned if s in place]
+    one_sided = [place[s] for s in jumps if s in place]
     return lambda: FixedGrid(list(points), list(outputs), fixed, one_sided)
 
 
@@ -170,6 +170,10 @@ def adaptive_grid(
     rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
     targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
     outputs, jumps = set(times), set(options.one_sided)
+    smooth = [
+        *times[:1],
+        *next(([s] for s in targets[1:] if s not in outputs), times[-1:]),
+    ]  # where nothing jumps so far
     norm = root_mean_square if options.norm is None else options.norm
     if transformed():
         norm = functools.partial(largest_of_samples, norm, x0.ndim)
@@ -177,7 +181,7 @@ def adaptive_grid(
     most = options.max_num_steps or MAX_NUM_STEPS
 
     def make() -> Stepper:
-        h = options.first_step or first_step(term, x0, targets, rtol, atol, norm, order)
+        h = options.first_step or first_step(term, x0, smooth, rtol, atol, norm, order)
         control = Control(
             rtol,
             atol,
@@ -199,13 +203,13 @@ def adaptive_grid(
 
 
 def first_step(
-    term: Term, x0: Tensor, targets: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
+    term: Term, x0: Tensor, span: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
 ) -> float:
     """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): two evaluations, two device reads."""
-    if len(targets) < 2:
+    if span[0] == span[1]:
         return 1.0
-    t0, length = targets[0], abs(targets[1] - targets[0])  # the field is looked at before anything can happen to it
-    direction = math.copysign(1.0, targets[-1] - targets[0])
+    t0, length = span[0], abs(span[1] - span[0])
+    direction = math.copysign(1.0, span[1] - span[0])
     with torch.no_grad():
         scale = atol + rtol * x0.abs()
         f0 = _rate(term, t0, x0, direction)

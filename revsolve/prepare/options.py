@@ -75,6 +75,7 @@ class SolverOptions:
     event_direction: Any = 0
     form: str | None = None  # of the steps of a controlled equation
     given: frozenset[str] = frozenset()  # the names of the options that were given
+    tolerances_given: bool = field(init=False)
     adaptive: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,22 +84,23 @@ class SolverOptions:
             (wanted, holds, why), value = LIMITS[name], getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")
+        for name in self.given & {*TARGETS}:
+            value = getattr(self, name)
+            listed = [value] if isinstance(value, (int, float)) else value
+            object.__setattr__(self, name, tuple(map(float, listed)))
         if self.min_step > self.max_step:
             raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")
         if self.step_size is not None and self.grid_constructor is not None:
             raise ValueError("step_size and grid_constructor exclude each other: give one of them.")
         fixed = self.step_size is not None or self.grid_constructor is not None or self.scheme.error_order is None
         embedded = self.scheme.name.removeprefix("rev_") in TABLEAUS or not self.scheme.reversible
+        object.__setattr__(self, "tolerances_given", self.rtol is not None or self.atol is not None)
         object.__setattr__(self, "adaptive", not fixed and (embedded or self.tolerances_given))
 
     @property
     def one_sided(self) -> Sequence[float]:
         """The jumps that steps see from one side; programs see both."""
         return () if self.compile else self.jump_t
-
-    @property
-    def tolerances_given(self) -> bool:
-        return self.rtol is not None or self.atol is not None
 
     def for_state(self, packing: Packing) -> SolverOptions:
         """These options for the packed state: tolerances and a norm are given for the parts of the user's."""
@@ -118,20 +120,13 @@ def read_options(
     Methods with an embedded estimate adapt their steps unless the options fix them, the natively reversible ones only when a
     tolerance is given.
     """
-    parameters = {name: _number((options or {}).get(name)) for name in SCHEME_OPTIONS}
-    scheme = named_scheme(method, **parameters)
+    told = options or {}
+    scheme = named_scheme(method, _number(told.get("coupling")), _number(told.get("eta")))
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
     given = check_options(options, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
-    return made_options(scheme, {k: v for k, v in given.items() if k not in SCHEME_OPTIONS}, **keywords)
-
-
-def made_options(scheme: Scheme, given: Mapping[str, Any], **keywords: Any) -> SolverOptions:
-    """These options, which are known to be some."""
-    times = {}
-    for name in given.keys() & set(TARGETS):
-        listed = [given[name]] if isinstance(given[name], (int, float)) else given[name]
-        times[name] = tuple(float(s) for s in listed)
-    return SolverOptions(scheme, given=frozenset(given), **keywords, **{**given, **times})
+    for name in SCHEME_OPTIONS:
+        given.pop(name, None)
+    return SolverOptions(scheme, given=frozenset(given), **keywords, **given)
 
 
 def check_options(options: Mapping[str, Any] | None, known: Sequence[str], method: str) -> dict[str, Any]:

@@ -14,36 +14,32 @@ class Packing:
 
     def __init__(self, state: Any, name: str = "y0") -> None:
         leaves, self.spec = tree_flatten(state)
-        self.as_tuples = tree_flatten(_as_tuples(state))[1]
         self.name, self.lone = name, isinstance(state, Tensor)
+        self.shapes, self.dtypes, self.sizes = [], [], []  # type: list[torch.Size], list[torch.dtype], list[int]
         if not leaves:
             raise ValueError(f"{name} holds no tensor, it is {state!r:.80}: pass one, or a pytree of them.")
         for leaf in leaves:
             _check_leaf(leaf, name)
-        devices = {leaf.device for leaf in leaves}
-        if len(devices) > 1:
-            raise ValueError(
-                f"the tensors of {name} lie on different devices, {sorted(map(str, devices))}: move them to one."
-            )
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.dtypes = [leaf.dtype for leaf in leaves]
-        self.device = leaves[0].device
-        real = [leaf.real.dtype if leaf.is_complex() else leaf.dtype for leaf in leaves]
-        self.real_dtype = real[0]
-        for dtype in real[1:]:
-            self.real_dtype = torch.promote_types(self.real_dtype, dtype)
-        self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in leaves]
+            real = leaf.real.dtype if leaf.is_complex() else leaf.dtype
+            if not self.shapes:
+                self.device, self.real_dtype = leaf.device, real
+            if leaf.device != self.device:
+                raise ValueError(
+                    f"the tensors of {name} lie on different devices, '{self.device}', '{leaf.device}': move them to one."
+                )
+            self.real_dtype = torch.promote_types(self.real_dtype, real)
+            self.shapes.append(leaf.shape)
+            self.dtypes.append(leaf.dtype)
+            self.sizes.append(leaf.numel() * (2 if leaf.is_complex() else 1))
 
     def pack(self, state: Any, where: str | None = None) -> Tensor:
         """The state as one tensor; what a field returned is checked, and `where` is the field's name."""
         if self.lone:
             return state
-        leaves = self._leaves(state, where or self.name)
-        if where is not None:
-            self._check_leaves(leaves, where)
+        leaves = self.leaves_of(state, self.name) if where is None else self.check_like(state, where)
         return torch.cat([_flat(leaf, self.real_dtype) for leaf in leaves])
 
-    def _leaves(self, state: Any, where: str) -> list[Any]:
+    def leaves_of(self, state: Any, where: str) -> list[Any]:
         """The leaves in the order of the state's own; lists count as tuples, and dicts have no order."""
         leaves, spec = tree_flatten(state)
         if spec == self.spec:
@@ -51,10 +47,14 @@ class Packing:
         wanted, got = ("one tensor", f"a {type(state).__name__}") if self.lone else (self.spec, spec)
         try:
             if not self.lone:
-                return self.as_tuples.flatten_up_to(_as_tuples(state))
+                return self._as_tuples().flatten_up_to(_as_tuples(state))
         except ValueError:
             pass
         raise ValueError(f"{where} must return the structure of {self.name}, {wanted}, but it returned {got}.")
+
+    def _as_tuples(self) -> Any:
+        """The structure of the state with tuples in the place of its lists."""
+        return tree_flatten(_as_tuples(tree_unflatten(range(len(self.shapes)), self.spec)))[1]
 
     def unpack(self, x: Tensor) -> Any:
         """The pytree whose leaves keep the leading dimensions of x, if it has any."""
@@ -76,7 +76,7 @@ class Packing:
         if self.lone and isinstance(numbers, (list, tuple)):
             numbers = torch.tensor(numbers, dtype=self.real_dtype, device=self.device)
         try:
-            leaves = self.as_tuples.flatten_up_to(_as_tuples(numbers))
+            leaves = self._as_tuples().flatten_up_to(_as_tuples(numbers))
         except ValueError:
             raise ValueError(
                 f"{name} must have the structure of {self.name}, {self.spec}, or be one number, but it is {numbers!r:.80}."
@@ -93,11 +93,9 @@ class Packing:
             parts.append(part.repeat_interleave(size // part.numel()))
         return torch.cat(parts)
 
-    def check_like(self, out: Any, where: str) -> None:
-        """Raise unless the field's value has the structure and shapes of the state."""
-        self._check_leaves(self._leaves(out, where), where)
-
-    def _check_leaves(self, leaves: list[Any], where: str) -> None:
+    def check_like(self, out: Any, where: str) -> list[Tensor]:
+        """The leaves of what the field returned. Raises unless it has the structure and shapes of the state."""
+        leaves = self.leaves_of(out, where)
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r:.80}.")
@@ -107,11 +105,12 @@ class Packing:
                 )
             if leaf.device != self.device:
                 raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")
-            if leaf.dtype != dtype and not _autocast(self.device):
+            if leaf.dtype != dtype and not torch.is_autocast_enabled(self.device.type):
                 raise TypeError(
                     f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
                     "(under torch.autocast the value is cast to the state's dtype)."
                 )
+        return leaves
 
 
 def _as_tuples(state: Any) -> Any:
@@ -137,7 +136,3 @@ def _check_leaf(leaf: Any, name: str) -> None:
 def _flat(leaf: Tensor, dtype: torch.dtype) -> Tensor:
     # view_as_real would need even offsets of the gradient, which a slice of the vector's may not have
     return (torch.stack((leaf.real, leaf.imag), -1) if leaf.is_complex() else leaf).reshape(-1).to(dtype)
-
-
-def _autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)

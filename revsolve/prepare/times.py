@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -115,13 +114,13 @@ def resolution(t: Any) -> float:
 
 
 def warn_of_indistinct(times: Sequence[float], dtype: torch.dtype) -> None:
-    """Warn where the field's dtype cannot tell the times apart."""
-    eps = torch.finfo(dtype).eps
-    if any(abs(b - a) < eps * max(abs(a), abs(b)) for a, b in itertools.pairwise(times)):
+    """Warn where the field's dtype cannot tell steps of their mean length apart."""
+    start, end = times[0], times[-1]
+    if abs(end - start) < (len(times) - 1) * torch.finfo(dtype).eps * max(abs(start), abs(end)):
         warn(
             f"the field receives times in the dtype of the state, {dtype}, which cannot tell these steps apart: count times "
-            "from zero (pass t - t[0], and add t[0] in the field, in double precision, if it needs the date), or make the state "
-            "float64."
+            "from zero (pass t - t[0], and add t[0] in the field, in double precision, if it needs the date), or make the "
+            "state float64."
         )
 
 

@@ -20,7 +20,7 @@ from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_o
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
 from revsolve.prepare.keywords import explains_keywords
-from revsolve.prepare.options import made_options
+from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import prepare, values_hidden
 from revsolve.prepare.times import Clock, as_tensor, resolution
 from revsolve.schemes.tableau import Tableau
@@ -202,9 +202,8 @@ class _Equation:
         speed = self.clock.fastest if isinstance(self.clock, BatchedTime) else 1.0
         first, least = dt / speed, dt_min / speed
         self.first_step = (self.times[0], min(self.times[0] + first, self.times[-1]))
-        options = made_options(
-            self.scheme, {**self.settings, "first_step": first, "min_step": least}, rtol=rtol, atol=atol
-        )
+        settings = {**self.settings, "first_step": first, "min_step": least}
+        options = SolverOptions(self.scheme, rtol, atol, given=frozenset(settings), **settings)
         make = adaptive_grid(self.times, options, self.rates, self.x0)
         return make, {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, self.times)))}
 
