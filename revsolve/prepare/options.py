@@ -85,9 +85,7 @@ class SolverOptions:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")
         for name in self.given & {*TARGETS}:
-            value = getattr(self, name)
-            listed = [value] if isinstance(value, (int, float)) else value
-            object.__setattr__(self, name, tuple(map(float, listed)))
+            object.__setattr__(self, name, _times(name, getattr(self, name)))
         if self.min_step > self.max_step:
             raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")
         if self.step_size is not None and self.grid_constructor is not None:
@@ -121,6 +119,8 @@ def read_options(
     tolerance is given.
     """
     told = options or {}
+    if not isinstance(told, Mapping):
+        raise TypeError(f"options must be a dict, such as {{'step_size': 0.1}}, but it is {told!r:.80}.")
     scheme = named_scheme(method, _number(told.get("coupling")), _number(told.get("eta")))
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
     given = check_options(options, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
@@ -145,9 +145,24 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str], metho
     return given
 
 
+def _times(name: str, given: Any) -> tuple[float, ...]:
+    """One or several times as floats."""
+    if isinstance(given, Tensor) and given.requires_grad:
+        raise ValueError(f"{name} requires a gradient, which it does not have: pass {name}.detach().")
+    try:
+        times = tuple(map(float, [given] if isinstance(given, (int, float)) else given))
+    except (TypeError, ValueError):
+        times = (math.nan,)
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"{name} must be a time or several, finite numbers, but it is {given!r:.80}.")
+    return times
+
+
 def _number(value: Any) -> Any:
     """A number of another kind, a tensor without dimensions or one of numpy's, as that of Python; anything else as it is."""
-    of_another_kind = isinstance(value, (Tensor, np.generic)) and value.ndim == 0
+    of_another_kind = (
+        isinstance(value, (Tensor, np.generic)) and value.ndim == 0 and not getattr(value, "requires_grad", False)
+    )
     return value.item() if of_another_kind else value
 
 

@@ -70,8 +70,8 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
     if method in NATIVE or name in TABLEAUS:
         return _named(method)
     known = method_names()
-    if method in ELSEWHERE:
-        hint = f": {ELSEWHERE[method]}."
+    if name in ELSEWHERE:
+        hint = f": {ELSEWHERE[name]}."
     else:
         close = difflib.get_close_matches(method.lower(), known, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."

@@ -124,6 +124,18 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "'safety' is for adaptive steps",
     ),
+    "a jump that is no time": ({"options": {"jump_t": "abc"}}, ValueError, "jump_t must be a time or several.*'abc'"),
+    "a jump at no time": (
+        {"options": {"jump_t": [math.nan]}},
+        ValueError,
+        "jump_t must be a time or several, finite numbers",
+    ),
+    "a jump that moves": (
+        {"options": {"jump_t": torch.tensor([0.5], requires_grad=True)}},
+        ValueError,
+        r"jump_t requires a gradient, .* pass jump_t.detach\(\)",
+    ),
+    "options of another type": ({"options": ["step_size"]}, TypeError, "options must be a dict, such as"),
     "both grids": (
         {"method": "rk4", "options": {"step_size": 0.1, "grid_constructor": lambda f, y, t: t}},
         ValueError,
