@@ -81,11 +81,17 @@ class Memo(Wrapped):
         """A leaf that stands for x, and the value there as its function.
 
         It is remembered as the value at x; but not while gradients are recorded, for what they need must not be freed with it.
+        Under no_grad a field may do what cannot be recorded (out=, numpy): then the value is no function of the leaf.
         """
         latest, keeps, leaf = self.latest, not torch.is_grad_enabled(), leaf_of(x)
         self.latest = (None, None, None)
-        with torch.enable_grad():
-            value = self.value(t, leaf)
+        try:
+            with torch.enable_grad():
+                value = self.value(t, leaf)
+        except RuntimeError:
+            if not keeps:
+                raise
+            value = self.value(t, x)
         self.latest = (x, t, value.detach()) if keeps else latest
         return leaf, value
 
