@@ -16,6 +16,7 @@ from revsolve.prepare.state import Packing
 RESIDUALS = ("absolute", "relative")
 STOPS = ("batch", "all", "sample")
 SMALLEST = 1e-5  # a value smaller than this counts as this large in the relative residual (as in the authors' code)
+PATIENCE, SAME = 10, 1e-3  # so many steps in which the residual changes by less than this share are no convergence
 DIVERGING = 1e3  # a residual that has grown so far above its least is no slow convergence
 
 
@@ -27,8 +28,8 @@ class ConvergenceWarning(UserWarning):
 class Criterion:
     """Stop when the residual, `||z - f(z)||` or that over `1e-5 + ||f(z)||`, is at most tol: the largest of all leaves of the
     state and of all samples of a torch.vmap. Unless `stop` is "batch", every sample (leading dimension) has its own, and all
-    must be small at once. With "sample", those whose residual is small rest until then; if one grows again, they depend on
-    each other, and none rests any more."""
+    must be small at once. With "sample", those whose residual is small rest until then; if one grows again, or the largest has
+    stayed the same for `PATIENCE` steps, they depend on each other, and none rests any more."""
 
     tol: float
     max_steps: int
@@ -89,9 +90,16 @@ class Convergence:
         enough = n >= self.criterion.min_steps
         if self.criterion.rests:
             large = self.latest() > self.criterion.tol
-            self.coupled = self.coupled | (large & ~self.going[-1]).any()
+            self.coupled = self.coupled | (large & ~self.going[-1]).any() | self.stuck()
             self.going.append(large | self.coupled if enough else self.all)
         return self.content and enough
+
+    def stuck(self) -> Tensor | bool:
+        """Whether the largest residual has stayed the same, as where it depends on the pair of a sample that rests."""
+        if len(self.trace) <= PATIENCE:
+            return False
+        then, now = (self.trace[i][RESIDUALS.index(self.criterion.residual)].amax() for i in (-1 - PATIENCE, -1))
+        return (now - then).abs() <= SAME * then
 
     def measure(self, y: Tensor, value: Tensor) -> Tensor:
         """Absolute and relative residual, shape (2,) or (2, samples)."""

@@ -15,6 +15,10 @@ from revsolve.fixed_point.solve import FixedPoint, fixed_point
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)
+PASSED_ON = (
+    *("method", "tol", "min_steps", "residual", "stop", "gradient", "pair_dtype", "anchor_every", "noise", "save_at"),
+    *("options", "on_failure", "progress", "callback"),
+)
 
 
 class RevDEQ(nn.Module):
@@ -105,24 +109,11 @@ class RevDEQ(nn.Module):
             self.f,
             z0,
             args=(x, *args),
-            method=self.method,
             beta=self.beta,
-            tol=self.tol,
             max_steps=self.eval_max_steps if more else self.max_steps,  # type: ignore[arg-type]
-            min_steps=self.min_steps,
-            residual=self.residual,
-            stop=self.stop,
-            gradient=self.gradient,
-            pair_dtype=self.pair_dtype,
-            anchor_every=self.anchor_every,
-            noise=self.noise,
-            save_at=self.save_at,
-            options=self.options,
-            on_failure=self.on_failure,
             full_output=True,
-            progress=self.progress,
-            callback=self.callback,
             compile=self.programs,
+            **{name: getattr(self, name) for name in PASSED_ON},
         )
         self.last = replace(solution, z=tree_map(torch.Tensor.detach, solution.z))
         return solution.z

@@ -85,6 +85,19 @@ def test_samples_that_depend_on_each_other_go_on(method: str, residual: str) -> 
     assert solution.num_steps[0] < solution.num_steps[2]
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+@pytest.mark.parametrize("seed", range(0, 240, 20))
+def test_samples_that_hold_others_up_go_on(seed: int, beta: float) -> None:
+    """Sparse couplings of rows that are off at first: some rest while others still need the partner of their pair."""
+    torch.manual_seed(seed)
+    weight = torch.randn(5, 5) * (torch.rand(5, 5) < 0.5)
+    weight, b = 0.9 * weight / weight.abs().sum(1).max(), 3 * torch.randn(5, 1) - 1
+    f = lambda z: torch.relu(weight @ z + b)  # noqa: E731
+    expected = fixed_point(f, torch.zeros(5, 1), method="relaxed", beta=0.7, tol=1e-13, max_steps=3000)
+    found = fixed_point(f, torch.zeros(5, 1), beta=beta, tol=1e-8, max_steps=400, stop="sample", on_failure="raise")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_steps", [4, 40])
 def test_evaluations(num_steps: int) -> None:
     cell, x = Dense(), torch.randn(4, 6)
