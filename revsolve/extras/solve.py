@@ -50,7 +50,8 @@ def solve_at(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
         refuse_discontinuities(ivp, times, grid)
     if len(times) == 1:
         return Solution(as_tensor(t), ivp.results(ivp.x0[None].clone(), 1), Stats(), times)
-    posed = ivp.pose(ivp.clock(), None if grid is None or moving is not None else grid.times)
+    foreseen = None if grid is None or moving is not None or options.one_sided else grid.times
+    posed = ivp.pose(ivp.clock(), foreseen)
     first = times if grid is None else grid.times
     problem = problem_of(ivp, posed, first, watched_steps(make, ivp, abs(times[-1] - times[0])), moving)
     xs = solve(problem, ivp.x0, moving)
