@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Event:
         direction: Any,
         end: float,
         rounding: float,
-        jumps: Container[Any] = (),
+        jumps: Collection[float] = (),
     ) -> None:
         self.func, self.direction, self.end, self.rounding, self.jumps = func, direction, end, rounding, jumps
         self.crossing: Crossing | None = None
@@ -81,7 +81,7 @@ class Event:
         """The components that changed sign the way they should, with their sign before."""
         signs = {}
         for i, (a, b, wanted) in enumerate(zip(before, after, self.directions(len(before)), strict=True)):
-            if a and a * wanted <= 0 and (b == 0 or (a < 0) != (b < 0)):
+            if a and math.copysign(1.0, a) * wanted <= 0 and (b == 0 or (a < 0) != (b < 0)):
                 signs[i] = math.copysign(1.0, a)
         return signs
 
@@ -218,4 +218,4 @@ def equal_steps(t0: float, step_size: float, end: float) -> Callable[[int], floa
 
 def _without_initial_zeros(before: list[float], after: list[float], h: float, nearby: float) -> list[float]:
     """The first values, with those set to zero whose zero lies within `nearby` of the initial time: an event just handled."""
-    return [0.0 if abs(a) * h <= nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]
+    return [0.0 if abs(a) * h < nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]

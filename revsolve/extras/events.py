@@ -29,7 +29,7 @@ from revsolve.field.autograd import boundary
 from revsolve.field.functorch import dual_numbers
 from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of
 from revsolve.prepare.problem import values_hidden
-from revsolve.prepare.times import as_tensor, check_times, resolution
+from revsolve.prepare.times import as_tensor, check_times, next_to, resolution
 from revsolve.solution import Solution
 
 NEWTON_STEPS = 3  # each makes one more derivative of a root right
@@ -95,8 +95,11 @@ class _LastStep:
 
     def state(self, s: Time, y: Tensor) -> Tensor:
         walk = Walk(self.problem.scheme, Memo(self.problem.field.term))
-        if isinstance(s, float) and s in self.event.jumps:
-            s = OneSided(s, self.t0 - s)
+        at, real = float(s.detach()) if isinstance(s, Tensor) else s, y.real.dtype
+        if any(abs(at - jump) <= torch.finfo(real).eps * abs(jump) for jump in self.event.jumps):
+            side = self.t0 - at  # the step that ends there sees the field before
+            near = next_to(torch.tensor(at, dtype=real, device="cpu"), side)
+            s = s + (float(near) - at) if isinstance(s, Tensor) else OneSided(at, side)
         return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
 
     def value(self, s: Time, y: Tensor, component: int) -> Tensor:

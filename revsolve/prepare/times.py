@@ -100,12 +100,16 @@ class Clock:
         if len(self.recent) >= REMEMBERED_TIMES:
             self.recent.clear()
         made = torch.full((), t, dtype=self.dtype, device=self.device)
-        if isinstance(t, OneSided):
-            made = torch.nextafter(made, torch.full_like(made, t.side * math.inf))
+        made = next_to(made, t.side) if isinstance(t, OneSided) else made
         # That of a transform ends before the solve does, and one of inference mode does not tell whether a field changed it.
         if torch.compiler.is_compiling() or not (wrapped(made) or made.is_inference()):
             self.recent[t] = made
         return made
+
+
+def next_to(t: Tensor, side: float) -> Tensor:
+    """The next number of its dtype: a later one where `side` is positive, else an earlier one."""
+    return torch.nextafter(t, torch.full_like(t, math.copysign(math.inf, side)))
 
 
 def resolution(t: Any) -> float:

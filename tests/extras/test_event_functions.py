@@ -49,6 +49,7 @@ STRETCHES: dict[
     "time, below": (lambda t, y: torch.where(t < 0.7, -3.0, 0.0).to(D), 0.7, 0.0),
     "time, graph before": (lambda t, y: y[0] + 10 if t < 0.7 else torch.zeros_like(t), 0.7, 0.0),
     "time, continuous": (lambda t, y: torch.relu(0.7 - t), 0.7, 0.0),
+    "time, from infinity": (lambda t, y: torch.where(t < 0.7, torch.inf, 0.0).to(D), 0.7, 0.0),
     "state, continuous": (lambda t, y: torch.relu(y[0] - 0.5), math.log(2), 1.0),
     "state, below": (lambda t, y: -torch.relu(y[0] - 0.5), math.log(2), 1.0),
     "state, no graph": (lambda t, y: torch.where(y[0] > 0.5, 1.0, 0.0).to(D), math.log(2), 0.0),

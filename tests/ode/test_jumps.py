@@ -191,6 +191,19 @@ def test_an_event_after_a_jump() -> None:
     assert float(ys[1]) == pytest.approx(5.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("wants", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_event_at_a_jump(dtype: torch.dtype, wants: bool) -> None:
+    y0 = torch.ones(1, dtype=dtype, requires_grad=wants)
+    func = lambda t, y: torch.where(t < JUMP, 0.0, 1e3).to(y) - y  # noqa: E731
+    event_t, ys = odeint(func, y0, [0.0, 1.0], event_fn=lambda t, y: t - JUMP, options={"jump_t": JUMP})
+    assert float(event_t.detach()) == pytest.approx(JUMP, abs=1e-6)
+    assert float(ys[1].detach()) == pytest.approx(math.exp(-JUMP), abs=1e-4)
+    if wants:
+        (found,) = torch.autograd.grad(ys[1].sum(), y0)
+        assert float(found) == pytest.approx(math.exp(-JUMP), abs=1e-4)
+
+
 @pytest.mark.parametrize("way", [{"rtol": 1e-8, "atol": 1e-8}, {"method": "rev_rk4"}, {"method": "alf4"}], ids=str)
 def test_jumps_of_the_field_of_a_controlled_equation(way: dict[str, Any]) -> None:
     X = HermitePath(torch.linspace(0, 1, 5, dtype=torch.float64)[:, None], torch.linspace(0, 1, 5, dtype=torch.float64))
