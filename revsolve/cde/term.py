@@ -20,7 +20,7 @@ class MatrixTerm:
 
     def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.control, self.clock = func, packing, drive, clock
-        self.adds_up, self.foresee = drive.adds_up, clock.foresee
+        self.adds_up = drive.adds_up
         self.checked = False
 
     def value(self, t: Time, x: Tensor) -> Any:
@@ -43,7 +43,7 @@ class ProductTerm:
 
     def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.control, self.clock = func, packing, drive, clock
-        self.adds_up, self.foresee = drive.adds_up, clock.foresee
+        self.adds_up = drive.adds_up
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
         return t, x

@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time, widest
-from revsolve.core.coupling import Pair, Scheme, advance, evaluations, moves, over
+from revsolve.core.coupling import Pair, Scheme, advance, moves, over
 from revsolve.core.modes import Modes
 from revsolve.core.problem import Problem
 from revsolve.core.restarts import Segments
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
-
-FORESEEN = 1000  # steps of which the times are made beforehand
 
 
 class Judged(Protocol):
@@ -78,9 +76,6 @@ def march(
         memo.num_evaluations = 1
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
-    if memo.foresee is not None and stepper.num_total is not None:
-        path = moves(problem.scheme, grid.times[:FORESEEN], memo.adds_up)
-        memo.foresee(t for t, _, _ in evaluations(path))
     segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
     ys = [y0] if grid.outputs[0] == 0 else []
     while not stepper.done:

@@ -16,8 +16,8 @@ class Term(Protocol):
 
     A term may also have `adds_up`, true where the controls over two spans, one after the other, add up to that over both;
     `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product as a list of
-    (weight, k) with numbers or tensors as weights; `late`, true where the value is but the place (t, x) of an evaluation that
-    the product makes; and `foresee(times)`, told beforehand when its value will be asked.
+    (weight, k) with numbers or tensors as weights; and `late`, true where the value is but the place (t, x) of an evaluation
+    that the product makes.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...
@@ -38,7 +38,6 @@ class Wrapped:
         self.term, self.control, self.product = term, term.control, term.product
         self.summands, self.late = getattr(term, "summands", None), getattr(term, "late", False)
         self.adds_up, self.is_rate = getattr(term, "adds_up", False), getattr(term, "is_rate", False)
-        self.foresee = getattr(term, "foresee", None)
 
 
 class Guarded(Wrapped):

@@ -11,7 +11,7 @@ so that the times enter the field like any other argument, and their gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -112,9 +112,6 @@ class BatchedTime:
         last = len(self.t) - 2 if self.fractions is None else len(self.fractions) - 1
         n = min(max(math.floor(s), 0), last)
         return n, s - n
-
-    def foresee(self, times: Iterable[float]) -> None:
-        """Nothing is made beforehand."""
 
     @property
     def fastest(self) -> float:

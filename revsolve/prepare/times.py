@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,14 +86,6 @@ class Clock:
     def control(self, t: Any, t0: Any, t1: Any) -> Any:
         """How much time passes."""
         return t1 - t0
-
-    def foresee(self, times: Iterable[float]) -> None:
-        """Make these times at once: one by one takes three times as long, and scatters them over the memory."""
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            new = [t for t in dict.fromkeys(islice(times, REMEMBERED_TIMES)) if t not in self.recent]
-            made = torch.tensor(new, dtype=self.dtype, device=self.device)
-            if not wrapped(made) and not made.is_inference():
-                self.recent.update(zip(new, made.unbind(), strict=True))
 
     def _constant(self, t: float) -> Tensor:
         if len(self.recent) >= REMEMBERED_TIMES:

@@ -36,7 +36,6 @@ class SDETerm:
     ) -> None:
         self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
         self.path, self.shift, self.clock, self.area = path, shift, clock, area
-        self.foresee = clock.foresee
         self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
         self.contract = increment(coefficients.noise_type, coefficients.product_only)
         self.on_demand = on_demand and shift is None and self.apart is not None
@@ -122,7 +121,7 @@ class LogRatioTerm:
 
     def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
         assert coefficients.prior is not None
-        self.adds_up, self.foresee, self.control = term.adds_up, term.foresee, term.control
+        self.adds_up, self.control = term.adds_up, term.control
         self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
 
     def value(self, t: Time, x: Tensor) -> Any:
