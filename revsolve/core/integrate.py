@@ -211,7 +211,9 @@ class _Watch:
 
     def value(self, t: Time, x: Tensor) -> Any:
         value = self.term.value(t, x)
-        if self.lost is None and _finite(x) and not all(map(_finite, tree_leaves(value))):
+        parts = [value] if isinstance(value, Tensor) else tree_leaves([*value])  # those evaluated on demand, too
+        finite = (_finite(part) for part in parts if isinstance(part, Tensor))
+        if self.lost is None and _finite(x) and not all(finite):
             self.lost = float(t), x
         return value
 

@@ -270,7 +270,7 @@ class Adaptive:
                 return after
             self.num_rejected += 1
             self.lost = self.lost if math.isfinite(ratio) else t1
-            if h <= self.control.min_step:
+            if h <= self.control.min_step * (1 + 1e-9):
                 raise RuntimeError(self.explain("shortest step", t0, self, pair))
             step.forget_attempt()
             self.h, grown = max(h * min(factor, 0.9), self.control.min_step), 1.0

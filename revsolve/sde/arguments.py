@@ -17,7 +17,7 @@ from revsolve.compat.torchsde import ForeignBrownian, as_brownian
 from revsolve.extras.per_sample import check_sample_times
 from revsolve.field.functorch import followed, outside, sample_numbers
 from revsolve.prepare.times import check_times
-from revsolve.sde.coefficients import SDE, Coefficients
+from revsolve.sde.coefficients import SDE, Coefficients, check_value
 
 Brownian = BrownianPath | ForeignBrownian
 Path = Callable[..., Any]
@@ -103,15 +103,15 @@ def as_sde(sde: Any, evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) 
 
 def noise_shape(parts: Coefficients, f: Any, g: Any, y0: Tensor, path: tuple[int, ...] | None) -> tuple[int, ...]:
     """The shape of W, from the values of f and g at y0, which are checked against y0 and each other."""
-    _check_value("drift", f, y0, tuple(y0.shape))
+    check_value("drift", f, y0, tuple(y0.shape))
     if parts.product_only:
         assert path is not None
         channels = path[-1]
         g = g(torch.zeros(*y0.shape[:-1], channels, dtype=y0.dtype, device=y0.device))
-        _check_value("product of diffusion and noise", g, y0, tuple(y0.shape))
+        check_value("product of diffusion and noise", g, y0, tuple(y0.shape))
         return *y0.shape[:-1], channels
     if parts.diagonal:
-        _check_value("diffusion (diagonal noise)", g, y0, tuple(y0.shape))
+        check_value("diffusion (diagonal noise)", g, y0, tuple(y0.shape))
         return tuple(y0.shape)
     channels = g.shape[-1] if isinstance(g, Tensor) and g.ndim else 1
     if parts.noise_type == "scalar" and channels != 1:
@@ -119,7 +119,7 @@ def noise_shape(parts: Coefficients, f: Any, g: Any, y0: Tensor, path: tuple[int
             f"scalar noise has one channel, but g returned shape {tuple(g.shape)}: return (..., d, 1), or set "
             'noise_type = "general".'
         )
-    _check_value(f"diffusion ({parts.noise_type} noise)", g, y0, (*y0.shape, channels))
+    check_value(f"diffusion ({parts.noise_type} noise)", g, y0, (*y0.shape, channels))
     return *y0.shape[:-1], channels
 
 
@@ -177,18 +177,3 @@ def given_path(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, a
     for t in (times[0], times[-1]):
         clamped(t, path.t0, path.t1, path.dtype)
     return path
-
-
-def _check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the {what} must be a tensor, but it is a {type(value).__name__}.")
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"the {what} must have shape {shape} for y0 of shape {tuple(y0.shape)}, not {tuple(value.shape)}."
-        )
-    if value.dtype != y0.dtype and not torch.is_autocast_enabled(y0.device.type):
-        raise TypeError(
-            f"the {what} must have the dtype of y0, {y0.dtype}, but it has {value.dtype}: cast one of them."
-        )
-    if value.device != y0.device:
-        raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")

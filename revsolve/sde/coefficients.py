@@ -69,6 +69,7 @@ class Coefficients:
     noise_type: str
     sde_type: str
     product_only: bool = False  # g is then a function v -> g . v
+    joint: bool = False  # whether f and g share work
 
     @property
     def diagonal(self) -> bool:
@@ -96,7 +97,7 @@ def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | 
     kind = (sde.noise_type, sde.sde_type)
     prior = found.get("h")
     if both is not None:
-        return Coefficients(both, (f, g) if f and g else None, prior, *kind)
+        return Coefficients(both, (f, g) if f and g else None, prior, *kind, joint=True)
     if f is not None and g is not None:
         return Coefficients(lambda t, y: (f(t, y), g(t, y)), (f, g), prior, *kind)
     product = _noise_product(found)
@@ -105,8 +106,27 @@ def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | 
             f"the SDE, a {type(sde).__name__}, needs a drift and a diffusion: define f and g, f_and_g, f and g_prod, or "
             f"f_and_g_prod (it has {', '.join(found) or 'none of them'}), or say what they are called with names=..."
         )
+    num_channels = 1 if sde.noise_type == "scalar" else num_channels
+    if num_channels is None and sde.noise_type != "diagonal":
+        raise ValueError("the number of noise channels is not known from g_prod alone: pass bm, or define g.")
     drift = f or _drift_of(found["f_and_g_prod"], num_channels)
     return _from_products(drift, product, prior, kind, num_channels)
+
+
+def check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a value of a coefficient is a tensor of this shape, of the dtype and on the device of the state."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the {what} must be a tensor, but it is a {type(value).__name__}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"the {what} must have shape {shape} for y0 of shape {tuple(y0.shape)}, not {tuple(value.shape)}."
+        )
+    if value.dtype != y0.dtype and not torch.is_autocast_enabled(y0.device.type):
+        raise TypeError(
+            f"the {what} must have the dtype of y0, {y0.dtype}, but it has {value.dtype}: cast one of them."
+        )
+    if value.device != y0.device:
+        raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")
 
 
 def contraction(noise_type: str, product_only: bool) -> Callable[[Any, Tensor], Tensor]:
@@ -168,8 +188,6 @@ def _from_products(
     num_channels: int | None,
 ) -> Coefficients:
     """Diagonal and scalar diffusions are their products with ones; others stay products, unless their entries are needed."""
-    if kind[0] not in ("diagonal", "scalar") and num_channels is None:
-        raise ValueError("the number of noise channels is not known from g_prod alone: pass bm, or define g.")
     entries_needed = kind == ("general", "ito") or prior is not None
     only = kind[0] in ("additive", "general") and not entries_needed
 
@@ -190,7 +208,10 @@ class Product:
         self.product, self.t, self.y = product, t, y
 
     def __call__(self, v: Tensor) -> Tensor:
-        return self.product(self.t, self.y, v)
+        out = self.product(self.t, self.y, v.clone())  # which may be changed in place
+        if out.shape != self.y.shape or out.dtype != self.y.dtype:
+            check_value("product of diffusion and noise", out, self.y, tuple(self.y.shape))
+        return out
 
     def detach(self) -> Product:
         """The same diffusion at a point that is cut off from how it was computed."""

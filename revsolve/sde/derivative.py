@@ -57,8 +57,13 @@ class _Recorded:
         return self._pull(cotangent, self.record)
 
     def push(self, tangent: Tensor) -> Tensor | None:
-        """The derivative of the vector-Jacobian product, which is linear in its cotangent."""
-        cotangent = torch.zeros_like(self.g, requires_grad=True)
+        """The derivative of the vector-Jacobian product, which is linear in its cotangent.
+
+        The cotangent is a zero computed from g: autograd looks for what was made after its inputs only, and a leaf would let it
+        look through the whole history of y.
+        """
+        with torch.enable_grad():
+            cotangent = self.history - self.history
         linear = self._pull(cotangent, True)
         if linear is None or not linear.requires_grad:
             return None

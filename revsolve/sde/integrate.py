@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_options
 from revsolve.extras.progress import AcceptedStep, watched
+from revsolve.field.functorch import dual_numbers
+from revsolve.field.holders import Holdings
+from revsolve.field.repeat import Buffers
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
 from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import SolverOptions
@@ -36,10 +39,10 @@ from revsolve.sde.arguments import (
     noise_shape,
     refuse_events,
 )
-from revsolve.sde.coefficients import coefficients, contraction
-from revsolve.sde.ito import refuse_dependence, shift_of
+from revsolve.sde.coefficients import check_value, coefficients
+from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
-from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm
+from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm, form
 from revsolve.solution import Solution
 
 
@@ -123,19 +126,24 @@ def sdeint(
     refuse_events(event_fn)
     check_state(y0)
     dt, dt_min = checked_steps(dt, dt_min, adaptive)
-    equation = _Equation(sde, y0, ts, bm, names, logqp)
-    equation.choose_scheme(method, options, adaptive, restarts)
-    make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
-    path = equation.motion(bm, knots)
-    times, scheme = equation.times, equation.scheme
-    if len(times) == 1:
-        return _results(equation.x0[None].clone(), logqp)
-    make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
-    problem = equation.problem(path, make, gradient, compile)
-    ys = _results(solve(problem, equation.x0, None), logqp)
-    if not full_output:
-        return ys
-    return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times))
+    with ExitStack() as within:
+        if torch.is_inference_mode_enabled():  # which derivatives of g could not be taken in
+            within.enter_context(torch.inference_mode(False))
+            within.enter_context(torch.no_grad())
+            y0 = y0.clone()
+        equation = _Equation(sde, y0, ts, bm, names, logqp)
+        equation.choose_scheme(method, options, adaptive, restarts, gradient)
+        make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
+        path = equation.motion(bm, knots)
+        times, scheme = equation.times, equation.scheme
+        if len(times) == 1:
+            return _results(equation.x0[None].clone(), logqp)
+        make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
+        problem = equation.problem(path, make, gradient, compile)
+        ys = _results(solve(problem, equation.x0, None), logqp)
+        if not full_output:
+            return ys
+        return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times))
 
 
 class _Equation:
@@ -155,7 +163,12 @@ class _Equation:
         self.parts = coefficients(self.sde, names, self.path_shape[-1] if self.path_shape else None)
 
     def choose_scheme(
-        self, method: str | Tableau | Scheme | None, options: Mapping[str, Any] | None, adaptive: bool, restarts: Any
+        self,
+        method: str | Tableau | Scheme | None,
+        options: Mapping[str, Any] | None,
+        adaptive: bool,
+        restarts: Any,
+        gradient: str | None,
     ) -> None:
         """Settle what depends on the method. Raises ValueError where it does not fit the equation, or f and g are not shaped
         like the state."""
@@ -169,21 +182,42 @@ class _Equation:
             raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
         f0, g0 = self._at_start(parts.f_and_g)
         self.size = noise_shape(parts, f0, g0, self.y0, self.path_shape)
+        self.forms, self.weights = (form(f0), form(g0)), None
+        if parts.noise_type == "additive":
+            self.weights = powers_of_two(self.y0.shape if parts.product_only else g0.shape, self.y0)
         self.area, self.shift = needs_area(self.scheme), None
+        self.always = gradient == "direct" or values_hidden() or dual_numbers()
         if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
-            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(self.start, y)[1], self.y0)
+            with Buffers(Holdings(self._owners()).modules.values()):
+                self.shift = self._at_start(
+                    lambda t, y: shift_of(parts.noise_type, lambda y: parts.f_and_g(t, y)[1], self.y0)
+                )
         unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
+        self.rates = self.term(lambda ta, tb: unit, refuse=True)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
-            noise = contraction(parts.noise_type, parts.product_only)
-            self._at_start(lambda t, y: refuse_dependence(lambda y: noise(parts.f_and_g(t, y)[1], unit), y))
-        self.rates = self.term(lambda ta, tb: unit)
+            x = perturbed(self.x0.detach())
+            self._at_start(lambda t, y: self.rates.product(self.rates.value(self.times[0], x), (0.0, unit)))
 
-    def term(self, path: Path, area: bool = False) -> SDETerm | LogRatioTerm:
+    def term(self, path: Path, area: bool = False, refuse: bool = False) -> SDETerm | LogRatioTerm:
         """The term that this path drives."""
+        parts = self.parts
+        checked = parts.noise_type == "additive" and not torch.compiler.is_compiling()
+        if checked and (parts.sde_type == "ito" or self.area or refuse):
+            parts = additive(parts, self.weights, self.always, refuse)
         noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, BatchedTime) else path
         on_demand = area and not (self.logqp or values_hidden())
-        term = SDETerm(self.parts, noise, self.clock, self.shift, area, on_demand)
-        return LogRatioTerm(term, self.parts) if self.logqp else term
+        of_values = self.shift, self._check, self.forms, area, on_demand, self.always, refuse
+        term = SDETerm(parts, noise, self.clock, *of_values)
+        return LogRatioTerm(term) if self.logqp else term
+
+    def _check(self, f: Any, g: Any, y: Tensor) -> None:
+        """Raise unless later values of f and g, where not None, are of the shapes of the first ones."""
+        if f is not None:
+            check_value("drift", f, y, tuple(y.shape))
+        if g is not None and (size := noise_shape(self.parts, y, g, y, self.path_shape)) != self.size:
+            raise ValueError(
+                f"the diffusion must keep its {self.size[-1]} noise channels, but later it has {size[-1]}."
+            )
 
     def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
         """Steps, and what a Brownian motion needs to know of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +20,62 @@ from revsolve.sde.ito import Shift
 Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
 
 
+@dataclass
 class SDETerm:
     """Field values are pairs (f, g), controls (h, dW), or (h, W, H) with `area`; either of the two may be None for zero.
 
-    With `on_demand`, f and g are evaluated only where asked for.
+    With `on_demand`, f and g are evaluated only where asked for. `check(f, g, y)` raises unless values are of shapes and dtypes
+    that the equation can have; it is asked where these are not the `forms` that the solve began with. Dependences of g that the
+    shift does not know are looked for where no gradient by the state is recorded, or `always`; they give NaN, or, with `refuse`,
+    an error.
     """
 
-    def __init__(
-        self,
-        coefficients: Coefficients,
-        path: Path,
-        clock: Any,
-        shift: Shift | None,
-        area: bool = False,
-        on_demand: bool = False,
-    ) -> None:
-        self.f_and_g, self.apart = coefficients.f_and_g, coefficients.apart
-        self.path, self.shift, self.clock, self.area = path, shift, clock, area
-        self.multiply = contraction(coefficients.noise_type, coefficients.product_only)
-        self.contract = increment(coefficients.noise_type, coefficients.product_only)
-        self.on_demand = on_demand and shift is None and self.apart is not None
-        self.adds_up = isinstance(path, BrownianPath)
-        self.entrywise = coefficients.noise_type in ("diagonal", "scalar") and not coefficients.product_only
+    parts: Coefficients
+    path: Path
+    clock: Any
+    shift: Shift | None
+    check: Callable[[Any, Any, Tensor], None]
+    forms: tuple[Any, ...]
+    area: bool = False
+    on_demand: bool = False
+    always: bool = False
+    refuse: bool = False
+
+    def __post_init__(self) -> None:
+        noise, product_only = self.parts.noise_type, self.parts.product_only
+        self.multiply, self.contract = contraction(noise, product_only), increment(noise, product_only)
+        self.on_demand = self.on_demand and self.shift is None and self.parts.apart is not None
+        self.adds_up = isinstance(self.path, BrownianPath)
+        self.entrywise = noise in ("diagonal", "scalar") and not product_only
 
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
-            assert self.apart is not None
-            return OnDemand(*self.apart, self.clock(t), x)
-        return self.f_and_g(self.clock(t), x) if self.shift is None else self.converted(t, x)[:2]
+            assert self.parts.apart is not None
+            return OnDemand(self.parts.apart, self.clock(t), x, self.checked)
+        if self.shift is None:
+            return self.checked(*self.parts.f_and_g(self.clock(t), x), x)
+        return self.converted(t, x)[:2]
+
+    def checked(self, f: Any, g: Any, x: Tensor) -> tuple[Any, Any]:
+        """The values of f and g, looked at if not None."""
+        if (f is not None and form(f) != self.forms[0]) or (g is not None and form(g) != self.forms[1]):
+            self.check(f, g, x)
+        return f, g
 
     def converted(self, t: Time, x: Tensor) -> tuple[Tensor, Any, Tensor | None]:
         """(f + shift, g, shift): the shift of an Ito equation differentiates g by y."""
-        assert self.shift is not None
-        now = self.clock(t)
-        f, derivative = differentiated(lambda y: self.f_and_g(now, y), x, torch.is_grad_enabled())
-        shift = self.shift(derivative)
-        return f if shift is None else f + shift, derivative.g, shift
+        parts, record, now = self.parts, torch.is_grad_enabled(), self.clock(t)
+        if self.shift is None:
+            return *self.checked(*parts.f_and_g(now, x), x), None
+        if record or parts.apart is None or parts.joint:
+            f, at = differentiated(lambda y: parts.f_and_g(now, y), x, record)
+        else:  # with no derivative of f prepared
+            drift, diffusion = parts.apart
+            f, at = drift(now, x), differentiated(lambda y: (y, diffusion(now, y)), x, record)[1]
+        self.checked(f, at.g, x)
+        check = self.always or not (record and x.requires_grad)
+        shift = self.shift(at, check, float(t) if self.refuse else None)
+        return f if shift is None else f + shift, at.g, shift
 
     def control(self, t: Time, t0: Time, t1: Time) -> tuple[Any, ...]:
         h = self.clock.control(t, t0, t1)
@@ -77,6 +98,11 @@ class SDETerm:
         return [(h, f), (dW, g if g.shape == f.shape else g.squeeze(-1))]
 
 
+def form(x: Any) -> Any:
+    """The shape and dtype of a tensor, else the type."""
+    return (x.shape, x.dtype) if isinstance(x, Tensor) else type(x)
+
+
 class NoiseOfEach:
     """The Brownian motion of samples with times of their own, given one in the step variable that all share.
 
@@ -92,23 +118,30 @@ class NoiseOfEach:
         return (found[0] * speed, found[1] * speed) if return_H else found * speed
 
 
+@dataclass
 class OnDemand:
     """The pair (f, g) at one point, each evaluated when it is first asked for."""
 
-    def __init__(self, f: Callable[..., Tensor], g: Callable[..., Any], t: Tensor, x: Tensor) -> None:
-        self.fields, self.at = (f, g), (t, x)
-        self.known: dict[int, Any] = {}
+    fields: tuple[Callable[..., Any], Callable[..., Any]]
+    t: Tensor
+    x: Tensor
+    checked: Callable[[Any, Any, Tensor], tuple[Any, Any]]
+
+    def __post_init__(self) -> None:
+        self.known: list[Any] = [None, None]
 
     def __getitem__(self, which: int) -> Any:
-        if which not in self.known:
-            self.known[which] = self.fields[which](*self.at)
+        if self.known[which] is None:
+            value = self.fields[which](self.t, self.x)
+            f, g = (None, value) if which else (value, None)
+            self.checked(f, g, self.x)
+            self.known[which] = value
         return self.known[which]
 
     def detach(self) -> OnDemand:
         """The same point, cut off from how it was computed."""
-        (f, g), (t, x) = self.fields, self.at
-        other = OnDemand(f, g, t, x.detach())
-        other.known = {which: value.detach() for which, value in self.known.items()}
+        other = OnDemand(self.fields, self.t, self.x.detach(), self.checked)
+        other.known = [None if value is None else value.detach() for value in self.known]
         return other
 
 
@@ -119,20 +152,16 @@ class LogRatioTerm:
     as the expectation of that integral.
     """
 
-    def __init__(self, term: SDETerm, coefficients: Coefficients) -> None:
-        assert coefficients.prior is not None
-        self.adds_up, self.control = term.adds_up, term.control
-        self.term, self.prior, self.diagonal = term, coefficients.prior, coefficients.diagonal
+    def __init__(self, term: SDETerm) -> None:
+        self.term, self.adds_up, self.control = term, term.adds_up, term.control
 
     def value(self, t: Time, x: Tensor) -> Any:
-        y = x[..., :-1]
-        f, g, shift = self.term.converted(t, y) if self.term.shift is not None else (*self.both(t, y), None)
-        excess = (f if shift is None else f - shift) - self.prior(self.term.clock(t), y)
-        u = excess / g if self.diagonal else (torch.linalg.pinv(g) @ excess.unsqueeze(-1)).squeeze(-1)
+        y, parts = x[..., :-1], self.term.parts
+        f, g, shift = self.term.converted(t, y)
+        assert parts.prior is not None
+        excess = (f if shift is None else f - shift) - parts.prior(self.term.clock(t), y)
+        u = excess / g if parts.diagonal else (torch.linalg.pinv(g) @ excess.unsqueeze(-1)).squeeze(-1)
         return (f, g), 0.5 * u.square().sum(-1, keepdim=True)
-
-    def both(self, t: Time, y: Tensor) -> tuple[Tensor, Any]:
-        return self.term.f_and_g(self.term.clock(t), y)
 
     def product(self, value: Any, control: tuple[Any, ...]) -> tuple[Tensor, Time]:
         inner, rate = value

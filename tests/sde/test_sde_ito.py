@@ -1,6 +1,9 @@
 """Ito equations are converted exactly: the correction against formulas, and solutions against known ones."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from time import process_time
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +141,116 @@ def test_ito_and_stratonovich_spellings_agree(noise_type: str) -> None:
     y0 = torch.randn(4, 3)
     a, b = (sdeint(sde, y0, [0.0, 1.0], bm=bm, dt=0.1) for sde in (ito, stratonovich))
     torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+# What does not show in the derivative of g at the start: g_i depends on other entries.
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a schedule that is zero at the start": lambda t, y: t * (1 + y.flip(-1)),
+    "a schedule with a square": lambda t, y: 0.3 + t**2 * torch.sin(y.flip(-1)) * y,
+    "a closed relu": lambda t, y: 0.3 + torch.relu(y.roll(1, -1) - 2.0) * y,
+    "one of many pairs": lambda t, y: 0.3 + t * torch.cat((y[..., :1] * y[..., 2:3], y[..., 1:]), -1),
+}
+
+
+def by_own_derivative(g: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The drift -y with the correction added by hand."""
+
+    def drift(t: Tensor, y: Tensor) -> Tensor:
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda x: g(t, x)))(y)
+        return -y - 0.5 * jacobian.diagonal(dim1=-2, dim2=-1) * g(t, y)
+
+    return drift
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_coupled_entries_are_seen_wherever_they_hide(name: str, batch: int) -> None:
+    g, y0 = HIDDEN[name], torch.tensor([[1.0, 0.3, -0.4]]).repeat(batch, 1) + 0.1 * torch.arange(batch).unsqueeze(-1)
+    bm = BrownianPath(0.0, 1.0, (batch, 3), seed=1, dtype=torch.float64, dt=1 / 16)
+    equations = SDE(lambda t, y: -y, g, "diagonal", "ito"), SDE(by_own_derivative(g), g)
+    a, b = (sdeint(sde, y0, [0.0, 1.0], dt=1 / 16, bm=bm) for sde in equations)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "direct"])
+def test_a_layer_of_zeros_has_the_gradient_of_the_corrected_equation(gradient: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    nn.init.zeros_(net[-1].weight)
+    y0 = torch.tensor([[1.0, -0.5]]).repeat(2, 1)
+    bm = BrownianPath(0.0, 1.0, (2, 2), seed=1, dtype=torch.float64, dt=1 / 16)
+    g = lambda t, y: 0.3 + net(y)  # noqa: E731
+    equations = SDE(lambda t, y: -y, g, "diagonal", "ito"), SDE(by_own_derivative(g), g)
+    ends = [sdeint(sde, y0, [0.0, 1.0], dt=1 / 16, bm=bm, gradient=gradient)[-1] for sde in equations]
+    a, b = (torch.autograd.grad((y.square().sum() + y[:, 0] @ y[:, 1]), net[-1].weight)[0] for y in ends)
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+LOOSE = {"adaptive": True, "rtol": 0.1, "atol": 0.1, "dt_min": 1e-2}
+SETTINGS: list[dict[str, Any]] = [{}, {"gradient": "direct"}, LOOSE]
+# What begins later, in code that was not run at the start.
+LATER: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], str]] = {
+    "coupled entries": ("diagonal", own, mixing, "depends on another one"),
+    "coupled entries behind a mask": (
+        "diagonal",
+        own,
+        lambda y: torch.where(y.roll(1, -1) > 9, y.roll(1, -1), own(y)),
+        "",
+    ),
+    "a batch mean": ("diagonal", own, lambda y: y - y.mean(0), "other samples of the batch"),
+    "a batch mean, coupled": ("diagonal", mixing, lambda y: mixing(y - y.mean(0)), "other samples of the batch"),
+    "a batch mean, scalar": ("scalar", column, lambda y: column(y - y.mean(0)), "other samples of the batch"),
+    "a batch mean, general": ("general", matrix, lambda y: matrix(y - y.mean(0)), "other samples of the batch"),
+    "a state": ("additive", lambda y: torch.ones(*y.shape, 2), matrix, "'additive', but g changes with y"),
+    "a state that cancels": (
+        "additive",
+        lambda y: torch.ones(*y.shape, 2),
+        lambda y: torch.stack((y, -y), -1),
+        "additive",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("name", LATER)
+def test_what_begins_later_is_right_or_refused(name: str, batch: int, settings: dict[str, Any]) -> None:
+    noise_type, first, then, message = LATER[name]
+    weight = torch.ones((), requires_grad=True)
+    sde = SDE(lambda t, y: -weight * y, lambda t, y: first(y) if t < 0.35 else then(y), noise_type, "ito")
+    solve = lambda: sdeint(sde, torch.randn(batch, 3), [0.0, 1.0], dt=1 / 16, **settings)  # noqa: E731
+    with pytest.raises((ValueError, RuntimeError), match=message) if message else nullcontext():
+        solve()
+
+
+def test_additive_noise_of_a_stochastic_runge_kutta_method_is_held_to_its_name() -> None:
+    sde = SDE(lambda t, y: -y, lambda t, y: matrix(y if t > 0.35 else torch.ones_like(y)), "additive")
+    with pytest.raises(ValueError, match="'additive', but g changes with y"):
+        sdeint(sde, torch.randn(5, 3), [0.0, 1.0], dt=1 / 16, method="rev_shark")
+
+
+@pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "general"])
+def test_an_ito_equation_in_inference_mode(noise_type: str) -> None:
+    diffusion = {"diagonal": own, "scalar": column, "general": matrix}[noise_type]
+    sde = SDE(lambda t, y: -y, lambda t, y: diffusion(y), noise_type, "ito")
+
+    def solve() -> Tensor:
+        torch.manual_seed(0)
+        return sdeint(sde, torch.ones(2, 3), [0.0, 1.0], dt=0.25)
+
+    with torch.inference_mode():
+        inside = solve()
+    assert torch.equal(inside.clone(), solve())
+
+
+def test_general_noise_kept_by_autograd_looks_at_each_step_once() -> None:
+    """Four times the steps take about four times as long in direct mode, not sixteen."""
+    lin = nn.Linear(2, 6)
+    sde = SDE(lambda t, y: -y, lambda t, y: torch.tanh(lin(y)).view(-1, 2, 3), "general", "ito")
+
+    def seconds(num_steps: int) -> float:
+        start = process_time()
+        sdeint(sde, torch.zeros(8, 2), [0.0, 1.0], dt=1 / num_steps, gradient="direct", restarts=8)
+        return process_time() - start
+
+    seconds(10)
+    assert seconds(160) < 8 * min(seconds(40), seconds(40))
