@@ -44,7 +44,7 @@ class Guarded(Wrapped):
     """A term around another one, whose evaluations are calls by `evaluate`: of the value, or of the product if that is late."""
 
     def __init__(self, term: Term) -> None:
-        super().__init__(term)
+        super().__init__(getattr(term, "at_once", term))
         if self.late:
             del self.product  # so that it is the method
 

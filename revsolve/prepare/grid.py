@@ -70,10 +70,12 @@ def fixed_grid(
     rounding: float = EXACT,
     targets: Sequence[float] = (),
     jumps: Sequence[float] = (),
+    longer: float = 0.0,
 ) -> Callable[[], Stepper]:
     """Equal steps of `step_size` or less between the given times; without it, one step from each time to the next.
 
-    `rounding` is that of the times, relative to the largest: a step may be that much longer than asked for.
+    `rounding` is that of the times, relative to the largest: a step may be that much longer than asked for. So it may be by
+    `longer`, relative to it, where the excess over so many whole steps is less than half of one.
     """
     ends = with_targets(times, targets)
     if step_size is None and len(ends) == 2:
@@ -84,15 +86,15 @@ def fixed_grid(
     points = ends[:1]
     slack = rounding * max(map(abs, times))
     for a, b in itertools.pairwise(ends):
-        n = 1 if step_size is None else num_steps(abs(b - a), step_size, slack)
+        n = 1 if step_size is None else num_steps(abs(b - a), step_size, slack, longer)
         points += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
     return on_points(points, times, targets, jumps)
 
 
-def num_steps(span: float, step_size: float, slack: float) -> int:
-    """The number of equal steps no longer than `step_size`, but for the slack (half a step at most) or a millionth."""
+def num_steps(span: float, step_size: float, slack: float, longer: float = 0.0) -> int:
+    """The number of equal steps no longer than `step_size`, but for what `fixed_grid` allows (half a step in all), or a millionth."""
     steps = span / step_size
-    return max(1, math.ceil(steps - max(1e-6 * steps, min(4 * slack / step_size, 0.5))))
+    return max(1, math.ceil(steps - max(1e-6 * steps, min(longer * steps + 4 * slack / step_size, 0.5))))
 
 
 def with_targets(times: list[float], targets: Sequence[float]) -> list[float]:

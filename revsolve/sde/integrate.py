@@ -45,14 +45,16 @@ from revsolve.sde.methods import default_restarts, needs_area, scheme_and_option
 from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm, form
 from revsolve.solution import Solution
 
+LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
+
 
 @explains_keywords
 def sdeint(
     sde: Any,
     y0: Tensor,
     ts: Tensor | Sequence[float],
-    *,
     bm: Any = None,
+    *,
     method: str | Tableau | Scheme | None = None,
     dt: float | Tensor = 1e-3,
     adaptive: bool = False,
@@ -87,7 +89,8 @@ def sdeint(
         bm: the Brownian motion, of shape (..., m), or that of y0 for diagonal noise: a `BrownianPath` or one of torchsde.
             By default a new one, which `torch.manual_seed` repeats.
         method: a name (`revsolve.sde_method_names()`), a `Tableau` or a `Scheme`; reversible Heun by default.
-        dt: length of the steps (the first one if adaptive); shortened so that steps end at every time of ts.
+        dt: length of the steps (the first one if adaptive); equal ones between the times of ts, as many as the nearest number
+            that leaves them at most a sixteenth longer than dt: a `linspace` of 100 times and dt = 1/100 give a step an interval.
         adaptive: choose steps by their error estimate.
         rtol, atol: tolerances of adaptive steps.
         dt_min: length below which a step is accepted whatever its error.
@@ -224,7 +227,7 @@ class _Equation:
         if isinstance(self.clock, BatchedTime):
             make = on_points(points_for_samples(self.clock.t, dt), self.times)
         else:
-            make = fixed_grid(self.times, dt, self.scheme.name, self.rounding)
+            make = fixed_grid(self.times, dt, self.scheme.name, self.rounding, longer=LONGER)
         grid = make().grid.times
         self.first_step = (grid[0], grid[min(1, len(grid) - 1)])
         return make, {"grid": grid} if len(grid) > 1 else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class SDETerm:
         self.on_demand = self.on_demand and self.shift is None and self.parts.apart is not None
         self.adds_up = isinstance(self.path, BrownianPath)
         self.entrywise = noise in ("diagonal", "scalar") and not product_only
+
+    @property
+    def at_once(self) -> SDETerm:
+        """The same without `on_demand`."""
+        return replace(self, on_demand=False)
 
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
