@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from torch import Tensor
 
+from revsolve.core.caller import warn
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import check_inside
 from revsolve.prepare.options import SolverOptions, check_choice
@@ -14,6 +16,7 @@ from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import OneEvaluation
 
 FORMS = ("derivative", "increment")
+MANY = 20  # knots, of which a solve should cover more than a tenth
 RTOL, ATOL = 1e-4, 1e-6  # as torchcde has them
 
 
@@ -45,6 +48,16 @@ def check_path(control: Control, packing: Packing, times: list[float], t: Tensor
                 f"X is of {x.dtype} on {x.device}, but z0 of {dtype} on {packing.device}: convert the data or z0, say with "
                 f".to(z0)."
             )
+
+
+def warn_of_few_knots(knots: Sequence[float], times: Sequence[float]) -> None:
+    """Warn where a solve covers less than a tenth of the path, as with t in other units than its knots."""
+    met = sum(min(times) <= s <= max(times) for s in knots)
+    if len(knots) >= MANY and met <= len(knots) // 10:
+        warn(
+            f"t covers less than a tenth of the {len(knots)} knots of X, which count 0, 1, 2, ... unless it was made with times "
+            "of its own: t=X.interval covers them all."
+        )
 
 
 def choose_form(options: SolverOptions) -> SolverOptions:

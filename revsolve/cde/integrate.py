@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances
+from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, warn_of_few_knots
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
 from revsolve.cde.each import PathOfEach
 from revsolve.cde.term import cde_term, source_of
@@ -118,6 +118,8 @@ def cdeint(
     each = isinstance(t, Tensor) and t.ndim == 2
     times = [*map(float, t.detach().aminmax())] if each and t.numel() else check_times(t)
     check_path(control, packing, times[:1] if event_fn is not None else times, t)
+    if event_fn is None and len(times) > 1:
+        warn_of_few_knots(control.knots, times)
     drive: type[Drive] = Increments if read.form == "increment" else Slopes
 
     def pose(clock: Any, steps: list[float] | None) -> Posed:

@@ -11,7 +11,7 @@ from torch import Tensor
 from revsolve.backends import TensorControl
 from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Time
-from revsolve.prepare.state import Packing
+from revsolve.prepare.state import Packing, form
 from revsolve.prepare.times import Clock
 
 
@@ -21,16 +21,16 @@ class MatrixTerm:
     def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.control, self.clock = func, packing, drive, clock
         self.adds_up = drive.adds_up
-        self.checked = False
+        self.form: Any = None
 
     def value(self, t: Time, x: Tensor) -> Any:
         return self.func(self.clock(t), self.packing.unpack(x))
 
     def product(self, value: Any, control: tuple[Any, Time]) -> tuple[Tensor, Time]:
         dx, scale = control
-        if not self.checked:
+        if form(value) != self.form:
             check_field(self.packing, value, dx)
-            self.checked = True
+            self.form = form(value)
         if self.packing.lone:
             return applied(value, dx), scale
         return self.packing.pack([applied(*pair) for pair in zip(value, dx, strict=True)]), scale
@@ -50,7 +50,8 @@ class ProductTerm:
 
     def product(self, value: tuple[Time, Tensor], control: tuple[Any, Time]) -> tuple[Tensor, Time]:
         (t, x), (dx, scale) = value, control
-        k = self.func.prod(self.clock(t), self.packing.unpack(x), dx)
+        own = dx.clone() if isinstance(dx, Tensor) else tuple(map(torch.clone, dx))  # which may be changed in place
+        k = self.func.prod(self.clock(t), self.packing.unpack(x), own)
         self.packing.check_like(k, "func.prod")
         return self.packing.pack(k), scale
 

@@ -92,7 +92,7 @@ def fixed_grid(
 
 
 def num_steps(span: float, step_size: float, slack: float, longer: float = 0.0) -> int:
-    """The number of equal steps no longer than `step_size`, but for what `fixed_grid` allows (half a step in all), or a millionth."""
+    """The number of equal steps no longer than `step_size`, but for a millionth, or what `fixed_grid` allows."""
     steps = span / step_size
     return max(1, math.ceil(steps - max(1e-6 * steps, min(longer * steps + 4 * slack / step_size, 0.5))))
 

@@ -120,6 +120,13 @@ def _as_tuples(state: Any) -> Any:
     return {key: _as_tuples(value) for key, value in state.items()} if type(state) is dict else state
 
 
+def form(x: Any) -> Any:
+    """The shape and dtype of a tensor, those of what a tuple or list holds; else the type."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    return tuple(map(form, x)) if isinstance(x, (tuple, list)) else type(x)
+
+
 def _check_leaf(leaf: Any, name: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(

@@ -221,4 +221,4 @@ class Product:
 def _columns(product: Callable[[Tensor, Tensor, Tensor], Tensor], t: Tensor, y: Tensor, num_channels: int) -> Tensor:
     """The diffusion itself, (..., d, m): its products with the unit vectors."""
     unit = torch.eye(num_channels, dtype=y.dtype, device=y.device)
-    return torch.stack([product(t, y, e.expand(*y.shape[:-1], num_channels)) for e in unit], dim=-1)
+    return torch.stack([product(t, y, e.expand(*y.shape[:-1], num_channels).clone()) for e in unit], dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ def differentiated(fields: Fields, x: Tensor, record: bool) -> tuple[Tensor, Der
     with torch.enable_grad():
         y = leaf_of(x) if own else x
         f, g = fields(y)
-    return (f if record else f.detach()), _Recorded(g if record else g.detach(), y, g, record)
+        _check_tensor(g)
+    return (f if record or not isinstance(f, Tensor) else f.detach()), _Recorded(
+        g if record else g.detach(), y, g, record
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,14 @@ def _functional(fields: Fields, x: Tensor) -> tuple[Tensor, Derivative]:
 
     def swapped(y: Tensor) -> tuple[Tensor, Tensor]:
         f, g = fields(y)
+        _check_tensor(g)
         depends.append(followed_innermost(g))
         return g, f
 
     g, products, f = vjp(swapped, x, has_aux=True)  # type: ignore[misc]
     return f, _Functional(g, x, products, depends[0])
+
+
+def _check_tensor(g: Any) -> None:
+    if not isinstance(g, Tensor):
+        raise TypeError(f"the diffusion must be a tensor, but it is a {type(g).__name__}.")

@@ -25,6 +25,7 @@ from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_p
 from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import prepare, values_hidden
+from revsolve.prepare.state import form
 from revsolve.prepare.times import Clock, as_tensor, resolution
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.arguments import (
@@ -42,7 +43,7 @@ from revsolve.sde.arguments import (
 from revsolve.sde.coefficients import check_value, coefficients
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
-from revsolve.sde.term import LogRatioTerm, NoiseOfEach, Path, SDETerm, form
+from revsolve.sde.term import UNKNOWN, LogRatioTerm, NoiseOfEach, Path, SDETerm
 from revsolve.solution import Solution
 
 LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
@@ -161,6 +162,8 @@ class _Equation:
         self.rounding = resolution(ts)
         self.y0, self.logqp, self.start = y0, logqp, self.clock(self.times[0])
         self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
+        hidden = torch.compiler.is_dynamo_compiling()
+        self.buffers = nullcontext() if hidden else Buffers(Holdings(sde).modules.values())
         self.sde = as_sde(sde, self._at_start, y0)
         self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
         self.parts = coefficients(self.sde, names, self.path_shape[-1] if self.path_shape else None)
@@ -191,10 +194,9 @@ class _Equation:
         self.area, self.shift = needs_area(self.scheme), None
         self.always = gradient == "direct" or values_hidden() or dual_numbers()
         if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
-            with Buffers(Holdings(self._owners()).modules.values()):
-                self.shift = self._at_start(
-                    lambda t, y: shift_of(parts.noise_type, lambda y: parts.f_and_g(t, y)[1], self.y0)
-                )
+            self.shift = self._at_start(
+                lambda t, y: shift_of(parts.noise_type, lambda y: parts.f_and_g(t, y)[1], self.y0)
+            )
         unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
         self.rates = self.term(lambda ta, tb: unit, refuse=True)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
@@ -214,10 +216,10 @@ class _Equation:
         return LogRatioTerm(term) if self.logqp else term
 
     def _check(self, f: Any, g: Any, y: Tensor) -> None:
-        """Raise unless later values of f and g, where not None, are of the shapes of the first ones."""
-        if f is not None:
+        """Raise unless later values of f and g, where these are known, are of the shapes of the first ones."""
+        if f is not UNKNOWN:
             check_value("drift", f, y, tuple(y.shape))
-        if g is not None and (size := noise_shape(self.parts, y, g, y, self.path_shape)) != self.size:
+        if g is not UNKNOWN and (size := noise_shape(self.parts, y, g, y, self.path_shape)) != self.size:
             raise ValueError(
                 f"the diffusion must keep its {self.size[-1]} noise channels, but later it has {size[-1]}."
             )
@@ -282,11 +284,11 @@ class _Equation:
         return self.sde, *(field for field in fields if field is not None)
 
     def _at_start(self, field: Callable[[Tensor, Tensor], Any]) -> Any:
-        """A first value, to look at its shape; random numbers that it draws are given back."""
+        """A first value, to look at; random numbers that it draws are given back, and buffers that it changes."""
         y0 = self.y0
         devices = [y0.device] if y0.device.type == "cuda" else []
         drops = torch.compiler.is_dynamo_compiling()  # what is not used, draws too
-        with torch.no_grad(), nullcontext() if drops else torch.random.fork_rng(devices):
+        with torch.no_grad(), self.buffers, nullcontext() if drops else torch.random.fork_rng(devices):
             return field(self.start, y0.detach())
 
 

@@ -13,10 +13,12 @@ from revsolve.brownian.path import BrownianPath
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Combination
 from revsolve.extras.per_sample import BatchedTime
+from revsolve.prepare.state import form
 from revsolve.sde.coefficients import Coefficients, contraction, increment
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
 
+UNKNOWN: Any = object()  # a value that was not asked for
 Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
 
 
@@ -62,8 +64,8 @@ class SDETerm:
         return self.converted(t, x)[:2]
 
     def checked(self, f: Any, g: Any, x: Tensor) -> tuple[Any, Any]:
-        """The values of f and g, looked at if not None."""
-        if (f is not None and form(f) != self.forms[0]) or (g is not None and form(g) != self.forms[1]):
+        """The values of f and g, or one of them and `UNKNOWN`."""
+        if (f is not UNKNOWN and form(f) != self.forms[0]) or (g is not UNKNOWN and form(g) != self.forms[1]):
             self.check(f, g, x)
         return f, g
 
@@ -73,11 +75,11 @@ class SDETerm:
         if self.shift is None:
             return *self.checked(*parts.f_and_g(now, x), x), None
         if record or parts.apart is None or parts.joint:
-            f, at = differentiated(lambda y: parts.f_and_g(now, y), x, record)
+            f, at = differentiated(lambda y: self.checked(*parts.f_and_g(now, y), y), x, record)
         else:  # with no derivative of f prepared
             drift, diffusion = parts.apart
-            f, at = drift(now, x), differentiated(lambda y: (y, diffusion(now, y)), x, record)[1]
-        self.checked(f, at.g, x)
+            f, _ = self.checked(drift(now, x), UNKNOWN, x)
+            at = differentiated(lambda y: self.checked(UNKNOWN, diffusion(now, y), y), x, record)[1]
         check = self.always or not (record and x.requires_grad)
         shift = self.shift(at, check, float(t) if self.refuse else None)
         return f if shift is None else f + shift, at.g, shift
@@ -101,11 +103,6 @@ class SDETerm:
             return [(1.0, self.product(value, control)[0])]
         (h, dW, *_), (f, g) = control, value
         return [(h, f), (dW, g if g.shape == f.shape else g.squeeze(-1))]
-
-
-def form(x: Any) -> Any:
-    """The shape and dtype of a tensor, else the type."""
-    return (x.shape, x.dtype) if isinstance(x, Tensor) else type(x)
 
 
 class NoiseOfEach:
@@ -133,12 +130,12 @@ class OnDemand:
     checked: Callable[[Any, Any, Tensor], tuple[Any, Any]]
 
     def __post_init__(self) -> None:
-        self.known: list[Any] = [None, None]
+        self.known: list[Any] = [UNKNOWN, UNKNOWN]
 
     def __getitem__(self, which: int) -> Any:
-        if self.known[which] is None:
+        if self.known[which] is UNKNOWN:
             value = self.fields[which](self.t, self.x)
-            f, g = (None, value) if which else (value, None)
+            f, g = (UNKNOWN, value) if which else (value, UNKNOWN)
             self.checked(f, g, self.x)
             self.known[which] = value
         return self.known[which]
@@ -146,7 +143,7 @@ class OnDemand:
     def detach(self) -> OnDemand:
         """The same point, cut off from how it was computed."""
         other = OnDemand(self.fields, self.t, self.x.detach(), self.checked)
-        other.known = [None if value is None else value.detach() for value in self.known]
+        other.known = [x if x is UNKNOWN else x.detach() for x in self.known]
         return other
 
 

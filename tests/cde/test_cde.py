@@ -1,6 +1,7 @@
 """`cdeint` itself: what it returns, what it costs, its orders, what its increments are exact in, and what it refuses."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -315,3 +316,45 @@ def test_all_nan_channel() -> None:
     x = torch.randn(2, 7, 3).index_fill(-1, torch.tensor([1]), torch.nan)
     with pytest.raises(ValueError, match=r"channel 1 of sample \[0\] has no observation at all"):
         LinearPath(x)
+
+
+LATER = {
+    "hidden": lambda f: f[..., :1, :],
+    "channels": lambda f: f[..., :1],
+    "dimensions": lambda f: f.unsqueeze(0),
+    "dtype": lambda f: f.float(),
+    "no tensor": lambda f: None,
+}
+
+
+@pytest.mark.parametrize("method", ["rev_rk4", "reversible_heun", "rk4"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_field_that_changes_its_form_later_is_refused(name: str, method: str) -> None:
+    path = LinearPath(torch.randn(3, 4, 2, dtype=torch.float64))
+    matrix = lambda z: torch.tanh(z)[..., None] * torch.ones(2, dtype=torch.float64)  # noqa: E731
+    func = lambda t, z: matrix(z) if t < 1.5 else LATER[name](matrix(z))  # noqa: E731
+    with pytest.raises((ValueError, TypeError), match=r"func must return .*, but it returned"):
+        cdeint(path, func, torch.zeros(3, 5, dtype=torch.float64), path.interval, method=method)
+
+
+def test_products_may_change_their_increment_in_place() -> None:
+    class Products:
+        def __init__(self, half: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.half = half
+
+        def prod(self, t: torch.Tensor, z: torch.Tensor, dX: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(z) + self.half(dX).sum(-1, keepdim=True)
+
+    path = LinearPath(torch.randn(3, 6, 2, dtype=torch.float64))
+
+    def solve(half: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        z0 = torch.zeros(3, 5, dtype=torch.float64)
+        return cdeint(path, Products(half), z0, path.interval, method="rev_rk4")
+
+    assert torch.equal(solve(lambda dX: dX.mul_(0.5)), solve(lambda dX: dX * 0.5))
+
+
+def test_a_small_part_of_the_knots_is_worth_a_warning() -> None:
+    path = LinearPath(torch.randn(3, 100, 2))
+    with pytest.warns(UserWarning, match="t covers less than a tenth of the 100 knots of X"):
+        cdeint(path, lambda t, z: z[..., None].expand(3, 5, 2), torch.zeros(3, 5), [0.0, 1.0], method="rk4")

@@ -167,3 +167,84 @@ def test_a_state_that_explodes_is_named() -> None:
 
 def test_neural_sde_without_area_is_fine_where_none_is_needed() -> None:
     assert sdeint(NeuralSDE("general"), Y0, [0.0, 1.0], bm=path(4, 2), dt=0.25).shape == (2, 4, 3)
+
+
+LATER: dict[str, Callable[[torch.Tensor], Any]] = {
+    "shape": lambda x: x[:1],
+    "dimensions": lambda x: x.unsqueeze(0),
+    "dtype": lambda x: x.double(),
+    "no tensor": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "rev_slowrk"}, {"gradient": "direct"}], ids=str)
+@pytest.mark.parametrize("sde_type", ["ito", "stratonovich"])
+@pytest.mark.parametrize("noise_type", ["diagonal", "additive", "general", "scalar"])
+@pytest.mark.parametrize("which", ["drift", "diffusion"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_form_that_changes_later_is_refused(name, which, noise_type, sde_type, settings) -> None:
+    channels = {"diagonal": (), "scalar": (1,)}.get(noise_type, (2,))
+    values = {"drift": torch.ones(4, 3), "diffusion": torch.ones(4, 3, *channels)}
+
+    def field(what: str) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+        return lambda t, y: LATER[name](values[what]) if what == which and t >= 0.5 else values[what]
+
+    sde = SDE(field("drift"), field("diffusion"), noise_type, sde_type)
+    with pytest.raises((ValueError, TypeError), match=f"the {which}.* must (have|be|keep)"):
+        sdeint(sde, Y0, [0.0, 1.0], dt=0.25, **settings)
+
+
+def test_a_solve_at_a_single_time_gives_a_tensor_of_its_own() -> None:
+    y0 = torch.ones(4, 3)
+    sdeint(DIAGONAL, y0, [0.0]).mul_(5.0)
+    assert torch.equal(y0, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("num_times", "length", "dt", "num_steps"),
+    [
+        (2, 1.0, 0.05, 20),
+        (100, 2.0, 1e-2, 198),
+        (20, 1.0, 0.05, 19),
+        (11, 1.0, 0.1, 10),
+        (2, 1.5, 1.0, 2),
+        (2, 1.0, 0.099, 10),
+    ],
+)
+def test_an_interval_a_little_longer_than_its_steps_takes_no_other(num_times, length, dt, num_steps) -> None:
+    ts = torch.linspace(0.0, length, num_times)
+    assert sdeint(DIAGONAL, Y0, ts, dt=dt, full_output=True).stats.num_steps == num_steps
+
+
+def test_the_path_may_be_the_fourth_argument() -> None:
+    bm = path(4, 3)
+    assert torch.equal(sdeint(DIAGONAL, Y0, [0.0, 1.0], bm, dt=0.25), sdeint(DIAGONAL, Y0, [0.0, 1.0], bm=bm, dt=0.25))
+
+
+@pytest.mark.parametrize("spelling", ["g_prod", "f_and_g_prod"])
+@pytest.mark.parametrize("sde_type", ["ito", "stratonovich"])
+@pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "additive", "general"])
+def test_a_product_may_change_its_vector_in_place(noise_type: str, sde_type: str, spelling: str) -> None:
+    """v.mul_(0.5) and v * 0.5 are the same; scalar and diagonal noise need no path."""
+
+    class Products:
+        def __init__(self, half: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.half, self.noise_type, self.sde_type = half, noise_type, sde_type
+            given = self.product if spelling == "g_prod" else lambda t, y, v: (-y, self.product(t, y, v))
+            setattr(self, spelling, given)
+
+        def f(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return -y
+
+        def product(self, t: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            v = self.half(v)
+            return y * v.sum(-1, keepdim=True) if noise_type in ("scalar", "general") else torch.cos(t) * v
+
+    size = {"scalar": 1, "general": 2}.get(noise_type, 3)
+    bm = path(4, size, dt=0.25) if noise_type in ("additive", "general") else None
+
+    def solve(half: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(0)
+        return sdeint(Products(half), torch.ones(4, 3), [0.0, 1.0], bm, dt=0.25)
+
+    assert torch.equal(solve(lambda v: v.mul_(0.5)), solve(lambda v: v * 0.5))
