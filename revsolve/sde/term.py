@@ -79,7 +79,7 @@ class SDETerm:
         else:  # with no derivative of f prepared
             drift, diffusion = parts.apart
             f, _ = self.checked(drift(now, x), UNKNOWN, x)
-            at = differentiated(lambda y: self.checked(UNKNOWN, diffusion(now, y), y), x, record)[1]
+            at = differentiated(lambda y: (y, self.checked(UNKNOWN, diffusion(now, y), y)[1]), x, record)[1]
         check = self.always or not (record and x.requires_grad)
         shift = self.shift(at, check, float(t) if self.refuse else None)
         return f if shift is None else f + shift, at.g, shift
