@@ -42,9 +42,7 @@ def differentiated(fields: Fields, x: Tensor, record: bool) -> tuple[Tensor, Der
         y = leaf_of(x) if own else x
         f, g = fields(y)
         _check_tensor(g)
-    return (f if record else f.detach()), _Recorded(
-        g if record else g.detach(), y, g, record
-    )
+    return (f if record else f.detach()), _Recorded(g if record else g.detach(), y, g, record)
 
 
 @dataclass(frozen=True)
