@@ -108,10 +108,8 @@ class Pure:
 
     def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise RuntimeError if the field began late with what its first call did not do. `again` repeats the forward pass."""
-        late = self.late.changed()
-        with self.lent or nullcontext():  # also those that the first call changed
-            matters = bool(late) and _matter(late, self.probe, t, y.detach(), False)
-        if matters:
+        late = self.late and self.late.changed()
+        if late and self._matter_now(late, t, y.detach()):
             raise RuntimeError(
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
@@ -125,6 +123,10 @@ class Pure:
                     "could not be repeated with the same numbers: let it draw in every call, or draw outside and pass the "
                     "numbers through args=."
                 )
+
+    def _matter_now(self, late: Buffers, t: float, y: Tensor) -> bool:
+        with self.lent or nullcontext():  # also those that the first call changed
+            return _matter(late, self.probe, t, y, False)
 
     def _check_tensors(self) -> None:
         for x in self.tensors:
@@ -286,7 +288,7 @@ def pure(
     if capturing() and buffers:
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
     torch.clear_autocast_cache()  # before torch 2.13 it may hold casts of parameters made under no_grad
-    versions = {i: version(x) for i, x in holdings.tensors.items()}
+    versions = {i: version(x) for i, x in holdings.tensors.items()} if differentiates and records else {}
     leaf = leaf_of(x0) if records else x0.detach()
     values: list[Any] = []
 
@@ -305,7 +307,7 @@ def pure(
         found, draws = _watched(first, evaluate, buffers, x0.device)
     if capturing() and draws:
         raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
-    changing, device = buffers.changed(), x0.device
+    changing, device = buffers.changed() if buffers else buffers, x0.device
     value = values[0]
     if not getattr(term, "late", False) and _in_one_memory(value, evaluate, values, buffers):
         term, value = OwnValues(term), tree_map_only(Tensor, Tensor.clone, values[0])
@@ -315,7 +317,7 @@ def pure(
     if repeats:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         term = Repeatable(term, seed, [device] if x0.is_cuda else [], changing if matter else None)
-    if not matter:
+    if changing and not matter:
         changing.restore()
     tensors = found.tensors if found else []
     wanted = moving or any(x.requires_grad for x in (x0, *tensors))
@@ -329,8 +331,10 @@ def pure(
         field.constants = [
             (x, versions[i]) for i, x in holdings.tensors.items() if i not in known and version(x) == versions[i]
         ]
-        field.probe, field.late = probe, buffers.but(changing)
-        field.lent = (buffers.but(changing) if matter else buffers) or None
+        field.probe = probe
+        if buffers:
+            field.late = buffers.but(changing)
+            field.lent = (field.late if matter else buffers) or None
         field.random = () if draws or capturing() else random_state(device)
     return field
 
