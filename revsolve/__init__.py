@@ -7,7 +7,7 @@ from revsolve.core.gradient import ReconstructionWarning
 from revsolve.core.problem import Stats
 from revsolve.core.restarts import Restarts
 from revsolve.extras.progress import AcceptedStep
-from revsolve.fixed_point import ConvergenceWarning, FixedPoint, RevDEQ, RevLoop, fixed_point, reversible_loop
+from revsolve.fixed_points import ConvergenceWarning, FixedPoint, RevDEQ, RevLoop, fixed_point, reversible_loop
 from revsolve.ode import odeint, odeint_event
 from revsolve.paths.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.paths.log_ode import LogODEField

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from revsolve.core.problem import Stats
-from revsolve.fixed_point import FixedPoint, fixed_point
-from revsolve.fixed_point.convergence import STOPS
+from revsolve.fixed_points import FixedPoint, fixed_point
+from revsolve.fixed_points.convergence import STOPS
 
 try:
     import torchdeq

@@ -24,7 +24,7 @@ LAYERS = (
     {"prepare"},
     {"solution"},
     {"extras"},
-    {"ode", "cde", "sde", "fixed_point"},
+    {"ode", "cde", "sde", "fixed_points"},
     {"torchdeq"},
     {"__init__"},
 )

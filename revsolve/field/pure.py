@@ -318,7 +318,6 @@ def pure(
     repeats = draws or matter
     if repeats:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
-        term = getattr(term, "at_once", term)  # a term that evaluates on demand could not be held still meanwhile
         term = Repeatable(term, seed, [device] if x0.is_cuda else [], changing if matter else None)
     if changing and not matter:
         changing.restore()

@@ -12,7 +12,7 @@ from torchdeq import add_deq_args, get_deq
 
 import revsolve.torchdeq  # registers the core
 from revsolve import ConvergenceWarning, fixed_point
-from tests.fixed_point.cells import Convolution, Dense, difference
+from tests.fixed_points.cells import Convolution, Dense, difference
 from tests.memory import most_held
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from revsolve.extras.progress import AcceptedStep
-from revsolve.fixed_point.solve import FixedPoint, fixed_point
+from revsolve.fixed_points.solve import FixedPoint, fixed_point
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)

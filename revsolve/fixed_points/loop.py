@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_map
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.stepper import FixedGrid
-from revsolve.fixed_point.arguments import check_whole, output_steps
-from revsolve.fixed_point.iteration import Iteration
-from revsolve.fixed_point.precision import anchor_spacing, pair_dtype_of, steps_undone
-from revsolve.fixed_point.solve import FixedPoint
-from revsolve.fixed_point.term import ValueTerm, applied
+from revsolve.fixed_points.arguments import check_whole, output_steps
+from revsolve.fixed_points.iteration import Iteration
+from revsolve.fixed_points.precision import anchor_spacing, pair_dtype_of, steps_undone
+from revsolve.fixed_points.solve import FixedPoint
+from revsolve.fixed_points.term import ValueTerm, applied
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation, two_step

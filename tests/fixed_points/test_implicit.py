@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from revsolve import ConvergenceWarning, fixed_point
-from tests.fixed_point.cells import Dense, difference, gradients
+from tests.fixed_points.cells import Dense, difference, gradients
 
 
 @pytest.fixture(autouse=True)

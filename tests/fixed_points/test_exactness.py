@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import fixed_point
-from tests.fixed_point.cells import Convolution, Dense, difference, gradients
+from tests.fixed_points.cells import Convolution, Dense, difference, gradients
 
 # Rounding: undoing may cost a quarter of the 16 digits before the pair is restored from an anchor.
 EXACT = 1e-12

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from revsolve import ConvergenceWarning, FixedPoint, ReconstructionWarning, fixed_point
-from tests.fixed_point.cells import Dense, difference
+from tests.fixed_points.cells import Dense, difference
 
 
 @pytest.fixture(autouse=True)

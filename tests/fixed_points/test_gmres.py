@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from revsolve import ConvergenceWarning, fixed_point
-from revsolve.fixed_point.convergence import Convergence, Criterion
-from revsolve.fixed_point.gmres import gmres
+from revsolve.fixed_points.convergence import Convergence, Criterion
+from revsolve.fixed_points.gmres import gmres
 from revsolve.prepare.state import Packing
-from tests.fixed_point.cells import difference
+from tests.fixed_points.cells import difference
 
 
 @pytest.fixture(autouse=True)

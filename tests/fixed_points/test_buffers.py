@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import RevDEQ, RevLoop, fixed_point
-from tests.fixed_point.cells import difference
+from tests.fixed_points.cells import difference
 
 EXACT = 1e-9  # of gradients that pass through a normalised weight
 

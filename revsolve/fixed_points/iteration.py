@@ -14,8 +14,8 @@ from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
 from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.fixed_point.precision import computed_dtype
-from revsolve.fixed_point.term import ValueTerm
+from revsolve.fixed_points.precision import computed_dtype
+from revsolve.fixed_points.term import ValueTerm
 from revsolve.prepare.problem import prepare
 
 REMEDY = "store the pair more often (anchor_every=1), {}use pair_dtype=torch.float64"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import RevDEQ, fixed_point
-from tests.fixed_point.cells import Dense, difference, gradients
+from tests.fixed_points.cells import Dense, difference, gradients
 
 EXACT = 1e-12
 

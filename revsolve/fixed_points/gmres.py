@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revsolve.fixed_point.convergence import SMALLEST, Convergence
+from revsolve.fixed_points.convergence import SMALLEST, Convergence
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from revsolve.core.problem import Stats
 from revsolve.extras.progress import AcceptedStep
-from revsolve.fixed_point.arguments import check_compiled, check_whole, checked, refuse, stepper
-from revsolve.fixed_point.convergence import Convergence
-from revsolve.fixed_point.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
-from revsolve.fixed_point.iteration import Iteration
-from revsolve.fixed_point.precision import anchor_spacing, packed_beta, pair_dtype_of
-from revsolve.fixed_point.term import ValueTerm, applied, takes_step
+from revsolve.fixed_points.arguments import check_compiled, check_whole, checked, refuse, stepper
+from revsolve.fixed_points.convergence import Convergence
+from revsolve.fixed_points.implicit import GRADIENTS, METHODS, OPTIONS, equilibrium
+from revsolve.fixed_points.iteration import Iteration
+from revsolve.fixed_points.precision import anchor_spacing, packed_beta, pair_dtype_of
+from revsolve.fixed_points.term import ValueTerm, applied, takes_step
 from revsolve.prepare.options import check_choice, check_options
 from revsolve.schemes.reversible import relaxation
 

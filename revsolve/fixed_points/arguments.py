@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.stepper import FixedGrid, Stepper, UntilConverged
-from revsolve.fixed_point.convergence import RESIDUALS, STOPS, Criterion
+from revsolve.fixed_points.convergence import RESIDUALS, STOPS, Criterion
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 

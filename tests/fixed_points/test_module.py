@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revsolve import RevDEQ
 from revsolve.backends.inductor.programs import PROGRAMS
-from tests.fixed_point.cells import Convolution, Dense, difference
+from tests.fixed_points.cells import Convolution, Dense, difference
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import ReconstructionWarning, RevLoop, reversible_loop
-from tests.fixed_point.cells import difference
+from tests.fixed_points.cells import difference
 from tests.memory import most_held
 
 EXACT = 1e-12

@@ -25,8 +25,8 @@ from revsolve.core.arithmetic import Scalar
 from revsolve.core.problem import Stats
 from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.field.functorch import dual_numbers, transformed
-from revsolve.fixed_point.convergence import Convergence, Criterion
-from revsolve.fixed_point.gmres import gmres
+from revsolve.fixed_points.convergence import Convergence, Criterion
+from revsolve.fixed_points.gmres import gmres
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.state import Packing
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revsolve import fixed_point
-from tests.fixed_point.cells import Convolution, Dense, difference, gradients
+from tests.fixed_points.cells import Convolution, Dense, difference, gradients
 
 
 @pytest.mark.parametrize("num_steps", [4, 32, 500])
