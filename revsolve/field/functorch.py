@@ -246,9 +246,11 @@ def version(x: Tensor) -> int:
 
 
 def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dictionaries of a module's own parameters and of its buffers, in which an assignment puts a new one."""
-    own = vars(module)
-    return own.get("_parameters", {}), own.get("_buffers", {})
+    """The dictionaries of a module's own parameters and of its buffers, in which an assignment puts a new one; of a scripted
+    module copies, for it has none."""
+    entries = [vars(module).get(name, {}) for name in ("_parameters", "_buffers")]
+    own, buffers = (x if isinstance(x, dict) else dict(x.items()) for x in entries)
+    return own, buffers
 
 
 def has_hooks(x: Tensor) -> bool:

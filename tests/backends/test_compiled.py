@@ -4,6 +4,7 @@ Most tests run the recorded programs operation by operation (`"backend": "eager"
 """
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
 from revsolve.backends import CompilationError
+from revsolve.backends.inductor import programs
 from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, once
+from revsolve.backends.inductor.torch_internals import supported
 from revsolve.schemes.names import scheme
 from revsolve.schemes.tableau import TABLEAUS
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, Network, loss_of, relative_difference, worst_difference
@@ -120,6 +123,35 @@ def test_own_tanh() -> None:
     wanted = torch.tanh(x.double())
     torch.testing.assert_close(got.double(), wanted, rtol=5 * 2.0**-24, atol=0.0, equal_nan=True)
     assert got.nan_to_num().abs().max() == 1.0
+
+
+@needs_compiler
+@quiet
+@pytest.mark.slow
+def test_the_cache_on_disk_knows_our_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of another tanh is another program, though the cache has one of the tanh before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.linspace(-1.0, 1.0, 7)
+
+    def compiled() -> Tensor:
+        (y,) = once(lambda x: (torch.tanh(x) * 2,), [x], Compiler())(x)
+        return y
+
+    before = compiled()
+    monkeypatch.setattr(programs, "ABOVE", (*programs.ABOVE[:-1], 1.0001))  # as a later version might have it
+    torch.testing.assert_close(compiled(), 1.0001 * before, rtol=1e-5, atol=0.0)
+
+
+def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(CompilationError, match=r"needs torch 2\.13 or newer, but this is torch 2\.9\.1"):
+        through(lambda t, y: -y)
+
+
+@pytest.mark.parametrize("version", ["2.13.0a0+git", "2.14.1", "3.0"])
+def test_newer_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert supported()
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
@@ -358,6 +390,19 @@ def test_a_state_that_is_a_view() -> None:
     y0, t = torch.randn(3, 2, dtype=torch.float64).T, torch.tensor([0.0, 1.0], dtype=torch.float64)
     wanted = odeint(lambda t, y: torch.sin(y), y0, t, method="rev_heun2", options={"step_size": 0.1})
     torch.testing.assert_close(through(lambda t, y: torch.sin(y), y0), wanted, rtol=EXACT, atol=EXACT)
+
+
+def test_the_defaults_of_odeint_in_float32() -> None:
+    """The ratio of an error that rounding alone makes is no number to compare in its digits."""
+    torch.manual_seed(0)
+    net, y0 = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), torch.randn(8, 2)
+
+    def gradient(**solve: Any) -> Tensor:
+        y = odeint(lambda t, y: net(y), y0, [0.0, 0.3], **solve)[-1]
+        return torch.autograd.grad(y.square().sum(), net[0].weight)[0]
+
+    got, wanted = gradient(compile=RECORDED), gradient()
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_float32() -> None:

@@ -121,30 +121,6 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class Packing:
-    """Puts small tensors of one dtype into one: every tensor that a loop is given costs two handles in each of its steps."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.shapes = [x.shape for x in tensors]
-        small = [i for i, x in enumerate(tensors) if x.numel() <= SMALL and x.is_contiguous()]
-        dtypes = dict.fromkeys(tensors[i].dtype for i in small)
-        groups = [[i for i in small if tensors[i].dtype is dtype] for dtype in dtypes]
-        self.groups = [places for places in groups if len(places) > 1]
-        self.alone = [i for i in range(len(tensors)) if not any(i in places for places in self.groups)]
-        self.size = len(self.groups) + len(self.alone)
-
-    def packed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        joined = [torch.cat([tensors[i].reshape(-1) for i in places]) for places in self.groups]
-        return [*joined, *(tensors[i] for i in self.alone)]
-
-    def restored(self, packed: Sequence[Tensor]) -> list[Tensor]:
-        found = dict(zip(self.alone, packed[len(self.groups) :], strict=True))
-        for places, joined in zip(self.groups, packed, strict=False):
-            parts = joined.split([self.shapes[i].numel() for i in places])
-            found |= {i: part.view(self.shapes[i]) for i, part in zip(places, parts, strict=True)}
-        return [found[i] for i in range(len(self.shapes))]
-
-
 def loop(
     sweep: Sweep, start: Tensor, stop: Tensor, given: Tensors, constant: Constants, changed: Tensors, compiler: Compiler
 ) -> Callable[..., Any]:
@@ -166,33 +142,26 @@ def loop(
         example = [fake(x) for x in flat]
         n, end, given, constant, changed = tree_unflatten(example, form)
         begun = without_numbers(sweep.begin, (n, given, constant))
-        leaves, constant_form = tree_flatten(constant)
-        carry, keep, change = Packing(begun), Packing(leaves), Packing(changed)
-        last = 2 + carry.size + keep.size  # behind it stands what steps change
+        rest, rest_form = tree_flatten((constant, changed))
+        count, changes = len(begun), range(2 + len(begun) + len(rest) - len(changed), 2 + len(begun) + len(rest))
 
         def step(n: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            carried, rest = carry.restored(inputs[: carry.size]), keep.restored(inputs[carry.size + 1 : last - 1])
-            sums = change.restored(inputs[last - 1 : last - 1 + change.size])
-            after = sweep.step(n, inputs[carry.size], carried, tree_unflatten(rest, constant_form), sums)
-            return n + sign, *carry.packed(after)
+            constant, changed = tree_unflatten(inputs[count + 1 :], rest_form)
+            return n + sign, *sweep.step(n, inputs[count], inputs[:count], constant, changed)
 
-        body = record(step, [n, *carry.packed(begun), end, *keep.packed(leaves), *change.packed(changed)], DECOMPOSED)
+        body = record(step, [n, *begun, end, *rest], DECOMPOSED)
         hidden = lift_constants(body)
 
         def whole(*inputs: Tensor) -> Tensors:
             n, stop, given, constant, changed = tree_unflatten(inputs[: len(flat)], form)
-            carried, sums = carry.packed(sweep.begin(n, given, constant)), change.packed(changed)
             n, *carried = while_loop(
-                lambda n, *rest: n < rest[carry.size] if ahead else n > rest[carry.size],
+                lambda n, *rest: n < rest[count] if ahead else n > rest[count],
                 body,
-                (n, *carried),
-                (stop, *keep.packed(tree_leaves(constant)), *sums, *inputs[len(flat) :]),
-                range(last, last + change.size),
+                (n, *sweep.begin(n, given, constant)),
+                (stop, *tree_leaves((constant, changed)), *inputs[len(flat) :]),
+                changes,
             )
-            for x, total in zip(changed, change.restored(sums), strict=True):
-                if total is not x:
-                    x.copy_(total)
-            return sweep.end(n, carry.restored(carried), constant, changed)
+            return sweep.end(n, carried, constant, changed)
 
         run, eps = _finished(whole, example, hidden, fake, compiler)
     first_step = [flat[0], flat[0] + sign, *flat[2:]]
