@@ -190,7 +190,10 @@ def _finished(
     example = [*example, *map(fake, hidden)]
     graph = record(code, example, DECOMPOSED)
     lifted = lift_constants(graph)
-    made, hidden = compiler(graph, [*example, *map(fake, lifted)]), [*hidden, *lifted]
+    example, hidden = [*example, *map(fake, lifted)], [*hidden, *lifted]
+    for node, x in zip(graph.graph.nodes, example, strict=False):
+        node.meta["val"] = x
+    made = compiler(graph, example)
     return (lambda *inputs: made(*inputs, *hidden)) if hidden else made, rounding(graph)
 
 
