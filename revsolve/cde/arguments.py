@@ -68,7 +68,7 @@ def choose_form(options: SolverOptions) -> SolverOptions:
     """
     form, scheme = options.form, options.scheme
     if form is None:
-        once = all(isinstance(update.increment, OneEvaluation | None) for update in scheme.updates)
+        once = all(isinstance(update.increment, (OneEvaluation, type(None))) for update in scheme.updates)
         form = "increment" if once and scheme.order <= 2 and not options.adaptive else "derivative"
     check_choice("option form", form, FORMS)
     if form == "derivative":

@@ -93,7 +93,7 @@ def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownia
         >>> torch.equal(path(0.5, 0.2), -path(0.2, 0.5))
         True
     """
-    if isinstance(bm, BrownianPath | ForeignBrownian):
+    if isinstance(bm, (BrownianPath, ForeignBrownian)):
         path = bm
     else:
         missing = [name for name in _ATTRIBUTES if not hasattr(bm, name)]

@@ -24,6 +24,7 @@ from revsolve.core.gradient import solve
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
 from revsolve.extras.progress import watched_steps
+from revsolve.field.functorch import numbers
 from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of, steps_to
 from revsolve.prepare.times import as_tensor
 from revsolve.solution import Solution
@@ -105,7 +106,7 @@ class Dense:
         t = as_tensor(t)
         s = t.to("cpu", torch.float64).reshape(-1)
         first, counts = self._knots(s.detach())
-        groups = [(counts == n).nonzero().squeeze(1) for n in counts.unique().tolist()]
+        groups = [(counts == n).nonzero().squeeze(1) for n in numbers(counts.unique())]
         parts = [self._combined(s[i], first[i], int(counts[i[0]]), weights) for i in groups]
         total = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(groups).argsort()]
         return self.results(total.reshape((*t.shape, *self.states.shape[1:])), t.ndim)
@@ -118,7 +119,7 @@ class Dense:
         before = torch.zeros_like(knots)  # 1 where the rate is that of the piece that ends at the knot
         before[:, -1] = torch.isin(knots[:, -1], self.ends)
         used, place = torch.unique(2 * knots + before, return_inverse=True)
-        rates = torch.stack([self._rate(key // 2, key // 2 + (-1 if key % 2 else 1)) for key in used.tolist()])
+        rates = torch.stack([self._rate(key // 2, key // 2 + (-1 if key % 2 else 1)) for key in numbers(used)])
         nodes = self.times[knots]
         for_states, for_rates = weights(s[:, None], nodes if self.shift is None else nodes + self.shift.to(nodes))
         knots, place = knots.to(rates.device), place.to(rates.device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revsolve.field.functorch import batching, of_every_sample, outside
+from revsolve.field.functorch import batching, numbers, of_every_sample, outside
 from revsolve.prepare.state import Packing
 
 RESIDUALS = ("absolute", "relative")
@@ -77,7 +77,7 @@ class Convergence:
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
-        absolute, relative = both.reshape(2, -1).amax(1).tolist()
+        absolute, relative = numbers(both.reshape(2, -1).amax(1))
         residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n
         self.trace.append(both)

@@ -157,7 +157,7 @@ def _checked(
     """The number of steps."""
     check_choice("scheme", scheme, SCHEMES)
     if not _is_one(blocks):
-        if not (isinstance(blocks, Sequence | nn.ModuleList) and len(blocks) and all(map(callable, blocks))):
+        if not (isinstance(blocks, (Sequence, nn.ModuleList)) and len(blocks) and all(map(callable, blocks))):
             raise TypeError(f"blocks must be callable as f(x), or a sequence of such, but they are {blocks!r}.")
         if num_steps not in (None, len(blocks)):
             raise ValueError(

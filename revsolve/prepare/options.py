@@ -80,7 +80,7 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are no such steps."""
-        for name in self.given & LIMITS.keys():
+        for name in self.given & {*LIMITS}:
             (wanted, holds, why), value = LIMITS[name], getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")

@@ -72,7 +72,7 @@ def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) ->
     for name, value in (("dt", dt), ("dt_min", dt_min)):
         if isinstance(value, Tensor) and followed(value):
             raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
-        if not isinstance(value, Real | Tensor):
+        if not isinstance(value, (Real, Tensor)):
             raise TypeError(f"{name} must be a number, but it is {value!r}.")
         if not 0.0 < float(value) < math.inf:
             raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")

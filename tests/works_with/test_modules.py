@@ -18,6 +18,13 @@ from tests.solving_modules import MODULES, Flow, Injected, final_state
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+# torch.export looks at the .grad of tensors that are no leaves; that of torch 2.6 warns of nodes of its own.
+exporting = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:The .grad attribute:UserWarning",
+    r"ignore:[\s\S]*get_attr:UserWarning",
+)
 replayed = pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
 
 
@@ -255,7 +262,7 @@ def test_modules_that_solve_in_spawned_processes() -> None:
     assert found == [final_state(module) for module in modules]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@exporting
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["rk4", "rev_rk4", reversible_heun()], ids=["rk4", "rev_rk4", "reversible_heun"])
 def test_export_of_a_fixed_grid(method: Any, strict: bool) -> None:
@@ -266,15 +273,12 @@ def test_export_of_a_fixed_grid(method: Any, strict: bool) -> None:
     torch.testing.assert_close(program.module()(other), flow(other), rtol=EXACT, atol=EXACT)
 
 
-# torch.export looks at the .grad of tensors that are no leaves.
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"
-)
+@exporting
 @pytest.mark.parametrize("door", ["odeint", "sdeint", "cdeint", "fixed_point"])
 def test_export_of_the_front_doors(door: str, device: torch.device) -> None:
     """The Brownian path, and the path that drives, are part of the program."""
     module, y0 = MODULES[door](device=device), make_y0(device=device).detach()
-    program = torch.export.export(module, (y0,))
+    program = torch.export.export(module, (y0,), strict=False)  # the default since torch 2.8
     other = torch.sin(y0)
     torch.testing.assert_close(program.module()(other), module(other), rtol=EXACT, atol=EXACT)
 
@@ -285,4 +289,4 @@ def test_times_that_are_tensors_are_not_exported() -> None:
             return odeint(lambda t, y: -y, y0, t, method="rk4")
 
     with pytest.raises(Exception, match="data-dependent"):
-        torch.export.export(Timed(), (torch.ones(3), torch.tensor([0.0, 1.0, 2.0])))
+        torch.export.export(Timed(), (torch.ones(3), torch.tensor([0.0, 1.0, 2.0])), strict=False)
