@@ -284,11 +284,12 @@ class _Equation:
         return self.sde, *(field for field in fields if field is not None)
 
     def _at_start(self, field: Callable[[Tensor, Tensor], Any]) -> Any:
-        """A first value, to look at; random numbers that it draws are given back, and buffers that it changes."""
+        """A first value, to look at; random numbers that it draws are given back, and buffers that it changes. Gradients are
+        recorded where they are wanted: what the field keeps of this call (a cached weight) must have its own."""
         y0 = self.y0
         devices = [y0.device] if y0.device.type == "cuda" else []
         drops = torch.compiler.is_dynamo_compiling()  # what is not used, draws too
-        with torch.no_grad(), self.buffers, nullcontext() if drops else torch.random.fork_rng(devices):
+        with self.buffers, nullcontext() if drops else torch.random.fork_rng(devices):
             return field(self.start, y0.detach())
 
 
