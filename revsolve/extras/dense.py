@@ -26,7 +26,7 @@ from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import numbers
 from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of, steps_to
-from revsolve.prepare.times import as_tensor
+from revsolve.prepare.times import as_tensor, warn_of_indistinct
 from revsolve.solution import Solution
 
 
@@ -37,6 +37,7 @@ def solve_densely(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solut
     problem = problem_of(ivp, ivp.pose(clock, None), times, make)
     states = solve(problem, ivp.x0, None)
     steps = list(problem.stats.times)
+    warn_of_indistinct(steps, ivp.packing.real_dtype)
     ends = range(len(steps)) if ivp.straight else steps_at(ivp.jumps, steps)
     interpolant = Dense(problem, states, ivp.results, clock.shift, ends, {*ivp.options.jump_t})
     return Solution(as_tensor(t), interpolant.evaluate(t), problem.stats, steps, interpolant)
