@@ -356,7 +356,11 @@ def _watched(
     if capturing():
         return drawing(first)
     before = random_state(device)
-    found = first()
+    try:
+        found = first()
+    except BaseException:
+        set_random_state(before, device)
+        raise
     if same_random_state(before, random_state(device)):
         return found, False
     with buffers, torch.no_grad():  # it may have been another thread
