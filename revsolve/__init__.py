@@ -5,13 +5,13 @@ from revsolve.brownian.path import BrownianPath
 from revsolve.cde import cdeint
 from revsolve.core.gradient import ReconstructionWarning
 from revsolve.core.problem import Stats
-from revsolve.core.restarts import Restarts
 from revsolve.extras.progress import AcceptedStep
 from revsolve.fixed_points import ConvergenceWarning, FixedPoint, RevDEQ, RevLoop, fixed_point, reversible_loop
 from revsolve.ode import odeint, odeint_event
 from revsolve.paths.control import HermitePath, LinearPath, NaturalCubicPath
 from revsolve.paths.log_ode import LogODEField
 from revsolve.paths.logsignature import LogSignaturePath, logsignature
+from revsolve.restarts.growth import Restarts
 from revsolve.schemes.names import method_names
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import Tableau

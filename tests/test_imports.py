@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
-    {"field"},
+    {"field", "restarts"},
     {"backends", "schemes"},
     {"brownian", "paths"},
     {"compat"},

@@ -10,10 +10,12 @@ All three give the gradient of the same discrete map. `Solve.gradient` is the si
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.coupling import Pair, moves, over, pull_back
-from revsolve.core.integrate import Walk, march, moments, replay, replay_all, size_of
+from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Gradients, Problem
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Grads, Tape, leaf_of
+from revsolve.core.tape import Grads, Memo, Tape, Term, leaf_of
 
 
 class ReconstructionWarning(UserWarning):
@@ -239,32 +241,81 @@ class _Gated(torch.autograd.Function):
 @torch.enable_grad()  # for what the tape records; the pair and the cotangents themselves never require a gradient
 def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
-    scheme = problem.scheme
-    grads = Grads()
-    clock = _Clock(grid, tape, moving)
-    pair = marks.pop(grid.num_steps)
-    distances, sizes = [], [size_of(pair[0])]  # type: list[Tensor], list[Tensor]
-    for start, stop in reversed(list(grid.runs(0, grid.num_steps, range(grid.num_steps) if moving else marks))):
-        if (i := grid.output(stop)) is not None:
-            grads.add(0, grad_ys[i])
-        times = grid.seen(start, stop, clock(start, stop))
-        for move in reversed(moves(scheme, times, tape.memo.adds_up)):
-            pair = pull_back(move, pair, grads, tape)
-        if start in marks:
-            tape.flush(grads)  # its graph need not be there with all that follows
-            stored = marks.pop(start)
-            distances.append(size_of(pair[0] - stored[0]))
-            sizes.append(size_of(stored[0]))
-            if start in grid.restarts:
-                pair = (stored[0], pair[1])
-                for update in reversed(scheme.restart):
-                    pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
-            pair = stored
+    scheme, grads, clock = problem.scheme, Grads(), _Clock(grid, tape, moving)
+    scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
+    stop, pair = grid.num_steps, marks.pop(grid.num_steps)
+    distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
+    while stop > 0:
+        start = max(marks)
+        if missing and missing[-1] > start:
+            tape.memo.num_evaluations += repeat(problem, tape.memo.term, grid, marks, missing)
+            continue
+        stored = marks.pop(start)
+        for first, last in reversed(list(grid.runs(start, stop, range(stop) if moving else ()))):
+            if (i := grid.output(last)) is not None:
+                grads.add(0, grad_ys[i])
+            times = grid.seen(first, last, clock(first, last))
+            path = moves(scheme, times, tape.memo.adds_up)
+            for move in reversed(path[1:]):
+                pair = pull_back(move, pair, grads, tape)
+            scale = torch.maximum(scale, problem.narrowed(pair[0]).abs())
+            member = path[0][0].source
+            if first == start and member == 0:
+                distances.append(mean_size((pair[0] - stored[0]) / scale))
+            if first == start:  # evaluated at the stored state: at a kink, the undone one could lie on the other side
+                pair = _exactly(problem, stored, pair, member, start in grid.restarts)
+            pair = pull_back(path[0], pair, grads, tape)
+        tape.flush(grads)  # its graph need not be there with all that follows
+        if member == 1:
+            distances.append(mean_size((pair[0] - stored[0]) / scale))
+        sizes.append(mean_size(stored[0] / scale))
+        if start in grid.restarts:
+            pair = (stored[0], pair[1])
+            for update in reversed(scheme.restart):
+                pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
+        pair, stop = stored, start
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
     certify(problem, distances, sizes)
     return grads[0], clock.close()
+
+
+def repeat(problem: Problem, term: Term, grid: Grid, marks: dict[int, Pair], missing: list[int]) -> int:
+    """Take the recorded steps from the last of the pairs in `marks` on again, to add some at the restarts `missing` after it:
+    as many as there is room for, the last included. The number of evaluations."""
+    assert problem.restarts is not None
+    start, memo, room = max(marks), Memo(term), problem.restarts.capacity(grid.num_steps) - len(marks)
+    ahead = missing[bisect_right(missing, start) :]
+    wanted = set(ahead[:: -math.ceil(len(ahead) / max(1, room))])
+    pair, walk = (problem.widened(marks[start][0]), marks[start][1]), Walk(problem.scheme, memo)  # type: Pair, Walk
+    with torch.no_grad():
+        for a, b in itertools.pairwise([start, *ahead]):
+            pair, _ = replay(problem, grid, pair, a, b, grid.times[a : b + 1], walk)
+            if b in wanted:
+                marks[b] = pair
+    missing[:] = [n for n in missing if n not in wanted]
+    return memo.num_evaluations
+
+
+def _exactly(problem: Problem, stored: Pair, pair: Pair, member: int, restarted: bool) -> Pair:
+    """The pair at the beginning of a segment, with a member as it was there if no evaluation is needed to know it."""
+    copied = restarted and all(update.increment is None for update in problem.scheme.restart)
+    known = stored[0] if member == 0 or copied else None if restarted else stored[1]
+    if known is None:
+        return pair
+    return (problem.widened(known), pair[1]) if member == 0 else (pair[0], problem.widened(known))
+
+
+def amplitude(problem: Problem, pairs: Iterable[Pair]) -> Tensor:
+    """The largest size of each entry in any of the pairs, never zero."""
+    sizes = [problem.narrowed(y).abs() for y, _ in pairs]
+    return functools.reduce(torch.maximum, sizes) + torch.finfo(sizes[0].dtype).tiny
+
+
+def mean_size(x: Tensor) -> Tensor:
+    """The mean absolute value of each sample's entries, or of all where there is but one dimension."""
+    return x.abs().flatten(1).mean(1) if x.ndim > 1 else x.abs().mean()
 
 
 def recompute(
@@ -273,8 +324,8 @@ def recompute(
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: tuple[Tensor | None, ...] = (None, None)
     grad_times: dict[int, Tensor | None] = {}
-    stop, end = grid.num_steps, marks.pop(grid.num_steps)[0]
-    distances, sizes = [], [size_of(end)]  # type: list[Tensor], list[Tensor]
+    scale, stop, end = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)[0]
+    distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
         leaves = [None if x is None else leaf_of(x) for x in marks[start]]
         times = (
@@ -285,8 +336,8 @@ def recompute(
             walk = Walk(problem.scheme, tape.memo)
             kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
             after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
-        distances.append(size_of(after[0].detach() - end))
-        sizes.append(size_of(marks[start][0]))
+        distances.append(mean_size((after[0].detach() - end) / scale))
+        sizes.append(mean_size(marks[start][0] / scale))
         ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
         ends += [(y, grad_ys[i]) for i, y in outputs.items()]
         ends = [(x, g) for x, g in ends if x.requires_grad]
@@ -335,11 +386,22 @@ class _Clock:
 
 
 def keep_in(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
-    """Keep the pair at every restart and anchor; a checkpointed gradient keeps every sqrt(n)-th only."""
+    """Keep the pair at every restart and anchor, or at every 2nd, 4th, ... where these, with those between two of them, were
+    too many; a checkpointed gradient keeps every sqrt(n)-th only."""
+    seen, spacing = 0, 1
 
     def store(n: int, pair: Pair) -> None:
-        if problem.gradient == "reversible" or not marks or n - marks[-1][0] >= math.isqrt(n):
+        nonlocal seen, spacing
+        if problem.gradient != "reversible":
+            if not marks or n - marks[-1][0] >= math.isqrt(n):
+                marks.append((n, pair))
+            return
+        if seen % spacing == 0:
             marks.append((n, pair))
+        seen, room = seen + 1, math.inf if problem.restarts is None else problem.restarts.capacity(n)
+        while len(marks) > room or spacing < len(marks) > room - spacing + 1:
+            del marks[1::2]
+            spacing *= 2
 
     return store
 
@@ -355,16 +417,13 @@ def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Ten
 
 
 def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
-    """Judge how far what was reconstructed lies from what was stored, segment by segment, relative to the larger of the `sizes`
-    of the states at its ends; a gradient is never silently wrong. One device read."""
+    """Judge how far what was reconstructed lies from what was stored, segment by segment and sample by sample, relative to the
+    larger of the `sizes` of the states at its ends; a gradient is never silently wrong. One device read."""
     if not problem.readable:
         return
-    kind = torch.finfo(distances[0].dtype)
-    found = torch.stack([*distances, *sizes]).tolist()
-    ends = itertools.pairwise(found[len(distances) :])
-    relative = [distance / max(*size, kind.tiny) for distance, size in zip(found, ends, strict=False)]
-    worst = math.inf if any(map(math.isnan, relative)) else max(relative)
-    problem.stats.reconstruction_error = worst
+    kind, size = torch.finfo(distances[0].dtype), torch.stack([*sizes])
+    relative = torch.stack([*distances]) / torch.maximum(size[1:], size[:-1]).clamp(min=kind.tiny / kind.eps)
+    worst = problem.stats.reconstruction_error = float(relative.amax())
     done, remedies = "repeating", "make sure that the field is deterministic"
     if problem.gradient == "reversible":
         done, remedies = "undoing", f"{problem.remedy}, {remedies}, or use gradient='checkpoint'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,21 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time, widest
 from revsolve.core.coupling import Pair, Scheme, advance, moves, over
-from revsolve.core.modes import Modes
 from revsolve.core.problem import Problem
-from revsolve.core.restarts import Segments
+from revsolve.core.restart import FixedInterval, RestartPolicy
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
 
 
-class Judged(Protocol):
-    """Took steps, the latest of which left a parasitic part."""
+class Walking(Step, Protocol):
+    """Takes steps after which the gap can be measured."""
 
-    def parasitic(self, pair: Pair, h: float) -> Tensor: ...
-
-
-class Walking(Step, Judged, Protocol):
-    """Takes steps that can be judged."""
+    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor: ...
 
 
 class Walk:
@@ -55,11 +51,12 @@ class Walk:
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def parasitic(self, pair: Pair, h: float) -> Tensor:
-        """The size of the parasitic part after a step."""
+    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor:
+        """The largest entry, in units of the scale, of the distance of z from what a restart would make of it, after a step of
+        length h."""
         before = self.begun[1]
         assert before is not None
-        return parasitic(self.scheme, pair, before, h)
+        return size_of(gap(self.scheme, pair, before, h) / scale)
 
 
 def march(
@@ -76,33 +73,26 @@ def march(
         memo.num_evaluations = 1
         memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
-    segments, modes = segments_of(problem, stepper), Modes(problem.scheme, memo)
+    policy, scheme = policy_of(problem, stepper, memo), problem.scheme
     ys = [y0] if grid.outputs[0] == 0 else []
+    ask = 0
     while not stepper.done:
-        start, begin, num_outputs = stepper.num_steps, pair, len(ys)
-        restart = problem.scheme.reversible and (segments.resets or start == 0)
-        segments.begin(start)
-        while not stepper.done and stepper.num_steps - start < segments.length:
-            n, limit = stepper.num_steps, start + segments.length
-            limit = min(limit, stepper.num_total or limit)
-            if segments.judged and n == start:  # the first step is looked at
-                limit = n + 1
-            elif segments.judged and problem.scheme.staggered and n + 1 < limit:  # and what the last one changes
-                limit -= 1
-            pair = stepper.advance(walk, pair, restart and n == start, limit)
-            if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
-                ys.append(problem.narrowed(pair[0]))
-            if segments.judged and stepper.num_steps == start + 1:
-                segments.start(float(walk.parasitic(pair, h := last_step(grid, start + 1))), abs(h))
-        if segments.judged and not accepted(segments, modes, walk, stepper, start, pair):
-            pair = begin
-            stepper.rewind(start)
-            del ys[num_outputs:]
-            continue
-        if restart:
-            grid.restarts.add(start)
-        if store is not None:
-            store(start, begin if start else (y0, None))
+        n = stepper.num_steps
+        if begins := ask == n:
+            if restart := scheme.reversible and (problem.restarts is not None or n == 0):
+                grid.restarts.add(n)
+            if store is not None:
+                store(n, pair if n else (y0, None))
+            ask = policy.begin(stepper, pair[0])
+        limit = ask
+        if scheme.staggered and problem.restarts is not None and ask > n + 1:
+            limit -= 1  # the gap is what one step changes
+        pair = stepper.advance(walk, pair, begins and restart, min(limit, stepper.num_total or limit))
+        if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
+            ys.append(problem.narrowed(pair[0]))
+        if stepper.num_steps == ask and not stepper.done:
+            h = grid.times[ask] - grid.times[ask - 1]
+            ask = policy.extend(stepper, functools.partial(walk.gap, pair, h))
     conclude(problem, term, stepper, pair[0], y0, memo.num_evaluations)
     return ys, pair, grid
 
@@ -155,35 +145,14 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
     return torch.lerp(exact[[*left, last]], exact[[*right, last]], fraction)
 
 
-def segments_of(problem: Problem, stepper: Stepper) -> Segments:
-    """The lengths of the segments, as restarts and anchors ask for."""
+def policy_of(problem: Problem, stepper: Stepper, memo: Memo) -> RestartPolicy:
+    """The ends of the segments, as restarts and anchors ask for."""
+    if problem.restarts is not None and problem.scheme.reversible:
+        return problem.restarts.policy(problem.scheme, memo)
     every = problem.anchor_every
     if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
         every = max(1, math.isqrt(stepper.num_total))
-    restarts = problem.restarts if problem.scheme.reversible else None
-    return Segments(restarts, stepper.num_total, every, problem.scheme)
-
-
-def accepted(segments: Segments, modes: Modes, walk: Judged, stepper: Stepper, start: int, pair: Pair) -> bool:
-    """Whether the segment from `start` can stay as it was solved; one device read."""
-    n, y = stepper.num_steps, pair[0].detach()
-    product = [] if stepper.done else modes.look(stepper.grid.times[n], pair[0])
-    gap = walk.parasitic(pair, last_step(stepper.grid, n))
-    return stays(segments, modes, stepper, start, y.dtype, torch.stack([gap, size_of(y), *product]).tolist())
-
-
-def stays(
-    segments: Segments, modes: Modes, stepper: Stepper, start: int, dtype: torch.dtype, numbers: Sequence[float]
-) -> bool:
-    """Whether the segment can stay, by its parasitic part, the size of y and what the modes were found to be."""
-    n, grid, (gap, size, *found) = stepper.num_steps, stepper.grid, numbers
-    times, rounding = grid.times[start : n + 1], torch.finfo(dtype).eps * size
-    return segments.accept(gap, times, stepper.tolerance(size), rounding, modes.reach(last_step(grid, n), found))
-
-
-def last_step(grid: Grid, n: int) -> float:
-    """The length of step number n, the first being 1."""
-    return grid.times[n] - grid.times[n - 1]
+    return FixedInterval(every or stepper.num_total)
 
 
 def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeError:
@@ -222,11 +191,11 @@ def _finite(x: Any) -> bool:
     return not isinstance(x, Tensor) or bool(torch.isfinite(x).all())
 
 
-def parasitic(scheme: Scheme, pair: Pair, before: Tensor, h: float | Tensor) -> Tensor:
-    """The size of the parasitic part that a step of length h left, which began with z = `before`."""
+def gap(scheme: Scheme, pair: Pair, before: Tensor, h: float | Tensor) -> Tensor:
+    """The distance of z from what a restart would make of it, after a step of length h that began with z = `before`."""
     y, z = pair
     assert z is not None
-    return size_of(((z - before) * h if scheme.staggered else y - z).detach())
+    return ((z - before) * h if scheme.staggered else y - z).detach()
 
 
 def size_of(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Pair, Scheme
-from revsolve.core.restarts import Restarts
+from revsolve.core.restart import Restarting
 from revsolve.core.stepper import Grid, Stepper
 from revsolve.core.tape import Audit, Differentiate, Tape, Term
 
@@ -110,7 +110,7 @@ class Problem:
     field: Field
     make_stepper: Callable[[], Stepper]
     gradient: str
-    restarts: Restarts | None
+    restarts: Restarting | None
     stats: Stats
     explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
     anchor_every: int | None = None

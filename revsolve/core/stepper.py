@@ -110,8 +110,8 @@ class Stepper(Protocol):
         """Forget the accepted steps after the first `num_steps`."""
         ...
 
-    def tolerance(self, size: float) -> float:
-        """The error that a step to a state of this size may make; zero where steps are not chosen by their error."""
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        """The error that a step to states of this size may make; None where steps are not chosen by their error."""
         ...
 
 
@@ -145,8 +145,8 @@ class FixedGrid:
         self.num_rejected += self.num_steps - num_steps
         self.num_steps, self.next_output = num_steps, 0
 
-    def tolerance(self, size: float) -> float:
-        return 0.0
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return None
 
 
 class UntilConverged:
@@ -190,8 +190,8 @@ class UntilConverged:
     def rewind(self, num_steps: int) -> None:
         raise AssertionError("a fixed-point iteration is never solved again")
 
-    def tolerance(self, size: float) -> float:
-        return 0.0
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -285,9 +285,8 @@ class Adaptive:
         forward = self.direction
         self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
 
-    def tolerance(self, size: float) -> float:
-        atol, rtol = self.control.loosest
-        return atol + rtol * size
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return self.control.atol + self.control.rtol * size
 
     def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
         size = y0.detach().abs().maximum(y1.detach().abs())

@@ -114,8 +114,8 @@ class NumberedSteps:
         self.num_rejected += self.num_steps - num_steps
         del self.grid.times[num_steps + 1 :]
 
-    def tolerance(self, size: float) -> float:
-        return 0.0
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return None
 
 
 class UntilEvent:

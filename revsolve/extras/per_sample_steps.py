@@ -96,9 +96,8 @@ class PerSampleSteps:
             self.grid.outputs.pop()
         self.done = False
 
-    def tolerance(self, size: float) -> float:
-        atol, rtol = self.control.loosest
-        return atol + rtol * size
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return self.control.atol + self.control.rtol * size
 
     def _place(self) -> tuple[int, Tensor]:
         """Between which outputs the samples are, and how far each has come."""

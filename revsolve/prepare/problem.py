@@ -10,7 +10,6 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.problem import Problem, Stats
-from revsolve.core.restarts import Restarts
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import dual_numbers, transformed
@@ -18,6 +17,7 @@ from revsolve.field.pure import Pure, pure
 from revsolve.field.repeat import capturing
 from revsolve.field.transformed import TransformedSolve, transformed_field
 from revsolve.prepare.options import check_choice
+from revsolve.restarts.growth import Restarts
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from revsolve.core.coupling import Scheme
-from revsolve.core.restarts import Restarts
 from revsolve.prepare.options import ADAPTIVE_OPTIONS, check_options
+from revsolve.restarts.growth import Restarts
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
 from revsolve.schemes.tableau import TABLEAUS, Tableau

@@ -171,8 +171,8 @@ def test_a_program_each_way(no_programs: None) -> None:
     field, y0 = Network().double(), torch.ones(2, 3, dtype=torch.float64)
     through(field, y0.requires_grad_(), steps=90)[-1].sum().backward()
     (forward,) = PROGRAMS.known.values()
-    (differentiating,) = forward.values()
-    assert sorted(map(str, differentiating)) == ["('backward', True)", "('forward', True, True)"]
+    names = [name for known in (forward, *(x for x in forward.values() if isinstance(x, dict))) for name in known]
+    assert sorted(name[0] for name in names if isinstance(name[0], str)) == ["backward", "forward"]
 
 
 def test_a_decaying_solution_is_not_solved_much_more_often() -> None:

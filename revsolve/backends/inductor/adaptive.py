@@ -18,13 +18,13 @@ from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.coupling import Pair, Scheme, advance, over
-from revsolve.core.integrate import parasitic
+from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
 
 
 class CompiledSteps:
-    """Takes single steps and measures their error, as `Walk` does; `gap` is the parasitic part that the latest step left.
+    """Takes single steps and measures their error, as `Walk` does; `distance` is that of z from what a restart would make of it.
 
     Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
     """
@@ -52,7 +52,7 @@ class CompiledSteps:
         if self.program is None:
             self._find(times, inputs, measure, form)
         assert self.program is not None
-        measured, self.gap, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
+        measured, self.distance, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
         memo.num_evaluations += self.program.besides
         pair = (y, rest.pop(0)) if self.scheme.reversible else (y, None)
         memo.latest = (pair[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
@@ -61,8 +61,8 @@ class CompiledSteps:
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def parasitic(self, pair: Pair, h: float) -> Tensor:
-        return self.gap
+    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor:
+        return size_of(self.distance / scale)
 
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
         """The program for inputs like these, made now unless there is one."""
@@ -96,12 +96,12 @@ class CompiledSteps:
             memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
         for update in self.scheme.updates:
             pair = advance(over(update, t0, t1), pair, memo, error)
-        measured, gap = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
+        measured, distance = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
         if z is not None:
-            gap = parasitic(self.scheme, pair, z, (t1 - t0).to(z.real.dtype))
+            distance = gap(self.scheme, pair, z, (t1 - t0).to(z.real.dtype))
         counts.append(memo.num_evaluations)
         passed = tree_flatten(memo.latest[2])[0] if self.passes_on else []
-        return measured, gap, *(x for x in pair if x is not None), *passed
+        return measured, distance, *(x for x in pair if x is not None), *passed
 
 
 def _first_same_as_last(scheme: Scheme, begins: int) -> bool:

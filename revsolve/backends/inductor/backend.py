@@ -23,11 +23,11 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, is_batched, supported
 from revsolve.core import gradient
-from revsolve.core.coupling import Pair
-from revsolve.core.gradient import certify
-from revsolve.core.integrate import conclude, last_step, march, segments_of, size_of, stays
-from revsolve.core.modes import Modes
+from revsolve.core.coupling import Pair, advance, over
+from revsolve.core.gradient import amplitude, certify, mean_size, repeat
+from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
+from revsolve.core.restart import RestartPolicy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
@@ -46,41 +46,44 @@ class InductorBackend:
         if not isinstance(stepper, FixedGrid):
             return self._adapted(problem, y0.contiguous(), store)
         pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
-        grid, segments = stepper.grid, segments_of(problem, stepper)
-        most = segments.longest if segments.resets else segments.length
-        term = problem.field.term
-        source = self.source
-        table = Untabulated(term) if source is None else Tabulated(term, source, problem.scheme, grid, most)
+        grid, term, scheme, source = stepper.grid, problem.field.term, problem.scheme, self.source
+        memo, n = Memo(term), 0
+        policy = policy_of(problem, stepper, memo)
+        most = policy.longest(grid.num_steps)
+        table = Untabulated(term) if source is None else Tabulated(term, source, scheme, grid, most)
         self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=store is not None)
-        modes = Modes(problem.scheme, Memo(term))
-        ahead = Forward(self.context, grid, y0, modes if segments.judged else None)
-        as_foreseen = True  # was the length of the latest segment; else the next one's first step is taken alone
-        while not stepper.done:
-            start, begin = stepper.num_steps, pair
-            restart = problem.scheme.reversible and (segments.resets or start == 0)
-            segments.begin(start)
-            foreseen = min(start + segments.foreseen, grid.num_steps)
-            stop = foreseen if as_foreseen else start + 1
-            stepper.num_steps, pair = stop, ahead(begin, start, stop, restart)
-            if segments.judged:
-                first, *numbers = ahead.numbers.tolist()
-                segments.start(first, abs(last_step(grid, start + 1)))
-                stepper.num_steps = min(start + segments.length, grid.num_steps)
-                as_foreseen = stepper.num_steps == foreseen
-                if stepper.num_steps != stop:
-                    pair = ahead(begin, start, stepper.num_steps, restart)
-                    _, *numbers = ahead.numbers.tolist()
-                if not stays(segments, modes, stepper, start, pair[0].dtype, numbers[: 2 if stepper.done else None]):
-                    pair = begin
-                    stepper.rewind(start)
-                    continue
-            if restart:
-                grid.restarts.add(start)
+        ahead = Forward(self.context, grid, y0, most)
+        while n < grid.num_steps:
+            begin, first_step = pair, grid.times[n : n + 2]
+            if scheme.reversible and (problem.restarts is not None or n == 0):
+                grid.restarts.add(n)
+                for update in scheme.restart:
+                    pair = advance(over(update, *first_step), pair, memo)
             if store is not None:
-                store(start, begin if start else (y0, None))
+                store(n, begin if n else (y0, None))
+            n, pair = self._segment(policy, ahead, stepper, pair)
         beforehand = problem.field.take_first() is not None
-        conclude(problem, problem.field.term, stepper, pair[0], y0, beforehand + ahead.num_evaluations)
+        conclude(
+            problem, problem.field.term, stepper, pair[0], y0, beforehand + ahead.num_evaluations + memo.num_evaluations
+        )
         return ahead.ys, pair, grid
+
+    def _segment(self, policy: RestartPolicy, ahead: Forward, stepper: FixedGrid, pair: Pair) -> tuple[int, Pair]:
+        """Carry the pair to the end of a segment, and the number of steps there: as far as it should go, then, with the gaps
+        behind all of these steps known, to where the policy ends it."""
+        ask, total, numbers = policy.begin(stepper, pair[0]), stepper.num_total, []  # type: int, int, list[float]
+        while (start := stepper.num_steps) < total:
+            stop = min(policy.foreseen(start), total)
+            after = ahead(pair, start, stop, policy.scale)
+            if policy.scale is not None:
+                numbers = ahead.gaps[: stop - start].tolist()
+            while ask <= stop and ask < total:
+                stepper.num_steps = n = ask
+                ask = policy.extend(stepper, functools.partial(_known, numbers, n - start - 1))
+                if ask == n:
+                    return n, after if n == stop else ahead(pair, start, n, policy.scale)
+            stepper.num_steps, pair = stop, after
+        return total, pair
 
     def _adapted(
         self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
@@ -105,17 +108,22 @@ class InductorBackend:
         if is_batched(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
-        grads, missed = Grads(), []  # type: Grads, list[Tensor]
+        grads, missing, scale = Grads(), sorted(grid.restarts - marks.keys()), amplitude(problem, marks.values())
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
-        end = size_of(pair[0])
-        for start in sorted(marks, reverse=True):
+        distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
+        while stop > 0:
+            start = max(marks)
+            if missing and missing[-1] > start:
+                tape.memo.num_evaluations += repeat(problem, problem.field.term, grid, marks, missing)
+                continue
             stored = marks.pop(start)
             y = problem.widened(stored[0]).contiguous()
-            missed.append(back(pair, grads, start, stop, y, start in grid.restarts))
+            undone = back(pair, grads, start, stop, y, start in grid.restarts)
+            distances.append(mean_size((undone - y) / scale))
+            sizes.append(mean_size(y / scale))
             pair, stop = stored, start
         tape.memo.num_evaluations += back.num_evaluations
-        distances, sizes = torch.stack(missed).unbind(-1)
-        certify(problem, distances.unbind(), [end, *sizes.unbind()])
+        certify(problem, distances, sizes)
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0], {}
 
@@ -132,6 +140,10 @@ class InductorBackend:
         if is_batched(grad_ys):
             return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
         return recompute(self.context, problem, grid, marks, grad_ys, tape), {}
+
+
+def _known(numbers: list[float], n: int, scale: Tensor) -> float:
+    return numbers[n]
 
 
 def compiled(

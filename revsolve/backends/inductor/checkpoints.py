@@ -23,8 +23,7 @@ from revsolve.backends.inductor.context import (
 from revsolve.backends.inductor.programs import Constants, Tensors
 from revsolve.backends.inductor.segments import as_pair
 from revsolve.core.coupling import Pair
-from revsolve.core.gradient import certify
-from revsolve.core.integrate import size_of
+from revsolve.core.gradient import amplitude, certify, mean_size
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
@@ -117,20 +116,20 @@ def recompute(
     context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
-    stop, (end, _) = grid.num_steps, marks.pop(grid.num_steps)
+    scale, stop, (end, _) = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     repeat = Repeat(context, most, problem.widened(end))
     differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads()
-    distances, sizes = [], [size_of(end)]  # type: list[Tensor], list[Tensor]
+    distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        sizes.append(size_of(marks[start][0]))
+        sizes.append(mean_size(marks[start][0] / scale))
         pair = problem.widened(marks[start][0]), marks[start][1]
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
         stored: list[Tensor] = []
         for a, b in runs:
             stored.append(pair[0])
             pair = repeat(pair, start, a, b, a in grid.restarts)
-        distances.append(size_of(pair[0] - end))
+        distances.append(mean_size((pair[0] - end) / scale))
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
             differentiate(grads, start, a, b, before, a in grid.restarts)
         stop, (end, _) = start, marks.pop(start)

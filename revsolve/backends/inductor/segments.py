@@ -20,71 +20,53 @@ from revsolve.backends.inductor.context import (
 )
 from revsolve.backends.inductor.programs import Constants, Tensors
 from revsolve.core.coupling import Pair
-from revsolve.core.integrate import parasitic, size_of
-from revsolve.core.modes import Modes, transposed_product
+from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape
 
 
 class Forward(SegmentSweep):
-    """Carries pairs ahead over segments; `ys` are the outputs.
+    """Carries pairs ahead over segments; `ys` are the outputs, `gaps` those after each step of the latest call, up to `most`."""
 
-    `numbers` are the parasitic parts that the first and the latest step left and the size of y, then those of the modes there.
-    """
-
-    def __init__(self, context: CompileContext, grid: Grid, y0: Tensor, modes: Modes | None) -> None:
+    def __init__(self, context: CompileContext, grid: Grid, y0: Tensor, most: int) -> None:
         super().__init__(context)
-        self.modes = modes
         self.ys = y0.new_empty(len(grid.outputs), *y0.shape)
         self.ys[0] = y0
-        self.numbers = self.ys
+        self.gaps = y0.new_empty(1 << (most - 1).bit_length(), dtype=y0.dtype.to_real())  # few sizes, so few programs
 
-    def __call__(self, pair: Pair, start: int, stop: int, restart: bool) -> Pair:
-        """The pair after the steps start..stop, before which z is reset if so said."""
-        context, self.restart = self.context, restart
-        directions = None if self.modes is None else self.modes.directions(pair[0])
-        given = [x for x in (pair[0], None if restart else pair[1]) if x is not None]
+    def __call__(self, pair: Pair, start: int, stop: int, scale: Tensor | None) -> Pair:
+        """The pair after the steps start..stop; gaps are measured if there is a scale."""
+        context, given = self.context, [x.contiguous() for x in pair if x is not None]
         constant = context.constants(first=counter(start), controls=context.term.table(start, stop))
-        constant["directions"] = directions or ()
-        programs = context.programs if directions is None else context.differentiating
-        name = "forward", restart, directions is not None
-        self.numbers, y, *others = context.run(programs, name, self, (start, stop), given, constant, [self.ys])
-        z = others.pop(0) if context.scheme.reversible else None
-        if self.modes is not None and others:
-            (self.modes.product,) = others
-        return y, z
+        constant["scale"] = () if scale is None else (scale.contiguous(),)
+        name = "forward", scale is not None, len(self.gaps)
+        changed = [self.ys, self.gaps]
+        y, *others = context.run(context.programs, name, self, (start, stop), given, constant, changed)
+        return y, others[0] if others else None
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        pair = self.begun(n, as_pair(given), constant)
-        gap = torch.zeros((), dtype=pair[0].dtype.to_real(), device=pair[0].device)
-        return gap, gap.clone(), *detached_clones(*pair)
+        return detached_clones(*self.begun(n, as_pair(given), constant))
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        context, times, controls, (ys,) = self.context, constant["times"], constant["controls"], changed
-        (first_gap, gap), pair = carried[:2], as_pair(carried[2:])
+        context, times, controls, (ys, gaps) = self.context, constant["times"], constant["controls"], changed
+        pair = as_pair(carried)
         t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
         before, done = pair[1], n - constant["first"]
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, pair, t0, t1, row(controls, done), memo)
-            if before is not None:
-                gap = parasitic(context.scheme, pair, before, (t1 - t0).to(gap.dtype))
+            if before is not None and constant["scale"]:
+                found = size_of(gap(context.scheme, pair, before, (t1 - t0).to(gaps.dtype)) / constant["scale"][0])
+                gaps.index_copy_(0, done.reshape(1), found.to(gaps.dtype)[None])
             output = at(constant["due"], n + 1)
             place = output.clamp(min=0).reshape(1)
             y = context.narrowed(pair[0])
             ys.index_copy_(0, place, torch.where(output >= 0, y[None], ys.index_select(0, place)))
             # after the last step over no time at all
             pair = context.advanced(context.lead, pair, t1, t2, row(controls, done + 1), memo)
-        return torch.where(done == 0, gap, first_gap), gap.clone(), *detached_clones(*pair)
+        return detached_clones(*pair)
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        first_gap, gap, y, *_ = carried
-        numbers, found = [first_gap, gap, size_of(y)], None
-        if constant["directions"]:
-            with self.evaluating("end", constant) as memo:
-                found = transposed_product(memo, at(constant["times"], n), y, *constant["directions"])
-        if found is None:
-            return torch.stack(numbers), *carried[2:]
-        return torch.stack([*numbers, *found[1]]), *carried[2:], found[0]
+        return carried
 
 
 class Backward(SegmentSweep):
@@ -97,7 +79,7 @@ class Backward(SegmentSweep):
 
     def __call__(self, pair: Pair, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
         """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
-        `stored`; how far it lies from what was undone, and its size."""
+        `stored`; y as undone."""
         context, self.restart = self.context, restart
         y, z = pair
         assert z is not None
@@ -106,8 +88,8 @@ class Backward(SegmentSweep):
         constant = context.constants(first=counter(stop), controls=context.term.table(start, stop), stored=stored)
         constant["grad_ys"] = self.grad_ys
         program = context.differentiating, ("backward", restart), self
-        numbers, grads[0], grads[1] = context.run(*program, (stop, start), given, constant, self.sums)
-        return numbers
+        undone, grads[0], grads[1] = context.run(*program, (stop, start), given, constant, self.sums)
+        return undone
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
         return detached_clones(*given)
@@ -124,11 +106,11 @@ class Backward(SegmentSweep):
         return detached_clones(*pair, grads[0], grads[1])
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        stored, grads = constant["stored"], Grads(*carried[2:])
+        grads = Grads(*carried[2:])
         with self.differentiating("end", constant, changed) as tape:
             undone = self.ended(n, as_pair(carried[:2]), constant, grads, tape)
         found = [torch.zeros_like(carried[2]) if g is None else g for g in (grads[0], grads[1])]
-        return torch.stack([size_of(undone - stored), size_of(stored)]), *detached_clones(*found)
+        return detached_clones(undone, *found)
 
 
 def as_pair(tensors: Tensors) -> Pair:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import method_names, odeint
-from revsolve.core.modes import Modes
 from revsolve.core.tape import Memo
+from revsolve.restarts.spectrum import Spectrum
 from revsolve.schemes.names import scheme
 
 SPECTRA = {
@@ -40,11 +40,10 @@ class Linear:
 
 
 def found(matrix: Tensor, num_products: int) -> tuple[complex, ...]:
-    modes = Modes(scheme("rev_rk4"), Memo(Linear(matrix)))
+    spectrum = Spectrum(scheme("rev_rk4"), Memo(Linear(matrix)))
     for n in range(num_products):
-        numbers = modes.look(float(n), torch.ones(len(matrix), dtype=matrix.dtype))
-        modes.reach(0.1, torch.stack(numbers).tolist())
-    return modes.rates
+        spectrum.look(float(n), torch.ones(len(matrix), dtype=matrix.dtype))
+    return spectrum.rates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -72,11 +71,11 @@ def test_four_products_know_a_diffusion() -> None:
 
 @pytest.mark.parametrize("method", [name for name in method_names() if scheme(name).reversible])
 def test_the_reach_shrinks_with_the_rate(method: str) -> None:
-    modes, reached = Modes(scheme(method), NO_FIELD), []
-    modes.rounding = 1e-16
+    spectrum, reached = Spectrum(scheme(method), NO_FIELD), []
+    spectrum.rounding = 1e-16
     for rate in (0.01, 0.1, 0.3, 1.0, 1.7, 100.0):
-        modes.rates = (complex(-rate),)
-        reached.append(modes.reach(1.0, []))
+        spectrum.rates = (complex(-rate),)
+        reached.append(spectrum.reach(1.0))
     assert reached == sorted(reached, reverse=True)
     assert reached[0] > 60
     assert reached[-1] == 1
@@ -85,9 +84,9 @@ def test_the_reach_shrinks_with_the_rate(method: str) -> None:
 def test_decays_and_growths_end_segments_sooner_where_rounding_is_coarse() -> None:
     reached = []
     for rounding in (1e-16, 1e-7):
-        modes = Modes(scheme("rev_rk4"), NO_FIELD)
-        modes.rates, modes.rounding = (0.1 + 0j, 0.1j), rounding
-        reached.append(modes.reach(1.0, []))
+        spectrum = Spectrum(scheme("rev_rk4"), NO_FIELD)
+        spectrum.rates, spectrum.rounding = (0.1 + 0j, 0.1j), rounding
+        reached.append(spectrum.reach(1.0))
     fine, coarse = reached
     assert coarse < fine
     assert coarse == pytest.approx(math.log(5) / 0.12, abs=1)
@@ -96,7 +95,9 @@ def test_decays_and_growths_end_segments_sooner_where_rounding_is_coarse() -> No
 def test_nothing_is_known_of_a_field_without_a_derivative() -> None:
     memo = Memo(Linear(torch.eye(2)))
     memo.term.value = lambda t, x: torch.ones(2)  # type: ignore[method-assign]
-    assert Modes(scheme("alf"), memo).look(0.0, torch.zeros(2)) == []
+    spectrum = Spectrum(scheme("alf"), memo)
+    spectrum.look(0.0, torch.zeros(2))
+    assert spectrum.rates == ()
 
 
 def test_looking_leaves_no_traces() -> None:

@@ -1,7 +1,7 @@
 """What the field would do to a perturbation: its fastest modes, and for how many steps a scheme stands them.
 
-A mode that the solution does not contain shows neither in y nor in z, but a gradient asks for it. So every restart takes one
-vector-Jacobian product of an evaluation that it makes anyway: a step of power iteration on the transposed Jacobian.
+A mode that the solution does not contain shows neither in y nor in z, but a gradient asks for it. So some restarts take one
+vector-Jacobian product of an evaluation that they make anyway: a step of power iteration on the transposed Jacobian.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ MARGIN = 1.2  # power iteration sees the fastest mode from below
 LASTING = 1.1  # how far the parasitic part may carry a mode that the method itself lets last
 AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that costs accuracy (docs/exactness.md)
 TRIPLED = 3.0  # how far, where z is of lower order than y
+OFTEN, SELDOM = (
+    4,
+    64,
+)  # steps from one look to the next, each pause being twice the last while what is found stays the same
+STEADY = 0.2
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
 
 
-class Modes:
-    """Power iteration, one product a restart. The two latest directions tell two rates, which may be a complex pair.
+class Spectrum:
+    """Power iteration, one product at some restarts. The two latest directions tell two rates, which may be a complex pair.
 
     In their span, the Jacobian is the matrix of least squares: for a symmetric one, these are two steps of Lanczos' method.
     """
@@ -42,25 +47,18 @@ class Modes:
         self.before: Tensor | None = None
         self.stretch, self.cosine = 0.0, 1.0  # the cosine is that of the angle between the two
         self.rounding = 1.0
+        self.due, self.pause = 0, OFTEN  # the step from which on a look is due, and the steps from one to the next
 
-    def directions(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The direction of which a look takes the product, and the one before; None where the term is no rate."""
-        if not self.memo.is_rate:
-            return None
+    def look(self, t: Time, y: Tensor) -> None:
+        """Take a product of the evaluation at (t, y), and learn from it; one device read."""
         if self.latest is None:
             self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
-        return self.latest, self.latest if self.before is None else self.before
+        v = self.latest
+        found = transposed_product(self.memo, t, y, v, v if self.before is None else self.before)
+        if found is not None:
+            self._learn(found[0], *torch.stack(found[1]).tolist())
 
-    def look(self, t: Time, y: Tensor) -> list[Tensor]:
-        """Take a product of the evaluation at (t, y); the numbers for `reach`, none if there is none."""
-        directions = self.directions(y)
-        found = None if directions is None else transposed_product(self.memo, t, y, *directions)
-        if found is None:
-            return []
-        self.product, numbers = found
-        return numbers
-
-    def _learn(self, before_product: float, latest_product: float, square: float) -> None:
+    def _learn(self, product: Tensor, before_product: float, latest_product: float, square: float) -> None:
         if not 0.0 < square < math.inf:
             self.rates, self.before = (), None
             return
@@ -72,20 +70,30 @@ class Modes:
             onto_latest = (latest_product - cosine * before_product) / apart
             root = cmath.sqrt(onto_latest**2 / 4 + onto_before * self.stretch)
             self.rates = (onto_latest / 2 + root, onto_latest / 2 - root)
-        self.before, self.latest = self.latest, self.product / size
+        self.before, self.latest = self.latest, product / size
         self.stretch, self.cosine = size, latest_product / size
 
-    def reach(self, h: float, numbers: list[float]) -> int:
-        """After how many steps of length h from a restart the modes are amplified at most as much as they may be: by the
-        scheme, and by undoing it, which amplifies rounding errors. `numbers` are the values of what `look` returned."""
-        if numbers:
-            self._learn(*numbers)
+    def follow(self, n: int, t: Time, y: Tensor) -> None:
+        """Look again if the step n that begins at (t, y) is late enough."""
+        if self.memo.is_rate and n >= self.due:
+            fastest = self._fastest()
+            self.look(t, y)
+            steady = abs(self._fastest() - fastest) <= STEADY * fastest
+            self.pause = min(2 * self.pause, SELDOM) if steady else OFTEN
+            self.due = n + self.pause
+
+    def reach(self, h: float) -> int:
+        """For how many steps of length h from a restart the modes are amplified no more than they may be: by the scheme, and by
+        undoing it, which amplifies rounding errors."""
         if not self.rates:
             return FARTHEST
         faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
         steps = [MARGIN * h * rate for rate in self.rates]
         undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
         return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
+
+    def _fastest(self) -> float:
+        return max(map(abs, self.rates), default=0.0)
 
 
 def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, list[Tensor]] | None:

@@ -1,0 +1,131 @@
+"""The default restarts on the classical problems of the tests: errors over those of the base method, gradients, states stored.
+
+    python docs/benchmarks/restarts.py                    # solutions and states stored
+    python docs/benchmarks/restarts.py --gradients        # and gradients against those of gradient="direct"
+    python docs/benchmarks/restarts.py --set LONGEST=64   # with another value of one of the constants of revsolve/restarts
+
+A failure is an error of more than three times that of the base method plus rounding, where the base method's own is below a
+tenth; or a gradient further than 1e-8 (float32: 1e-4) from that of direct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from revsolve import Solution, odeint
+from revsolve.restarts import growth, spectrum
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.problems import CLASSICAL, Classical
+
+BASES = {"rev_rk4": "rk4", "rev_dopri5": "dopri5", "reversible_heun": "heun2", "alf": "midpoint", "alf4": "rk4"}
+CLOSE = {torch.float64: 1e-8, torch.float32: 1e-4}
+END = 20.0
+
+
+def stretched(problem: Classical, num_steps: int) -> Classical:
+    """The problem over END units of time, or over its own where no explicit method follows it so far."""
+    end = problem.end if problem.name == "heat" else END
+    return Classical(problem.name, problem.field, problem.y0, end, num_steps)
+
+
+def solved(
+    problem: Classical, method: str, dtype: torch.dtype, mode: str | None = None
+) -> tuple[Solution, Tensor | None]:
+    y0 = problem.start(dtype).requires_grad_()
+    times, options = problem.times(), {"step_size": problem.step}
+    solution = odeint(problem.field, y0, times, method=method, options=options, gradient=mode, full_output=True)
+    grad = torch.autograd.grad(solution.ys[1:].square().mean(), y0)[0] if mode else None
+    return solution, grad
+
+
+def error(problem: Classical, method: str, dtype: torch.dtype) -> tuple[float, int, int]:
+    """The largest error relative to the largest entry of the reference, and the pairs and states stored."""
+    try:
+        solution, _ = solved(problem, method, dtype)
+    except RuntimeError:
+        return math.inf, 0, 0
+    wrong = (solution.ys.detach().double() - problem.reference()).abs().max() / problem.reference().abs().max()
+    wrong = float(wrong) if math.isfinite(wrong) else math.inf
+    return wrong, solution.stats.num_restarts + 1, solution.stats.num_stored_states
+
+
+def rounding(problem: Classical, dtype: torch.dtype) -> float:
+    return 30 * torch.finfo(dtype).eps * math.sqrt(problem.num_steps)
+
+
+def missed(problem: Classical, method: str, dtype: torch.dtype) -> float:
+    """How far the gradient lies from that of direct, relative; zero where rounding makes more of direct's own."""
+    try:
+        got, wanted = (solved(problem, method, dtype, mode)[1] for mode in ("reversible", "direct"))
+        exact = solved(problem, method, torch.float64, "direct")[1] if dtype is torch.float32 else wanted
+    except RuntimeError:
+        return math.inf
+    assert got is not None and wanted is not None and exact is not None
+    if float(wanted.norm()) < torch.finfo(dtype).tiny ** 0.5:  # too small for its own digits
+        return 0.0
+    distance, own = (float((x.double() - wanted.double()).norm() / wanted.double().norm()) for x in (got, exact))
+    return 0.0 if distance <= own / 10 else distance
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, torch.dtype, int]]:
+    for method in args.methods:
+        for dtype in (torch.float64, torch.float32):
+            for num_steps in args.steps:
+                yield method, dtype, num_steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=list(BASES))
+    parser.add_argument("--steps", nargs="*", type=int, default=[400, 2000, 0], help="0: as the tests have them")
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE for constants of the policy")
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args()
+    for setting in args.set:
+        name, value = setting.split("=")
+        for module in (growth, spectrum):
+            if hasattr(module, name):
+                setattr(module, name, float(value) if "." in value or "e" in value else int(value))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(
+        "| method | dtype | steps | cases | worst ratio | failures | median pairs | most | states over 4 sqrt(N) + 16 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for method, dtype, num_steps in cases(args):
+        ratios, pairs, over, failures = [], [], 0, []
+        for problem in CLASSICAL.values():
+            problem = stretched(problem, num_steps) if num_steps else problem
+            base = error(problem, BASES[method], dtype)[0]
+            if not base < 0.1:
+                continue
+            own, num_pairs, num_states = error(problem, method, dtype)
+            ratio = own / max(base, rounding(problem, dtype))
+            ratios.append(ratio)
+            pairs.append(num_pairs)
+            over += num_states > 4 * math.sqrt(problem.num_steps) + 16
+            if args.verbose:
+                print(f"{method} {problem.name} {num_steps} ratio {ratio:.2f} pairs {num_pairs}", file=sys.stderr)
+            failures += [f"{problem.name} {ratio:.1f}x"] if not ratio <= 3 else []
+            if args.gradients:
+                distance = missed(problem, method, dtype)
+                failures += [f"{problem.name} gradient {distance:.0e}"] if not distance <= CLOSE[dtype] else []
+        kind = str(dtype).removeprefix("torch.")
+        row = (method, kind, num_steps or "own", len(ratios), f"{max(ratios):.2f}", ", ".join(failures) or "none")
+        row += (statistics.median(pairs), max(pairs), over)
+        print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
