@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revsolve import Restarts, Solution, odeint
-from revsolve.core.integrate import Stats
+from revsolve.core.problem import Stats
 from revsolve.core.stepper import FixedGrid
 from revsolve.core.tape import Memo
 from revsolve.schemes.names import scheme
