@@ -3,6 +3,7 @@
 import bouncing_ball
 import diagrams
 import plots
+import restarts
 import states_stored
 
 if __name__ == "__main__":
@@ -10,6 +11,7 @@ if __name__ == "__main__":
     plots.parasitic_growth()
     plots.reconstruction()
     plots.memory_and_stability()
+    restarts.restarts()
     states_stored.states_stored()
     bouncing_ball.bouncing_ball()
     diagrams.layers()

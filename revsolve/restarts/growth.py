@@ -23,7 +23,8 @@ from revsolve.restarts.spectrum import Spectrum
 
 LONGEST = 32  # steps of a segment, or the square root of twice the steps so far
 SETTLED = 2.4  # that many steps' growth is all that is allowed to a gap to which steps do not add
-ROUNDING = 16.0  # roundings of an entry count like a gap that the first step left
+ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
+ROUNDING = 100.0  # roundings of an entry are no reason to restart
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
 FIRST_LENGTH = 2  # steps of the first segment, each of the next ones being at most twice as long as that before
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
@@ -77,11 +78,12 @@ class Growth:
     """
 
     def __init__(self, restarts: Restarts, scheme: Scheme, memo: Memo) -> None:
-        self.scheme, self.spectrum = scheme, Spectrum(scheme, memo)
-        self.growth, self.given = restarts.growth, restarts.longest or scheme.longest
+        self.scheme, self.spectrum, self.smooth = scheme, Spectrum(scheme, memo), memo.is_rate
         self.adds_up = scheme.gap_order > scheme.order if restarts.adds_up is None else restarts.adds_up
+        self.growth = min(restarts.growth, ODD) if self.smooth and scheme.order % 2 else restarts.growth
+        self.given = restarts.longest or scheme.longest
         evaluations = sum(len(update.increment.nodes) for update in scheme.updates if update.increment is not None)
-        self.stride = self._even(max(1 + scheme.alternates, STRIDE // evaluations))
+        self.stride = self._even(max(1 + scheme.alternates, STRIDE // evaluations if self.smooth else 1))
         self.start, self.length = 0, FIRST_LENGTH / 2  # of this segment, of the one before
         self.largest: Tensor | None = None
         self.scale: Tensor | None = None
@@ -116,15 +118,18 @@ class Growth:
         assert self.scale is not None
         times, found = stepper.grid.times[self.start : n + 1], gap(self.scale)
         if taken == 1:
-            self.first, self.before = (found, abs(times[1] - times[0]) ** order), (1, 1.0 / self._allowed(1))
+            self.first, self.before = (
+                (found, abs(times[1] - times[0]) ** order),
+                (1, 1.0 / self._allowed(2 - self.smooth)),
+            )
             return self.start + self._even(max(2, min(1 + self.stride, self.bound)))
         left, weight = self.first
         natural = max(min(float(left), self.coarse) * _mean(times, order) / weight, self.least)
-        return n + self._further(taken, float(found) / (natural + self.rounding * float(self.size)))
+        return n + self._further(taken, float(found), self._allowed(taken) * natural + self.rounding * float(self.size))
 
-    def _further(self, taken: int, gap: float) -> int:
-        """How many steps more, if the gap after so many is this many times what a step leaves."""
-        excess, (steps, before) = gap / self._allowed(taken), self.before
+    def _further(self, taken: int, gap: float, allowed: float) -> int:
+        """How many steps more, if the gap after so many is this large."""
+        excess, (steps, before) = gap / max(allowed, math.ulp(0.0)), self.before
         if not excess <= 1.0:
             return 0
         self.before = taken, excess

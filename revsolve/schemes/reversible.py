@@ -34,7 +34,7 @@ def plain(tableau: Tableau | str) -> Scheme:
 
 # The error of a step is carried back along the flow within a segment, so that it grows with the segment's length where the order
 # is odd: to 36 times that of `heun3` over 32 steps of a circular orbit, but 1.4 times over 8 (docs/how_to_choose.md).
-THIRD_ORDER_LONGEST = 8
+ODD_ORDER_LONGEST = 8
 
 
 def reversible(tableau: Tableau | str, coupling: float = 1.0) -> Scheme:
@@ -67,7 +67,7 @@ def reversible(tableau: Tableau | str, coupling: float = 1.0) -> Scheme:
         tableau.order,
         tableau.error_order,
         gap_order=tableau.order + 1,
-        longest=THIRD_ORDER_LONGEST if tableau.order == 3 else None,
+        longest=ODD_ORDER_LONGEST if tableau.order in (1, 3) else None,
     )
 
 
