@@ -26,7 +26,7 @@ SETTLED = 2.4  # that many steps' growth is all that is allowed to a gap to whic
 ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
 ROUNDING = 100.0  # roundings of an entry are no reason to restart
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
-FIRST_LENGTH = 2  # steps of the first segment, each of the next ones being at most twice as long as that before
+FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
 
 
@@ -106,7 +106,8 @@ class Growth:
         self.bound = self._even(max(1, bound))
         self.largest = size if self.largest is None else torch.maximum(self.largest, size)
         tolerance = stepper.tolerance(self.largest)
-        self.scale = (self.largest if tolerance is None else tolerance) + torch.finfo(size.dtype).tiny
+        scale = self.largest if tolerance is None else tolerance
+        self.scale = scale.masked_fill(scale == 0.0, math.inf)  # an entry that was always zero has no size yet
         self.coarse, self.least = (COARSE, 0.0) if tolerance is None else (math.inf, 1.0)
         self.rounding, self.size = ROUNDING * torch.finfo(size.dtype).eps, (size / self.scale).amax()
         return n + 1
