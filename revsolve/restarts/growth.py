@@ -81,7 +81,8 @@ class Growth:
         self.scheme, self.spectrum, self.smooth = scheme, Spectrum(scheme, memo), memo.is_rate
         self.adds_up = scheme.gap_order > scheme.order if restarts.adds_up is None else restarts.adds_up
         self.growth = min(restarts.growth, ODD) if self.smooth and scheme.order % 2 else restarts.growth
-        self.given = restarts.longest or scheme.longest
+        rough = scheme.staggered and not self.smooth  # then a velocity says nothing of the next step
+        self.given = 1 if rough else restarts.longest or scheme.longest
         evaluations = sum(len(update.increment.nodes) for update in scheme.updates if update.increment is not None)
         self.stride = self._even(max(1 + scheme.alternates, STRIDE // evaluations if self.smooth else 1))
         self.start, self.length = 0, FIRST_LENGTH / 2  # of this segment, of the one before
