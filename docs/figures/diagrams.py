@@ -47,14 +47,19 @@ def layers() -> None:
     figure, axes = canvas(12.6, 8.4)
     rows = [
         (7.5, BLUE, "front doors", ["odeint", "cdeint", "sdeint", "fixed_point\nRevDEQ"]),
-        (5.7, GREEN, "preparation", ["problem\ntracing", "packing\nsteps", "grids\nprogress", "solution"]),
+        (
+            5.7,
+            GREEN,
+            "preparation",
+            ["prepare:\noptions, times", "prepare:\nstate, grid", "field:\na pure function", "extras:\nevents, dense"],
+        ),
         (
             3.9,
             ORANGE,
             "what is\nintegrated",
-            ["schemes:\ntableau, increment", "schemes:\nreversible, names", "drivers:\ncontrol", "drivers:\nbrownian"],
+            ["schemes:\ntableaus", "schemes:\nreversible", "paths:\ncontrols", "brownian:\nmotion"],
         ),
-        (2.1, VIOLET, "core", ["engine", "march", "stepper\nrestarts", "replay"]),
+        (2.1, VIOLET, "core", ["gradient", "integrate", "stepper", "restart"]),
     ]
     for y, colour, name, boxes in rows:
         axes.text(0.1, y, name, va="center", fontsize=10, color=colour, weight="bold")
