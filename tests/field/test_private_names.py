@@ -73,8 +73,6 @@ def test_batches_of_cotangents_are_told_from_one() -> None:
     assert seen == [True, False]
 
 
-# torch scripts parts of its own forward mode on first use, and says that it should not.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("transform", [grad, lambda f: lambda x: jvp(f, (x,), (x,))[1]])
 def test_numbers_are_read_within_a_transform(transform: Callable[..., Any]) -> None:
     read = []

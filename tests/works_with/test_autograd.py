@@ -12,8 +12,6 @@ from torch.autograd import forward_ad
 from revsolve import NaturalCubicPath, cdeint, fixed_point, odeint, odeint_event
 from tests.front_doors import DOORS, difference, make_net, make_y0
 
-# torch scripts parts of its own forward mode on first use, and says that it should not.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 
 FIXED: dict[str, Any] = {"method": "rev_rk4", "options": {"step_size": 0.1}}

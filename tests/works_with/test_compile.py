@@ -42,14 +42,12 @@ def through_fixed_point(field: Field, y0: Tensor, X: LinearPath, **solve: Any) -
 DOORS = [through_odeint, through_sdeint, through_cdeint, through_fixed_point]
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
 # torch scripts parts of inductor on first use, and says that it should not.
-quiet = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 
 def squared(door: Any, field: Field, **solve: Any) -> Callable[[Tensor, LinearPath], Tensor]:
     return lambda y0, X: door(field, y0, X, **solve).square().sum()
 
 
-@quiet
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @pytest.mark.parametrize("door", [door for door in DOORS if door is not through_sdeint])
 def test_a_training_step_around_a_solve_compiles_into_one_graph(door: Any, backend: str, device: torch.device) -> None:
@@ -60,7 +58,6 @@ def test_a_training_step_around_a_solve_compiles_into_one_graph(door: Any, backe
     assert difference(list(found), list(wanted)) < 1e-5  # float32, other kernels
 
 
-@quiet
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_noise_is_drawn_in_the_program(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """New in every call; of one seed, those of the same draw outside, where the backend keeps to it."""
@@ -86,7 +83,6 @@ def test_a_compiled_solve_follows_the_path_that_it_is_given() -> None:
         torch.testing.assert_close(compiled(y0, X), loss(y0, X))
 
 
-@quiet
 @pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf4_s3"])
 def test_nothing_is_weighted_by_alpha(method: str) -> None:
     """inductor of torch 2.13 leaves it out in torch.add(x, a @ b, alpha=alpha)."""
@@ -102,7 +98,6 @@ def test_nothing_is_weighted_by_alpha(method: str) -> None:
     assert graphs and not any("alpha" in node.kwargs for graph in graphs for node in graph.graph.nodes)
 
 
-@quiet
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rev_bosh3", "reversible_heun", "alf4_s3"])
 def test_a_linear_field(method: str) -> None:

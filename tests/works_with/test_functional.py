@@ -14,8 +14,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint, fixed_point, odeint, odeint_event, sdeint
 from tests.front_doors import DOORS, SIZE, difference, make_net, make_y0
 
-# torch scripts parts of its own forward mode on first use, and says that it should not.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 
 # Restarts that look at values look at those of a whole batch, so a loop would place them elsewhere.

@@ -13,8 +13,6 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 from revsolve import BrownianPath, HermitePath, LinearPath, cdeint, fixed_point, odeint, sdeint
 from tests.front_doors import difference, make_y0
 
-# torch scripts parts of its own forward mode on first use, and says that it should not.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 TOLERANCE = 1e-6
 MATRIX = torch.tensor([[0.3, -2.0, 0.1], [2.0, -0.1, 0.4], [0.5, 0.2, -0.7]], dtype=torch.float64)

@@ -14,8 +14,6 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from revsolve import SDE, sdeint
 from tests.front_doors import difference, make_y0
 
-# torch scripts parts of its own forward mode on first use, and says that it should not.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
 Params = dict[str, Tensor]
 
