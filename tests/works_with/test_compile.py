@@ -41,7 +41,6 @@ def through_fixed_point(field: Field, y0: Tensor, X: LinearPath, **solve: Any) -
 
 DOORS = [through_odeint, through_sdeint, through_cdeint, through_fixed_point]
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
-# torch scripts parts of inductor on first use, and says that it should not.
 
 
 def squared(door: Any, field: Field, **solve: Any) -> Callable[[Tensor, LinearPath], Tensor]:
