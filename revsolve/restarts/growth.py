@@ -25,6 +25,7 @@ LONGEST = 32  # steps of a segment, or the square root of twice the steps so far
 SETTLED = 2.4  # that many steps' growth is all that is allowed to a gap to which steps do not add
 ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
 ROUNDING = 100.0  # roundings of an entry are no reason to restart
+TOLERATED = 0.1  # of the tolerance of adaptive steps is no reason to restart, either
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
 FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
@@ -109,7 +110,7 @@ class Growth:
         tolerance = stepper.tolerance(self.largest)
         scale = self.largest if tolerance is None else tolerance
         self.scale = scale.masked_fill(scale == 0.0, math.inf)  # an entry that was always zero has no size yet
-        self.coarse, self.least = (COARSE, 0.0) if tolerance is None else (math.inf, 1.0)
+        self.coarse, self.least = (COARSE, 0.0) if tolerance is None else (math.inf, TOLERATED)
         self.rounding, self.size = ROUNDING * torch.finfo(size.dtype).eps, (size / self.scale).amax()
         return n + 1
 
@@ -126,8 +127,9 @@ class Growth:
             )
             return self.start + self._even(max(2, min(1 + self.stride, self.bound)))
         left, weight = self.first
-        natural = max(min(float(left), self.coarse) * _mean(times, order) / weight, self.least)
-        return n + self._further(taken, float(found), self._allowed(taken) * natural + self.rounding * float(self.size))
+        natural = min(float(left), self.coarse) * _mean(times, order) / weight
+        allowed = self._allowed(taken) * natural + self.least + self.rounding * float(self.size)
+        return n + self._further(taken, float(found), allowed)
 
     def _further(self, taken: int, gap: float, allowed: float) -> int:
         """How many steps more, if the gap after so many is this large."""
