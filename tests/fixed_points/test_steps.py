@@ -159,7 +159,7 @@ def test_torch_func(gradient: Any) -> None:
     torch.testing.assert_close(gradient(loss)(x), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="Dynamo of torch 2.6 cannot follow a solve")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Dynamo of torch 2.9 cannot follow a solve")
 @pytest.mark.parametrize("noise", ["solve", "step"])
 def test_inside_of_what_torch_compiles(noise: str) -> None:
     f, x = Numbered().cell, torch.randn(4, 6)
