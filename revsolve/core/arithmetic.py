@@ -70,6 +70,7 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
 
     A source narrower than the target is widened first, so that a sum has the same rounding whichever term is solved for.
     """
+    own = target is not None and source.dtype is not target.dtype  # whether the result may take the place of the source
     if target is not None:
         source = source.to(target.dtype)
     if keep.__class__ is not float or mix.__class__ is not float:
@@ -82,10 +83,18 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     if keep == 1.0:
         return plus(target, source, mix)
     if abs(keep + mix - 1.0) < 1e-14:
-        return torch.lerp(source, target, keep)
+        return _lerp_in(source, target, keep) if own else torch.lerp(source, target, keep)
     if keep == -1.0:
         return -plus(target, source, -mix)
     return plus(target.mul(keep), source, mix)
+
+
+def _lerp_in(source: Tensor, target: Tensor, weight: float) -> Tensor:
+    """source + weight * (target - source), in the memory of the source: a state less at the peak."""
+    try:
+        return source.lerp_(target, weight)
+    except RuntimeError:  # inside torch.vmap, a source that all samples share has no room for theirs
+        return torch.lerp(source, target, weight)
 
 
 def accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

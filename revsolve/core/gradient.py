@@ -261,13 +261,13 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, 
             scale = torch.maximum(scale, problem.narrowed(pair[0]).abs())
             member = path[0][0].source
             if first == start and member == 0:
-                distances.append(mean_size((pair[0] - stored[0]) / scale))
+                distances.append(mean_size((pair[0] - stored[0]).div_(scale)))
             if first == start:  # evaluated at the stored state: at a kink, the undone one could lie on the other side
                 pair = _exactly(problem, stored, pair, member, start in grid.restarts)
             pair = pull_back(path[0], pair, grads, tape)
         tape.flush(grads)  # its graph need not be there with all that follows
         if member == 1:
-            distances.append(mean_size((pair[0] - stored[0]) / scale))
+            distances.append(mean_size((pair[0] - stored[0]).div_(scale)))
         sizes.append(mean_size(stored[0] / scale))
         if start in grid.restarts:
             pair = (stored[0], pair[1])
@@ -315,7 +315,9 @@ def amplitude(problem: Problem, pairs: Iterable[Pair]) -> Tensor:
 
 def mean_size(x: Tensor) -> Tensor:
     """The mean absolute value of each sample's entries, or of all where there is but one dimension."""
-    return x.abs().flatten(1).mean(1) if x.ndim > 1 else x.abs().mean()
+    if x.ndim > 1:
+        return torch.linalg.vector_norm(x.flatten(1), 1, dim=1) / x[0].numel()
+    return torch.linalg.vector_norm(x, 1) / x.numel()
 
 
 def recompute(

@@ -114,7 +114,8 @@ class Pure:
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
             )
-        if self.random and not same_random_state(self.random, random_state(y.device)):
+        before, self.random = self.random, ()  # 5 kB that nobody asks for again
+        if before and not same_random_state(before, random_state(y.device)):
             with self.lent or nullcontext(), torch.no_grad():
                 _, late_draws = drawing(again)
             if late_draws:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from revsolve.sde.arguments import (
     noise_shape,
     refuse_events,
 )
-from revsolve.sde.coefficients import check_value, coefficients
+from revsolve.sde.coefficients import Coefficients, check_value, coefficients
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.term import UNKNOWN, LogRatioTerm, NoiseOfEach, Path, SDETerm
@@ -211,18 +212,12 @@ class _Equation:
             parts = additive(parts, self.weights, self.always, refuse)
         noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, BatchedTime) else path
         on_demand = area and not (self.logqp or values_hidden())
-        of_values = self.shift, self._check, self.forms, area, on_demand, self.always, refuse
+        check = partial(
+            _check_values, self.parts, self.path_shape, self.size
+        )  # a method would be a cycle: terms are kept
+        of_values = self.shift, check, self.forms, area, on_demand, self.always, refuse
         term = SDETerm(parts, noise, self.clock, *of_values)
         return LogRatioTerm(term) if self.logqp else term
-
-    def _check(self, f: Any, g: Any, y: Tensor) -> None:
-        """Raise unless later values of f and g, where these are known, are of the shapes of the first ones."""
-        if f is not UNKNOWN:
-            check_value("drift", f, y, tuple(y.shape))
-        if g is not UNKNOWN and (size := noise_shape(self.parts, y, g, y, self.path_shape)) != self.size:
-            raise ValueError(
-                f"the diffusion must keep its {self.size[-1]} noise channels, but later it has {size[-1]}."
-            )
 
     def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
         """Steps, and what a Brownian motion needs to know of them."""
@@ -291,6 +286,14 @@ class _Equation:
         drops = torch.compiler.is_dynamo_compiling()  # what is not used, draws too
         with self.buffers, nullcontext() if drops else torch.random.fork_rng(devices):
             return field(self.start, y0.detach())
+
+
+def _check_values(parts: Coefficients, path_shape: Any, wanted: tuple[int, ...], f: Any, g: Any, y: Tensor) -> None:
+    """Raise unless later values of f and g, where these are known, are of the shapes of the first ones."""
+    if f is not UNKNOWN:
+        check_value("drift", f, y, tuple(y.shape))
+    if g is not UNKNOWN and (size := noise_shape(parts, y, g, y, path_shape)) != wanted:
+        raise ValueError(f"the diffusion must keep its {wanted[-1]} noise channels, but later it has {size[-1]}.")
 
 
 def _results(xs: Tensor, logqp: bool) -> Any:

@@ -260,7 +260,7 @@ def test_a_tensor_given_twice_is_two_inputs() -> None:
 def test_a_program_that_does_something_else_is_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled_wrongly(self: Compiler, loop: Any, example: Any) -> Any:
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return tuple(x + (0.1 if i > place else 0) for i, x in enumerate(loop(*inputs)))
+            return tuple(x + (0.1 if i == place else 0) for i, x in enumerate(loop(*inputs)))
 
         return run
 
