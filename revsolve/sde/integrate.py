@@ -202,7 +202,8 @@ class _Equation:
         self.rates = self.term(lambda ta, tb: unit, refuse=True)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
             x = perturbed(self.x0.detach())
-            self._at_start(lambda t, y: self.rates.product(self.rates.value(self.times[0], x), (0.0, unit)))
+            with torch.no_grad():
+                self._at_start(lambda t, y: self.rates.product(self.rates.value(self.times[0], x), (0.0, unit)))
 
     def term(self, path: Path, area: bool = False, refuse: bool = False) -> SDETerm | LogRatioTerm:
         """The term that this path drives."""
