@@ -91,7 +91,11 @@ def main() -> None:
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE for constants of the policy")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a few cases, to see that the script runs")
     args = parser.parse_args()
+    problems = list(CLASSICAL.values())
+    if args.tiny:
+        args.methods, args.steps, problems = ["rev_rk4"], [100], problems[:3]
     for setting in args.set:
         name, value = setting.split("=")
         for module in (growth, spectrum):
@@ -105,7 +109,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for method, dtype, num_steps in cases(args):
         ratios, pairs, over, failures = [], [], 0, []
-        for problem in CLASSICAL.values():
+        for problem in problems:
             problem = stretched(problem, num_steps) if num_steps else problem
             base = error(problem, BASES[method], dtype)[0]
             if not base < 0.1:
