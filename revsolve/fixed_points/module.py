@@ -33,8 +33,8 @@ class RevDEQ(nn.Module):
         tol, max_steps: as in `fixed_point`; tol=0 and few steps is a weight-tied network rather than an equilibrium.
         eval_max_steps: the most steps in eval mode; by default those of training, unless these are drawn by a function.
         init: makes the initial z from x, where that is neither zero nor shaped like x.
-        min_steps, residual, stop, method, gradient, pair_dtype, anchor_every, noise, save_at, options, on_failure, progress,
-            callback, compile: as in `fixed_point`.
+        min_steps, residual, stop, method, gradient, pair_dtype: as in `fixed_point`.
+        anchor_every, noise, save_at, options, on_failure, progress, callback, compile: as in `fixed_point`.
 
     Attributes:
         last: the `FixedPoint` of the latest call, its z detached: statistics, and a warm start for the next call.
