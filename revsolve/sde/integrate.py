@@ -132,7 +132,9 @@ def sdeint(
     check_state(y0)
     dt, dt_min = checked_steps(dt, dt_min, adaptive)
     with ExitStack() as within:
-        if torch.is_inference_mode_enabled():  # which derivatives of g could not be taken in
+        if (
+            not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
+        ):  # which derivatives of g could not be taken in
             within.enter_context(torch.inference_mode(False))
             within.enter_context(torch.no_grad())
             y0 = y0.clone()
