@@ -7,6 +7,7 @@ is held to it, and a difference is an error that says what it is, never another 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -69,7 +70,7 @@ class Pure:
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
         """The term with these tensors in the place of its own."""
-        if all(map(_is, tensors, self.tensors)):
+        if all(map(operator.is_, tensors, self.tensors)):
             yield self.term
         else:
             with Substitution(self.tensors, tensors):
@@ -272,10 +273,6 @@ def lost(x: Tensor) -> RuntimeError:
         f"the field depends on a tensor of shape {tuple(x.shape)} that it did not use when it was first called, so its gradient "
         "would be lost: pass it through args=, or make the field an nn.Module that owns it."
     )
-
-
-def _is(x: Any, other: Any) -> bool:
-    return x is other
 
 
 def pure(

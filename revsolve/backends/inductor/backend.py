@@ -21,7 +21,7 @@ from revsolve.backends.inductor.context import CompileContext
 from revsolve.backends.inductor.control_table import Tabulated, Untabulated
 from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
-from revsolve.backends.inductor.torch_internals import LOWEST, is_batched, supported
+from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
 from revsolve.core.coupling import Pair, advance, over
 from revsolve.core.gradient import amplitude, certify, mean_size, repeat
@@ -30,6 +30,7 @@ from revsolve.core.problem import Problem
 from revsolve.core.restart import RestartPolicy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
+from revsolve.field.functorch import batched_gradient
 
 
 class InductorBackend:
@@ -105,7 +106,7 @@ class InductorBackend:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
-        if is_batched(grad_ys):  # is_grads_batched=True, which programs know nothing of
+        if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
         grads, missing, scale = Grads(), sorted(grid.restarts - marks.keys()), amplitude(problem, marks.values())
@@ -137,7 +138,7 @@ class InductorBackend:
         moving: bool,
     ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
-        if is_batched(grad_ys):
+        if batched_gradient(grad_ys):
             return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
         return recompute(self.context, problem, grid, marks, grad_ys, tape), {}
 

@@ -26,13 +26,6 @@ def is_fake(x: Any) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def is_batched(x: Tensor) -> bool:
-    """Whether it stands for a batch of cotangents (is_grads_batched=True)."""
-    from torch._C._functorch import is_legacy_batchedtensor
-
-    return is_legacy_batchedtensor(x)
-
-
 @contextmanager
 def fake_tensors() -> Iterator[Callable[[Tensor], Tensor]]:
     """A function that makes tensors like others, without numbers; what is recorded of them is compiled meanwhile.
