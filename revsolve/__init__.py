@@ -5,6 +5,7 @@ from revsolve.brownian.path import BrownianPath
 from revsolve.cde import cdeint
 from revsolve.core.gradient import ReconstructionWarning
 from revsolve.core.problem import Stats
+from revsolve.divergence import with_divergence
 from revsolve.extras.progress import AcceptedStep
 from revsolve.fixed_points import ConvergenceWarning, FixedPoint, RevDEQ, RevLoop, fixed_point, reversible_loop
 from revsolve.ode import odeint, odeint_event
@@ -51,6 +52,7 @@ __all__ = [
     "reversible_loop",
     "sde_method_names",
     "sdeint",
+    "with_divergence",
 ]
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"prepare"},
     {"solution"},
     {"extras"},
-    {"ode", "cde", "sde", "fixed_points"},
+    {"ode", "cde", "sde", "fixed_points", "divergence"},
     {"torchdeq"},
     {"__init__"},
 )
