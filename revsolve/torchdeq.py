@@ -6,14 +6,8 @@ What becomes of torchdeq's configuration keys:
     f_tol, f_stop_mode       stop when the "abs" or "rel" residuals of all samples are at most f_tol
     n_states, indexing       where the iteration is sliced; every slice ends in an output, as in torchdeq's core "sliced"
     beta, stop, pair_dtype, anchor_every, on_failure    new; as in `revsolve.fixed_point`, but stop="all" is the default
-    ift, hook_ift, grad, tau, sup_gap, sup_loc, f_solver, no_stat, b_*    without effect: there is one solver, and the
-                             gradient is that of its steps, not an approximation with parameters of its own
-
-Of the new keys, `add_deq_args` here adds those that a command line can spell to torchdeq's own.
-
-This is the answer to what was asked of torchdeq in 2025: forward and backward are not decoupled, for the backward pass undoes the
-very steps of the forward pass, and a backward solver or tolerance would only blur it; so keys are reused where they mean the
-same, and `b_*` are accepted, that existing configurations run, but do nothing.
+    ift, hook_ift, grad, tau, sup_gap, sup_loc, f_solver, no_stat, b_*    without effect, that existing configurations run: the
+                             backward pass undoes the steps of the forward pass, and has no solver of its own
 """
 
 from __future__ import annotations
@@ -70,8 +64,8 @@ def _solver_keys() -> set[str]:
 
 
 ARGPARSE_KEYS, SOLVER_KEYS = _torchdeq_keys(), _solver_keys()
-OWN_KEYS = {"beta", "stop", "pair_dtype", "anchor_every", "on_failure"}
-KNOWN_KEYS = ARGPARSE_KEYS | {"no_stat"} | OWN_KEYS
+OWN = {"beta": 0.8, "stop": "all", "pair_dtype": None, "anchor_every": None, "on_failure": "warn"}
+KNOWN_KEYS = ARGPARSE_KEYS | {"no_stat"} | OWN.keys()
 CALL_KEYS = ("f_max_iter", "f_tol", "f_stop_mode", "beta", "stop")
 ANDERSON_KEYS = {"m", "lam"}  # beside which a beta is Anderson's
 
@@ -82,12 +76,7 @@ class DEQReversible(DEQBase):
     Args:
         args: configuration of torchdeq: a dict, a namespace or a DEQConfig; keys as listed in `revsolve.torchdeq`. Next to all
             those that `add_deq_args` makes, keys of the program itself may stand; otherwise unknown ones are refused.
-        beta: step length, as in `revsolve.fixed_point`; a tensor that requires a gradient gets one.
-        stop: "all", every row must have a small residual, as in torchdeq; "sample", rows whose residual is small rest, which is
-            for rows that do not depend on each other; "batch", one residual over all entries.
-        pair_dtype: what the pair is kept in.
-        anchor_every: keep the pair after so many steps.
-        on_failure: "warn", "raise" or "ignore" where f_max_iter does not suffice.
+        kwargs: further keys; beta (0.8), stop ("all"), pair_dtype, anchor_every and on_failure as in `revsolve.fixed_point`.
 
     Raises:
         ValueError: for an unknown key.
@@ -106,26 +95,13 @@ class DEQReversible(DEQBase):
         True
     """
 
-    def __init__(
-        self,
-        args: Any = None,
-        beta: Any = 0.8,
-        stop: str = "all",
-        pair_dtype: torch.dtype | None = None,
-        anchor_every: int | None = None,
-        on_failure: str = "warn",
-        **kwargs: Any,
-    ) -> None:
-        config = {**DEQConfig(args).config, **kwargs}
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        config = {**OWN, **DEQConfig(args).config, **kwargs}
         _refuse_unknown(config)
-        super().__init__(dict(config))
-        self.beta = config.get("beta", beta)
-        self.stop = config.get("stop", stop)
-        self.pair_dtype = config.get("pair_dtype", pair_dtype)
-        self.anchor_every = config.get("anchor_every", anchor_every)
-        self.on_failure = config.get("on_failure", on_failure)
-        self.n_states = config.get("n_states", 1)
-        self.indexing = list(config.get("indexing") or [])
+        super().__init__(config)
+        for name in OWN:
+            setattr(self, name, config[name])
+        self.n_states, self.indexing = config.get("n_states", 1), list(config.get("indexing") or [])
 
     def forward(
         self,
@@ -151,8 +127,12 @@ class DEQReversible(DEQBase):
         given = _for_this_call(solver_kwargs)
         f, z = deq_decorator(func, z_init, no_stat=False)
         most = int(given.get("f_max_iter", self.f_max_iter if self.training else self.eval_f_max_iter))  # type: ignore[arg-type]
+        slices = [
+            b - a for a, b in itertools.pairwise([0, *self.indexing, most])
+        ]  # as torchdeq's core "sliced" has them
+        slices = [most // self.n_states] * self.n_states if self.n_states > 1 else slices
         outputs, solutions = [], []
-        for evaluations in self._slices(most) if self.training else [most]:
+        for evaluations in slices if self.training else [most]:
             solutions.append(self._solve(f, z, evaluations, given, backward_writer))
             z = solutions[-1].z
             outputs.append(f.vec2list(z))
@@ -193,13 +173,6 @@ class DEQReversible(DEQBase):
             stats = solution.stats  # alone: the solution would hold its own graph
             z.register_hook(lambda grad: backward_writer(_backward_statistics(stats)))
         return solution
-
-    def _slices(self, most: int) -> list[int]:
-        """How many evaluations each slice may make, by the same arithmetic as torchdeq's core "sliced"."""
-        if self.n_states > 1:
-            return [most // self.n_states] * self.n_states
-        ends = [0, *self.indexing, most]
-        return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def _refuse_unknown(config: Mapping[str, Any]) -> None:

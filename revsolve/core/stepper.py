@@ -149,51 +149,6 @@ class FixedGrid:
         return None
 
 
-class UntilConverged:
-    """The steps of a fixed-point iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
-
-    `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first; `by_step`
-    says that it asks at the number of the step, not at 0. Outputs are due at the end, and after every `every` steps.
-    """
-
-    num_total = None
-    num_rejected = 0
-
-    def __init__(
-        self,
-        max_steps: int,
-        observe: Callable[[int, Tensor, Tensor], bool],
-        every: int | None = None,
-        by_step: bool = False,
-    ) -> None:
-        self.grid = Grid([0.0], [max_steps])
-        self.max_steps, self.observe, self.every, self.by_step = max_steps, observe, every or max_steps, by_step
-        self.done = max_steps == 0
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
-
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
-        n = self.num_steps + 1
-        pair, _ = step(pair, (float(n - 1), float(n)), restart)
-        self.grid.times.append(float(n))
-        memo, t = step.memo, float(n) if self.by_step else 0.0
-        ahead, _ = memo.product(memo.value(t, pair[0]), memo.control(t, t, t))
-        self.done = self.observe(n, pair[0], ahead) or n == self.max_steps
-        if self.done:
-            self.grid.outputs[-1] = n
-        elif n % self.every == 0:
-            self.grid.outputs.insert(-1, n)
-        return pair
-
-    def rewind(self, num_steps: int) -> None:
-        raise AssertionError("a fixed-point iteration is never solved again")
-
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return None
-
-
 @dataclass(frozen=True)
 class Control:
     """How steps follow the error: it is accepted where norm(error / (atol + rtol max(|y0|, |y1|))) <= 1, and a PI controller

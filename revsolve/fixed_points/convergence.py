@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from revsolve.core.coupling import Pair
+from revsolve.core.stepper import Grid, Step
 from revsolve.field.functorch import batching, numbers, of_every_sample, outside
 from revsolve.prepare.state import Packing
 
@@ -36,15 +38,17 @@ class Criterion:
     min_steps: int = 1
     residual: str = "relative"
     stop: str = "batch"
+    per_sample: bool = field(init=False)
+    rests: bool = field(init=False)  # whether a sample may rest while others go on
 
-    @property
-    def per_sample(self) -> bool:
-        return self.stop != "batch"
+    def __post_init__(self) -> None:
+        rests = self.stop == "sample" and self.tol > 0 and self.min_steps < self.max_steps
+        object.__setattr__(self, "per_sample", self.stop != "batch")
+        object.__setattr__(self, "rests", rests)
 
-    @property
-    def rests(self) -> bool:
-        """Whether a sample may rest while others go on."""
-        return self.stop == "sample" and self.tol > 0 and self.min_steps < self.max_steps
+    def before(self, last_steps: int) -> Criterion:
+        """The same for the steps before these, where a number of them is made."""
+        return replace(self, max_steps=self.max_steps - last_steps) if self.tol == 0.0 else self
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Convergence:
     def observe(self, n: int, y: Tensor, value: Tensor) -> bool:
         """Take note of y after n steps and the field's value there; whether the iteration may stop. One device read."""
         both = self.measure(y, value)
-        absolute, relative = numbers(both.reshape(2, -1).amax(1))
+        absolute, relative = numbers(both.amax(1) if self.criterion.per_sample else both)
         residual = absolute if self.criterion.residual == "absolute" else relative
         self.num_steps = n
         self.trace.append(both)
@@ -90,23 +94,16 @@ class Convergence:
         enough = n >= self.criterion.min_steps
         if self.criterion.rests:
             large = self.latest() > self.criterion.tol
-            self.coupled = self.coupled | (large & ~self.going[-1]).any() | self.stuck()
+            self.coupled = self.coupled | (large & ~self.going[-1]).any() | self._stuck()
             self.going.append(large | self.coupled if enough else self.all)
         return self.content and enough
-
-    def stuck(self) -> Tensor | bool:
-        """Whether the largest residual has stayed the same, as where it depends on the pair of a sample that rests."""
-        if len(self.trace) <= PATIENCE:
-            return False
-        then, now = (self.trace[i][RESIDUALS.index(self.criterion.residual)].amax() for i in (-1 - PATIENCE, -1))
-        return (now - then).abs() <= SAME * then
 
     def measure(self, y: Tensor, value: Tensor) -> Tensor:
         """Absolute and relative residual, shape (2,) or (2, samples)."""
         rows, dim = [], 0 if self.criterion.per_sample else -1
         with torch.no_grad():
             for a, b in zip(self._leaves(y), self._leaves(value), strict=True):
-                gap, size = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, b))
+                gap, size = torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(b, dim=-1)
                 relative = gap / (SMALLEST + size) + 0.0 * size  # NaN, not 0, where the norm of f overflows
                 rows.append(torch.stack([gap, relative], dim))
             both = rows[0] if len(rows) == 1 else torch.stack(rows).amax(0)
@@ -121,7 +118,10 @@ class Convergence:
 
     def moves(self, n: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """1 for the entries of the packed state whose sample takes part in step n, 0 for those that rest."""
-        going = self.going[n].to(dtype)
+        rested = n < len(self.going) and not (
+            self.content and n >= self.num_steps
+        )  # those after the iteration move all
+        going = (self.going[n] if rested else self.all).to(dtype)
         if self.packing.lone:
             return going.view(-1, *(1 for _ in self.packing.shapes[0][1:]))
         return torch.cat([going.repeat_interleave(size // len(going)) for size in self.packing.sizes])
@@ -130,7 +130,9 @@ class Convergence:
         """All of them, or those in which each sample took part."""
         if self.criterion.stop != "sample":
             return num_steps
-        return torch.stack(self.going[:num_steps]).sum(0) if self.criterion.rests else self.all * num_steps
+        if not self.criterion.rests:
+            return self.all * num_steps
+        return torch.stack(self.going[: self.num_steps]).sum(0) + (num_steps - self.num_steps)
 
     def conclude(self, on_failure: str) -> None:
         """Say that the iteration did not converge, if it did not."""
@@ -163,6 +165,13 @@ class Convergence:
             + (" Samples that depend on each other need stop='all'." if self.criterion.rests else "")
         )
 
+    def _stuck(self) -> Tensor | bool:
+        """Whether the largest residual has stayed the same, as where it depends on the pair of a sample that rests."""
+        if len(self.trace) <= PATIENCE:
+            return False
+        then, now = (self.trace[i][RESIDUALS.index(self.criterion.residual)].amax() for i in (-1 - PATIENCE, -1))
+        return (now - then).abs() <= SAME * then
+
     def _leaves(self, x: Tensor) -> list[Tensor]:
         parts = [x] if self.packing.lone else list(x.split(self.packing.sizes, dim=-1))
         if self.criterion.per_sample:
@@ -170,3 +179,44 @@ class Convergence:
         if not self.packing.lone:
             return parts
         return [x.reshape(*x.shape[: x.ndim - len(self.packing.shapes[0])], -1)]
+
+
+class UntilConverged:
+    """The steps of an iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
+
+    `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first. Outputs
+    are due at the end, and after every `every` steps.
+    """
+
+    num_total = None
+    num_rejected = 0
+    done = False
+
+    def __init__(
+        self, max_steps: int, observe: Callable[[int, Tensor, Tensor], bool], every: int | None = None
+    ) -> None:
+        self.grid = Grid([0.0], [max_steps])
+        self.max_steps, self.observe, self.every = max_steps, observe, every or max_steps
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+        n, memo = self.num_steps + 1, step.memo
+        t = float(n)
+        pair, _ = step(pair, (t - 1.0, t), restart)
+        self.grid.times.append(t)
+        ahead, _ = memo.product(memo.value(t, pair[0]), memo.control(t, t, t))
+        self.done = self.observe(n, pair[0], ahead) or n == self.max_steps
+        if self.done:
+            self.grid.outputs[-1] = n
+        elif n % self.every == 0:
+            self.grid.outputs.insert(-1, n)
+        return pair
+
+    def rewind(self, num_steps: int) -> None:
+        raise AssertionError("a fixed-point iteration is never solved again")
+
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return None

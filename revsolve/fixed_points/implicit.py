@@ -1,15 +1,17 @@
-"""What reversible equilibria are compared with: plain, relaxed and Anderson iteration, with implicit or phantom gradients.
+"""What reversible equilibria are compared with: iterations of a single state, and gradients that are not those of the iteration.
 
-method      next z                                          options
-simple      f(z)
-relaxed     (1 - beta) z + beta f(z)
-anderson    the best combination of the last few of these   memory (6), ridge (1e-8)
+method          next z                                          options
+simple          f(z)
+relaxed         (1 - beta) z + beta f(z)
+anderson        the best combination of the last few of these   memory (6), ridge (1e-8)
 
-gradient    how                                                       options
-implicit    solves u = g + J^T u at the fixed point (J = df/dz)       b_method ("anderson"), b_tol (1e-6), b_max_steps (50)
-            by one of the methods above, or by "gmres"                memory (20 for "gmres")
-phantom     differentiates a few relaxed steps from the fixed point   phantom_steps (5), phantom_beta (0.5)
-direct      differentiates all of the iteration
+gradient        how                                                      options
+implicit        solves u = g + J^T u at the fixed point (J = df/dz)      b_method ("anderson"), b_tol (1e-6), b_max_steps (50)
+implicit_NAME   the same by NAME, a method above or gmres                memory (20 for gmres), ridge
+phantom         differentiates a few relaxed steps from the fixed point  phantom_steps (5), phantom_beta (0.5)
+one_step        differentiates one evaluation of f there
+truncated       differentiates the last steps, where tol is not 0 those made after convergence          last_steps (4)
+direct          differentiates all of the iteration
 """
 
 from __future__ import annotations
@@ -27,52 +29,77 @@ from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.fixed_points.convergence import Convergence, Criterion
 from revsolve.fixed_points.gmres import gmres
-from revsolve.prepare.options import check_choice
+from revsolve.fixed_points.iteration import check_whole
+from revsolve.prepare.options import check_choice, check_options
+from revsolve.prepare.problem import GRADIENTS
 from revsolve.prepare.state import Packing
 
 METHODS = ("simple", "relaxed", "anderson")
 BACKWARD_METHODS = (*METHODS, "gmres")  # which also solves where J does not contract
-GRADIENTS = ("implicit", "phantom", "direct")
-OPTIONS = ("memory", "ridge", "b_method", "b_tol", "b_max_steps", "phantom_steps", "phantom_beta")
+AT_THE_END = ("one_step", "phantom", "implicit", *(f"implicit_{name}" for name in BACKWARD_METHODS))  # of the iteration
+OPTIONS = ("memory", "ridge", "b_method", "b_tol", "b_max_steps", "phantom_steps", "phantom_beta", "last_steps")
+LAST_STEPS = 4
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # (z, f(z)) -> next z
 
 
-def equilibrium(
-    term: Term,
-    z0: Tensor,
-    beta: Scalar,
-    method: str,
-    gradient: str,
-    convergence: Convergence,
-    options: Mapping[str, Any],
-    on_failure: str,
-) -> tuple[Tensor, Stats]:
-    """The fixed point of the term from z0, with a gradient of the kind asked for, and what it took."""
-    check_choice("b_method", options.get("b_method", "anderson"), BACKWARD_METHODS)
-    if gradient == "implicit" and (transformed() or dual_numbers()):
+def iterate(term: Term, z: Tensor, rule: Rule, convergence: Convergence, last_steps: int = 0) -> tuple[Tensor, Stats]:
+    """The state after the iteration, and after so many `last_steps` more; if there are any, their gradient alone."""
+    memo = Memo(term)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not last_steps):
+        z = _iterated(lambda n, z: memo.value(float(n), z), z, rule, convergence)
+    for n in range(convergence.num_steps, convergence.num_steps + last_steps):
+        z = rule(z, term.value(float(n), z))
+    num_steps = convergence.num_steps + last_steps
+    return z, Stats(num_steps=num_steps, num_evaluations=memo.num_evaluations + last_steps)
+
+
+def gradient_at_the_end(
+    term: Term, z: Tensor, gradient: str, packing: Packing, options: Mapping[str, Any], on_failure: str, stats: Stats
+) -> Tensor:
+    """z, a fixed point of the term without a history, with a gradient of the kind asked for."""
+    last = float(stats.num_steps)
+    if gradient in ("one_step", "phantom"):
+        num_steps, beta = (1, 1.0) if gradient == "one_step" else (options["phantom_steps"], options["phantom_beta"])
+        stats.num_evaluations += num_steps
+        for _ in range(num_steps):
+            z = torch.lerp(z, term.value(last, z), beta)
+        return z
+    if transformed() or dual_numbers():
         raise ValueError(
-            "gradient='implicit' is not possible inside torch.func transforms or in forward mode: use gradient='direct' or "
+            f"gradient={gradient!r} is not possible inside torch.func transforms or in forward mode: use gradient='direct' or "
             "'phantom', or method='reversible', whose gradient follows them."
         )
-    memo = Memo(term)
-    rule = _rule(method, beta, options)
-    tracked = torch.is_grad_enabled()
-    with torch.set_grad_enabled(tracked and gradient == "direct"):
-        z = _iterate(lambda n, z: memo.value(float(n), z), z0, rule, convergence)
-    stats = Stats(num_steps=convergence.num_steps, num_evaluations=memo.num_evaluations)
-    if not tracked or gradient == "direct":
-        return z, stats
-    last = float(stats.num_steps)
-    if gradient == "phantom":
-        for _ in range(options.get("phantom_steps", 5)):
-            z = torch.lerp(z, term.value(last, z), options.get("phantom_beta", 0.5))
-        return z, stats
     leaf = leaf_of(z)
     value = term.value(last, leaf)
     out = z + (value - value.detach())  # z as it is, and the history of one evaluation there
-    out.register_hook(_Adjoint(leaf, value, convergence.packing, options, on_failure, stats))
-    return out, stats
+    out.register_hook(_Adjoint(leaf, value, packing, options, on_failure, stats))
+    return out
+
+
+def gradient_options(method: str, gradient: str | None, options: Any) -> tuple[str | None, dict[str, Any]]:
+    """The gradient by its name, None for the engine's own choice, and all options; a ValueError says which are possible."""
+    check_choice("method", method, ("reversible", *METHODS))
+    reversible = method == "reversible"
+    gradient = gradient if reversible else gradient or "implicit"
+    exact = GRADIENTS if reversible else ("direct",)
+    if gradient is not None:
+        check_choice("gradient", gradient, (*exact, "truncated", *AT_THE_END))
+    if options is not None and reversible and gradient in (None, *exact):
+        raise ValueError(
+            f"options={options!r} is for {' and '.join(METHODS)}, and for gradients that are not exact: leave it out."
+        )
+    given = check_options(options, OPTIONS, method)
+    check_choice("b_method", given.get("b_method", "anderson"), BACKWARD_METHODS)
+    for name in ("last_steps", "phantom_steps", "b_max_steps", "memory"):
+        check_whole(name, given.get(name))
+    if gradient is not None and gradient.startswith("implicit_"):
+        if "b_method" in given:
+            raise ValueError(
+                f"b_method={given['b_method']!r} is for gradient='implicit', and gradient is {gradient!r}."
+            )
+        given["b_method"] = gradient.removeprefix("implicit_")
+    return gradient, {"last_steps": LAST_STEPS, "phantom_steps": 5, "phantom_beta": 0.5, **given}
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,7 @@ class _Adjoint:
         if method == "gmres":
             u = gmres(self.product, g, options.get("memory", 20), convergence)
         else:
-            u = _iterate(lambda n, u: g + self.product(u), g, _rule(method, 1.0, options), convergence)
+            u = _iterated(lambda n, u: g + self.product(u), g, rule(method, 1.0, options), convergence)
         convergence.conclude(self.on_failure)
         return u * size
 
@@ -112,7 +139,7 @@ class _Adjoint:
         return torch.zeros_like(u) if back is None else back
 
 
-def _iterate(f: Callable[[int, Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
+def _iterated(f: Callable[[int, Tensor], Tensor], z: Tensor, rule: Rule, convergence: Convergence) -> Tensor:
     criterion = convergence.criterion
     for n in range(criterion.max_steps):
         value = f(n, z)
@@ -126,7 +153,8 @@ def _iterate(f: Callable[[int, Tensor], Tensor], z: Tensor, rule: Rule, converge
     return z
 
 
-def _rule(method: str, beta: Scalar, options: Mapping[str, Any]) -> Rule:
+def rule(method: str, beta: Scalar, options: Mapping[str, Any]) -> Rule:
+    """What makes the next state from a state and its value."""
     if method == "simple":
         return lambda z, value: value
     if method == "relaxed":

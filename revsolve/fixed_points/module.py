@@ -1,8 +1,10 @@
-"""`RevDEQ`: a reversible deep equilibrium as a layer."""
+"""`RevDEQ` and `RevLoop`: reversible equilibria and loops as layers, whose keywords are those of their doors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +12,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from revsolve.extras.progress import AcceptedStep
+from revsolve.fixed_points.loop import is_one, reversible_loop
 from revsolve.fixed_points.solve import FixedPoint, fixed_point
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)
-PASSED_ON = (
-    *("method", "tol", "min_steps", "residual", "stop", "gradient", "pair_dtype", "anchor_every", "noise", "save_at"),
-    *("options", "on_failure", "progress", "callback"),
-)
 
 
-class RevDEQ(nn.Module):
+def keywords(door: Callable[..., Any], *own: str) -> dict[str, Any]:
+    """Those of a door that a layer takes as well, with their defaults, but for its `own`."""
+    parameters = inspect.signature(door).parameters.values()
+    own = (*own, "args", "full_output")
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own}
+
+
+class Layer(nn.Module):
+    """A door as a layer, which keeps the door's keywords as attributes and the latest result as `last`."""
+
+    def __init__(self, defaults: dict[str, Any], given: dict[str, Any]) -> None:
+        super().__init__()
+        for name in given.keys() - defaults.keys():
+            close = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
+            raise TypeError(f"{type(self).__name__} has no keyword {name!r}: did you mean {close[0]!r}?")
+        for name, value in {**defaults, **given}.items():
+            setattr(self, name, value)
+        self.passed_on, self.shown = tuple(defaults), tuple(given)
+        self.last: FixedPoint | None = None
+
+    def solve(self, door: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
+        """The state that the door gives."""
+        options = {name: getattr(self, name) for name in self.passed_on}
+        solution = door(*inputs, full_output=True, **{**options, **more})
+        self.last = replace(solution, z=tree_map(torch.Tensor.detach, solution.z))
+        return solution.z
+
+
+class RevDEQ(Layer):
     """A layer whose output is the fixed point `z = f(z, x, *args)`, with exact gradients from a reversible iteration.
 
     McCallum, Arora & Foster (2025, arXiv 2509.12917). The same in eval mode, gradients included, but for the number of steps.
@@ -30,14 +56,16 @@ class RevDEQ(nn.Module):
         f: a module or function `f(z, x, *args)`, whose value is shaped like z.
         beta: as in `fixed_point`.
         learn_beta: make beta a parameter, kept by a sigmoid within (0.05, 0.95), or (1.05, 1.95) if it starts above 1.
-        tol, max_steps: as in `fixed_point`; tol=0 and few steps is a weight-tied network rather than an equilibrium.
         eval_max_steps: the most steps in eval mode; by default those of training, unless these are drawn by a function.
         init: makes the initial z from x, where that is neither zero nor shaped like x.
-        min_steps, residual, stop, method, gradient, pair_dtype: as in `fixed_point`.
-        anchor_every, noise, save_at, options, on_failure, progress, callback, compile: as in `fixed_point`.
+        options: the other keywords of `fixed_point`, such as tol, max_steps (tol=0 and few steps is a weight-tied network rather
+            than an equilibrium), gradient or compile.
 
     Attributes:
         last: the `FixedPoint` of the latest call, its z detached: statistics, and a warm start for the next call.
+
+    Raises:
+        TypeError: for an unknown keyword.
 
     Example:
         >>> import torch
@@ -55,42 +83,20 @@ class RevDEQ(nn.Module):
         *,
         beta: Any = 0.8,
         learn_beta: bool = False,
-        tol: float = 1e-3,
-        max_steps: int | Callable[[], int] = 50,
         eval_max_steps: int | None = None,
-        min_steps: int = 1,
         init: Callable[[Any], Any] | None = None,
-        residual: str = "relative",
-        stop: str = "batch",
-        method: str = "reversible",
-        gradient: str | None = None,
-        pair_dtype: torch.dtype | None = None,
-        anchor_every: int | None = None,
-        noise: str = "solve",
-        save_at: int | Sequence[int] | None = None,
-        options: Mapping[str, Any] | None = None,
-        on_failure: str = "warn",
-        progress: bool = False,
-        callback: Callable[[AcceptedStep], Any] | None = None,
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002
+        compile: Any = False,  # noqa: A002
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if callable(max_steps) and eval_max_steps is None:
+        super().__init__(keywords(fixed_point, "beta", "compile"), options)
+        if callable(self.max_steps) and eval_max_steps is None:
             raise ValueError(
                 "eval_max_steps must be a number where max_steps is a function, which may draw another one in every call: say "
                 "how many steps eval mode may make."
             )
-        self.f, self.init = f, init
-        self.learnable = Bounded(beta) if learn_beta else None
-        self.fixed_beta = beta
-        self.max_steps, self.eval_max_steps, self.tol, self.min_steps = max_steps, eval_max_steps, tol, min_steps
-        self.residual, self.stop, self.on_failure = residual, stop, on_failure
-        self.method, self.gradient, self.options = method, gradient, options
-        self.pair_dtype, self.anchor_every = pair_dtype, anchor_every
-        self.noise, self.save_at = noise, save_at
-        self.progress, self.callback = progress, callback
+        self.f, self.init, self.eval_max_steps = f, init, eval_max_steps
+        self.learnable, self.fixed_beta = Bounded(beta) if learn_beta else None, beta
         self.programs = compile  # a module's `compile` is a method
-        self.last: FixedPoint | None = None
 
     @property
     def beta(self) -> Any:
@@ -104,19 +110,8 @@ class RevDEQ(nn.Module):
         """
         if z0 is None:
             z0 = tree_map(torch.zeros_like, x) if self.init is None else self.init(x)
-        more = not self.training and self.eval_max_steps is not None
-        solution = fixed_point(
-            self.f,
-            z0,
-            args=(x, *args),
-            beta=self.beta,
-            max_steps=self.eval_max_steps if more else self.max_steps,  # type: ignore[arg-type]
-            full_output=True,
-            compile=self.programs,
-            **{name: getattr(self, name) for name in PASSED_ON},
-        )
-        self.last = replace(solution, z=tree_map(torch.Tensor.detach, solution.z))
-        return solution.z
+        more = {} if self.training or self.eval_max_steps is None else {"max_steps": self.eval_max_steps}
+        return self.solve(fixed_point, self.f, z0, args=(x, *args), beta=self.beta, compile=self.programs, **more)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, tol={self.tol}, max_steps={self.max_steps}, method={self.method!r}"
@@ -137,3 +132,41 @@ class Bounded(nn.Module):
 
     def forward(self) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(self.raw)
+
+
+class RevLoop(Layer):
+    """A layer that applies one block many times, or a list of blocks once each, and keeps no more for many than for few.
+
+    See `reversible_loop`, whose keywords it takes, among them the `scheme`: leapfrog (Chang et al. 2018), the coupling of a
+    RevNet (Gomez et al. 2017), momentum (Sander et al. 2021) or relaxation.
+
+    Args:
+        blocks: a module or function `f(x, *args)`, or a sequence of these.
+        num_steps: how often one block is applied; a call may say otherwise.
+        options: the other keywords of `reversible_loop`.
+
+    Attributes:
+        last: the `FixedPoint` of the latest call, its z detached: the last state and statistics.
+
+    Raises:
+        ValueError, TypeError: in a call, for what `reversible_loop` refuses; here for an unknown keyword.
+
+    Example:
+        >>> import torch
+        >>> from revsolve import RevLoop
+        >>> loop = RevLoop([torch.nn.Linear(3, 3) for _ in range(6)], scheme="momentum", momentum=0.8)
+        >>> loop(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, blocks: Any, num_steps: int | None = None, **options: Any) -> None:
+        super().__init__(keywords(reversible_loop), {"num_steps": num_steps, **options})
+        several = not is_one(blocks) and all(isinstance(block, nn.Module) for block in blocks)
+        self.blocks = nn.ModuleList(blocks) if several else blocks
+
+    def forward(self, x: Any, *args: Any, num_steps: int | None = None) -> Any:
+        """The state after all steps, like x; with `save_at` those asked for, stacked in front."""
+        return self.solve(reversible_loop, self.blocks, x, args=args, num_steps=num_steps or self.num_steps)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)

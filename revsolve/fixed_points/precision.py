@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Scalar, widest
 from revsolve.prepare.state import Packing
@@ -75,9 +75,10 @@ def computed_dtype(packing: Packing) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else packing.real_dtype
 
 
-def packed_beta(beta: Any, packing: Packing, real: torch.dtype) -> Scalar:
-    """beta as a number, or as a tensor that broadcasts against the packed state."""
-    leaves, spec = tree_flatten(beta)
+def packed_beta(beta: Any, packing: Packing, dtype: torch.dtype) -> Scalar:
+    """beta as a number, or as a tensor that broadcasts against the packed state, of the real dtype of this one."""
+    real = dtype.to_real() if dtype.is_complex else dtype
+    leaves = tree_leaves(beta)
     smallest, largest = math.inf, -math.inf
     for b in leaves:
         if not (isinstance(b, (int, float)) or (isinstance(b, Tensor) and b.is_floating_point())):
@@ -89,24 +90,13 @@ def packed_beta(beta: Any, packing: Packing, real: torch.dtype) -> Scalar:
     if len(leaves) == 1 and not isinstance(leaves[0], Tensor):
         return float(leaves[0])
     if packing.lone or (len(leaves) == 1 and leaves[0].ndim == 0):
-        return _fitting(leaves[0], packing.shapes[0] if packing.lone else torch.Size()).to(packing.device, real)
-    if spec != packing.spec:
-        raise ValueError(f"beta must be one number, or have the structure of z0, {packing.spec}, but it has {spec}.")
-    rows = []
-    for b, shape, size in zip(leaves, packing.shapes, packing.sizes, strict=True):
-        entries = _fitting(torch.as_tensor(b, device=packing.device), shape).to(real).expand(shape).reshape(-1)
-        rows.append(entries.repeat_interleave(size // entries.numel()))
-    return torch.cat(rows)
-
-
-def _fitting(beta: Tensor, shape: torch.Size) -> Tensor:
-    try:
-        fits = torch.broadcast_shapes(beta.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"beta of shape {tuple(beta.shape)} does not broadcast against a state of shape {tuple(shape)}: one number a channel "
-            "of images has shape (channels, 1, 1)."
-        )
-    return beta
+        shape = packing.shapes[0] if packing.lone else torch.Size()
+        if leaves[0].ndim > len(shape) or any(
+            n not in (1, m) for n, m in zip(leaves[0].shape[::-1], shape[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"beta of shape {tuple(leaves[0].shape)} does not broadcast against a state of shape {tuple(shape)}: one number "
+                "a channel of images has shape (channels, 1, 1)."
+            )
+        return leaves[0].to(packing.device, real)
+    return packing.spread(beta, "beta").to(real)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,24 +14,42 @@ from revsolve.prepare.state import Packing
 
 
 class ValueTerm:
-    """The value of `f(state, n)` in step n, in `dtype`, whatever those of the pair and of f are.
+    """The value of the f of each step, in `dtype`, whatever those of the pair and of f are.
 
-    one_draw: random numbers are drawn once a solve, not anew in every step. name: of f, in messages.
+    fs: one for all steps, or one for every step. one_draw: random numbers are drawn once a solve, not anew in every step.
+    name: of an f, in messages. residual: an f adds its value to its input.
     """
 
     def __init__(
-        self, f: Callable[[Any, int], Any], packing: Packing, dtype: torch.dtype, one_draw: bool = True, name: str = "f"
+        self,
+        fs: Sequence[Callable[..., Any]],
+        args: Any,
+        packing: Packing,
+        dtype: torch.dtype,
+        *,
+        num_steps: int,
+        one_draw: bool,
+        name: str = "f",
+        residual: bool = False,
     ) -> None:
-        self.f, self.packing, self.dtype, self.one_draw, self.name = f, packing, dtype, one_draw, name
-        self.alike = False
+        self.fs = [(f, takes_step(f)) for f in fs]
+        self.arguments = args if isinstance(args, tuple) else (args,)
+        self.packing, self.dtype, self.last, self.one_draw = packing, dtype, num_steps - 1, one_draw
+        self.name, self.residual, self.alike = name, residual, False
 
     def value(self, t: Time, x: Tensor) -> Tensor:
-        state = self.unpack(x)
-        out = self.f(state, int(t))
+        state, (f, numbered) = self.unpack(x), self.fs[0]
+        n = (
+            min(int(t), self.last) if numbered or len(self.fs) > 1 else 0
+        )  # it is also asked at the end of the last step
+        if len(self.fs) > 1:
+            f, numbered = self.fs[n]
+        out = f(state, *self.arguments, step=n) if numbered else f(state, *self.arguments)
         if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):
             self.packing.check_like(out, self.name)
             self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
-        return self.packing.pack(out).to(self.dtype)
+        out = self.packing.pack(out)
+        return (out - self.packing.pack(state) if self.residual else out).to(self.dtype)
 
     def control(self, t: Time, t0: Time, t1: Time) -> float:
         return 1.0
@@ -55,16 +72,3 @@ def takes_step(f: Callable[..., Any]) -> bool:
         return "step" in inspect.signature(f).parameters
     except (TypeError, ValueError):  # some callables have no signature
         return False
-
-
-def applied(f: Callable[..., Any], arguments: tuple[Any, ...], last: int) -> Callable[[Any, int], Any]:
-    """f as a function of the state and of the number of the step, which is at most `last`."""
-    return functools.partial(_with_step if takes_step(f) else _without_step, f, arguments, last)
-
-
-def _with_step(f: Callable[..., Any], arguments: tuple[Any, ...], last: int, z: Any, n: int) -> Any:
-    return f(z, *arguments, step=min(n, last))
-
-
-def _without_step(f: Callable[..., Any], arguments: tuple[Any, ...], last: int, z: Any, n: int) -> Any:
-    return f(z, *arguments)

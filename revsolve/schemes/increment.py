@@ -76,26 +76,11 @@ class OneEvaluation:
         return parts, parts if with_error else []
 
 
-@dataclass(frozen=True)
-class FieldValue:
-    """The increment of a term that knows no time: its value, asked for at time 0 in every step."""
+@dataclass(frozen=True, eq=False)
+class Given:
+    """No evaluation: a tensor, or zero."""
 
-    nodes = (0.0,)
-
-    @property
-    def ends_in_value(self) -> bool:
-        return False
-
-    def __call__(
-        self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
-    ) -> tuple[Combination, Combination]:
-        return frozen(term, x, 0.0, t0, t1), []
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """No increment: zero, without an evaluation."""
-
+    value: Tensor | None = None
     nodes = ()
 
     @property
@@ -105,7 +90,7 @@ class Nothing:
     def __call__(
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
     ) -> tuple[Combination, Combination]:
-        return [(1.0, torch.zeros_like(x))], []
+        return [(1.0, torch.zeros_like(x) if self.value is None else self.value.view_as(x))], []
 
 
 def _nonzero(row: tuple[float, ...]) -> tuple[Weight, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from revsolve.core.arithmetic import Scalar, Time, moment
 from revsolve.core.coupling import CouplingUpdate, Move, Scheme
 from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, is_halved, partial_sums
-from revsolve.schemes.increment import FieldValue, Nothing, OneEvaluation, RungeKutta
+from revsolve.schemes.increment import Given, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau, as_tableau
 
 Y, Z = 0, 1
@@ -170,15 +170,15 @@ class _MaskedRelaxation(CouplingUpdate):
         return 1.0 - gain, 0.0, gain
 
 
-def relaxation(beta: Scalar, active: Callable[[int], Tensor] | None = None, by_step: bool = False) -> Scheme:
+def relaxation(beta: Scalar, active: Callable[[int], Tensor] | None = None) -> Scheme:
     """The reversible fixed-point iteration of RevDEQ (McCallum, Arora & Foster 2025, arXiv 2509.12917).
 
         z = (1 - beta) z + beta f(y);    y = (1 - beta) y + beta f(z)
 
-    Two evaluations a step. beta is a number or a tensor that broadcasts against the state; with `active`, entries where it is
-    0 in a step stay as they are; `by_step`, f is asked at the number of the step.
+    Two evaluations a step, both at its number. beta is a number or a tensor that broadcasts against the state; with `active`,
+    entries where it is 0 in a step stay as they are.
     """
-    value = OneEvaluation(0.0) if by_step else FieldValue()
+    value = OneEvaluation(0.0)
     if active is None:
         update = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=value)
     else:
@@ -196,14 +196,15 @@ class _Started(CouplingUpdate):
         return self.keep, self.mix, self.first_gain if t0 == 0.0 else self.gain
 
 
-def two_step(name: str, keep: float, gain: float, first_gain: float, start: float | None = None) -> Scheme:
-    """y_{n+1} = y_n + v_{n+1} with v_{n+1} = keep v_n + gain f(y_n), in the first step with `first_gain`.
-
-    v_0 is the term's value at time `start`, or zero.
-    """
+def two_step(name: str, keep: float, gain: float, first_gain: float) -> Scheme:
+    """y_{n+1} = y_n + v_{n+1} with v_{n+1} = keep v_n + gain f(y_n), from v_0 = 0; in the step from time 0 with `first_gain`."""
     kick = _Started(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), first_gain=first_gain)
-    begin = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=Nothing() if start is None else OneEvaluation(start))
-    return Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (begin,), order=1)
+    return starting_from(None, Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (COPY,), order=1))
+
+
+def starting_from(z: Tensor | None, scheme: Scheme) -> Scheme:
+    """The scheme with this z at its start, None for zero."""
+    return replace(scheme, restart=(CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=Given(z)),))
 
 
 def _composed_name(name: str, order: int) -> str:

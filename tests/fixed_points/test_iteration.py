@@ -175,7 +175,7 @@ def test_a_field_that_differs_when_repeated_is_found_out() -> None:
         ({"stop": "samples"}, "stop must be one of"),
         ({"on_failure": "log"}, "on_failure must be one of"),
         ({"method": "broyden"}, "method must be one of"),
-        ({"gradient": "implicit"}, "gradient must be one of"),
+        ({"gradient": "unrolled"}, "gradient must be one of"),
         ({"method": "simple", "gradient": "reversible"}, "gradient must be one of"),
         ({"method": "simple", "anchor_every": 3}, "anchor_every=3 is for reversible, and has no"),
         ({"options": {"b_tol": 1e-3}}, "options=.* is for simple and relaxed and anderson"),

@@ -270,9 +270,9 @@ def plain(x: Tensor) -> Tensor:
         ),
         (lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", beta=1.0), ValueError, "beta is 0.0"),
         (
-            lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", last_steps=1),
+            lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", previous=x),
             ValueError,
-            "last_steps= has no meaning for scheme='relaxation'",
+            "previous= has no meaning for scheme='relaxation'",
         ),
         (
             lambda x: reversible_loop([plain, lambda x: x[:1]], x),
