@@ -26,13 +26,15 @@ def edge_of(x: Tensor) -> Edge:
     return node, number
 
 
-def boundary(
-    outputs: Iterable[Tensor | Edge], known: Iterable[Edge] = (), since: int = -1
-) -> tuple[list[Tensor], list[Edge]]:
-    """The leaves below `outputs`, and the edges into what was recorded before the node number `since`; `known` edges end a
-    path."""
-    leaves, old, seen = [], [], set(known)
-    stack: list[Edge] = [edge_of(x) if isinstance(x, Tensor) else x for x in outputs if not _constant(x)]
+def boundary(outputs: Iterable[Tensor | Edge], since: int = -1) -> tuple[list[Tensor], list[Edge]]:
+    """The leaves below `outputs`, and the edges into what was recorded before the node number `since`."""
+    leaves, old, seen = [], [], set()
+    stack: list[Edge] = []
+    for x in outputs:
+        if not isinstance(x, Tensor):
+            stack.append(x)
+        elif x.requires_grad:
+            stack.append(edge_of(x))
     while stack:
         edge = stack.pop()
         node = edge[0]
@@ -49,8 +51,19 @@ def boundary(
     return leaves, old
 
 
-def _constant(x: Tensor | Edge) -> bool:
-    return isinstance(x, Tensor) and not x.requires_grad
+def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the tensors was computed from another of them."""
+    stack = [edge for x in tensors if x.grad_fn is not None for edge in x.grad_fn.next_functions]
+    edges, seen = set(map(edge_of, tensors)), set()
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        if edge in edges:
+            return True
+        seen.add(edge)
+        stack.extend(edge[0].next_functions)
+    return False
 
 
 def inputs_of(call: Callable[[], Any]) -> dict[int, Tensor]:

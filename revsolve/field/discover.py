@@ -7,8 +7,9 @@ that nobody holds, a dispatch mode sees them in another call. What the graph nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from revsolve.field.autograd import Edge, boundary, edge_of, inputs_of
 from revsolve.field.functorch import num_nodes
 from revsolve.field.holders import Holdings, Place, changed
 
+REQUIRES_GRAD = attrgetter("requires_grad")
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 
 
@@ -32,54 +34,46 @@ class Found:
 
     tensors: list[Tensor]
     own_leaves: frozenset[Any]
-    places: list[tuple[Place, Any]]
+    places: list[Place]
 
 
-def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Sequence[Tensor], again: Any) -> Found:
-    """Record `call()`, whose results are differentiable; `own` are the solver's leaves. Further calls are made in the context
-    that `again()` gives."""
-    held = list(holdings.tensors.values())
+def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Tensor, again: Any) -> Found:
+    """Record `call()`, whose results are differentiable; `own` is the solver's leaf. Further calls are made in the context
+    `again`."""
+    held = holdings.tensors.values()
     plain = [x for x in held if not x.requires_grad]
-    birthday, outputs = _recorded(call)
-    _refuse_written(plain)
+    birthday, outputs = num_nodes(), call()
+    if any(map(REQUIRES_GRAD, plain)):
+        _refuse_written(plain)
     moved = changed(holdings.places)
-    kept = [x for _, _, x in moved if isinstance(x, Tensor) and x.grad_fn is not None]
+    kept = [x for _, x in moved if isinstance(x, Tensor) and x.grad_fn is not None] if moved else []
     if kept:  # if they are used again, later calls find them as results computed outside
-        with again():
-            birthday, outputs = _recorded(call)
+        with again:
+            birthday, outputs = num_nodes(), call()
     leaves, outside = boundary(outputs, since=birthday)
-    unused = holdings.listed | {id(then) for _, then, _ in moved}  # unless the call's graph ends there
-    found = {id(x): x for x in held if x.requires_grad and (x.is_leaf or id(x) not in unused)}
-    mine = {id(x) for x in own}
-    unheld = [x for x in leaves if id(x) not in found and id(x) not in mine]
-    made: list[Tensor] = []
+    found, unused = {}, holdings.listed.union(id(place.value) for place, _ in moved)
+    for x in held:
+        if x.requires_grad and (x.is_leaf or id(x) not in unused):  # unless the call's graph ends there
+            found[id(x)] = x
+    unheld = {id(x): x for x in leaves if x is not own and id(x) not in found}
     if unheld:  # is it there when the field is called again, or does the field make it?
-        with again():
-            there = {id(x) for x in boundary(_recorded(call)[1])[0]}
-        made = [x for x in unheld if id(x) not in there]
-        found |= {id(x): x for x in unheld if id(x) in there}
-    found |= {id(x): x for x in _intermediate(outside, [*held, *kept], call, again)}
-    gone = {id(place) for place, _, _ in moved}
-    return Found(
-        list(found.values()),
-        frozenset((x.shape, x.dtype) for x in made),
-        [(place, value) for place, value in holdings.places if id(place) not in gone],
-    )
-
-
-def _recorded(call: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
-    """The number of the call's first node, and its results."""
-    with torch.enable_grad():
-        return num_nodes(), call()
+        with again:
+            there = unheld.keys() & map(id, boundary(call())[0])
+        found |= {key: unheld.pop(key) for key in there}
+    if outside:
+        found |= {id(x): x for x in _intermediate(outside, [*held, *kept], call, again)}
+    gone = {id(place) for place, _ in moved} if moved else ()
+    places = [place for place in holdings.places if id(place) not in gone] if moved else holdings.places
+    return Found(list(found.values()), frozenset((x.shape, x.dtype) for x in unheld.values()), places)
 
 
 def _intermediate(
     outside: Sequence[Edge], held: Sequence[Tensor], call: Callable[[], Any], again: Any
 ) -> Iterator[Tensor]:
     """The tensors at these edges: among those held, or else among the inputs of the operations of another call."""
-    known = {edge_of(x): x for x in held if x.grad_fn is not None} if outside else {}
+    known = {edge_of(x): x for x in held if x.grad_fn is not None}
     if any(edge not in known for edge in outside):
-        with again(), torch.enable_grad():
+        with again:
             known |= {edge_of(x): x for x in inputs_of(call).values() if x.grad_fn is not None}
     for edge in outside:
         if edge not in known:
@@ -91,27 +85,27 @@ def _intermediate(
 
 
 def _refuse_written(tensors: Sequence[Tensor]) -> None:
-    """Raise if the field wrote what needs a gradient into a tensor of its own, which is left as it was found."""
-    written = [x for x in tensors if x.requires_grad]
+    """Raise: the field wrote what needs a gradient into a tensor of its own, which is left as it was found."""
+    written = list(filter(REQUIRES_GRAD, tensors))
     for x in written:
         x.detach_()
-    if written:
-        raise ValueError(
-            f"the field writes into a tensor of shape {tuple(written[0].shape)} that it keeps (a preallocated buffer), so that "
-            "all its values share the same memory: return a new tensor in every call."
-        )
+    raise ValueError(
+        f"the field writes into a tensor of shape {tuple(written[0].shape)} that it keeps (a preallocated buffer), so that "
+        "all its values share the same memory: return a new tensor in every call."
+    )
 
 
-@contextmanager
-def refusing_sharded_calls() -> Iterator[None]:
+def refusing_sharded_calls() -> AbstractContextManager[None]:
     """Raises ValueError if an FSDP module is called: one that is called again in the backward pass loses its gradient.
 
     FSDP reduces the gradients of a module when the backward pass leaves it, but those of a solve come after its last call.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        yield
-        return
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _refusing() if initialized else nullcontext()
 
+
+@contextmanager
+def _refusing() -> Iterator[None]:
     def refuse(module: nn.Module, args: Any) -> None:
         if SHARDED & {kind.__name__ for kind in type(module).__mro__}:
             raise ValueError(
@@ -124,19 +118,3 @@ def refusing_sharded_calls() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
-    """Whether one of the tensors was computed from another of them."""
-    edges = {edge_of(x) for x in tensors}
-    seen: set[Edge] = set()
-    stack = [edge for x in tensors if x.grad_fn is not None for edge in x.grad_fn.next_functions]
-    while stack:
-        edge = stack.pop()
-        if edge[0] is None or edge in seen:
-            continue
-        if edge in edges:
-            return True
-        seen.add(edge)
-        stack.extend(edge[0].next_functions)
-    return False

@@ -133,6 +133,8 @@ def of_every_sample(x: Tensor) -> Tensor:
 
 def numbers(x: Tensor) -> Any:
     """x.tolist(), which before torch 2.13 fails within a transform, even of a tensor that has nothing to do with it."""
+    if not (transformed() or exported()):
+        return x.tolist()
     if batched(x):
         raise ValueError(
             "times and knots must be the same for all samples inside torch.vmap: solve all samples as one state."
@@ -245,12 +247,14 @@ def version(x: Tensor) -> int:
     return -1 if x.is_inference() else getattr(x, "_version", -1)
 
 
-def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dictionaries of a module's own parameters and of its buffers, in which an assignment puts a new one; of a scripted
+def entries_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The dictionaries of a module's own parameters, buffers and children, in which an assignment puts a new one; of a scripted
     module copies, for it has none."""
-    entries = [vars(module).get(name, {}) for name in ("_parameters", "_buffers")]
-    own, buffers = (x if isinstance(x, dict) else dict(x.items()) for x in entries)
-    return own, buffers
+    if isinstance(module, torch.jit.ScriptModule):
+        own = module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children()
+        return dict(own[0]), dict(own[1]), dict(own[2])
+    entries = vars(module)
+    return entries["_parameters"], entries["_buffers"], entries["_modules"]
 
 
 def has_hooks(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term
-from revsolve.field.functorch import registered
+from revsolve.field.functorch import entries_of
 
 DEVICES = ("cpu", "cuda")
 
@@ -23,9 +23,9 @@ def capturing() -> bool:
 
 def autocast_state() -> Callable[[], AbstractContextManager[Any]]:
     """The autocast state of now, as a context for later."""
-    devices = DEVICES if torch.cuda.is_available() else DEVICES[:1]
-    states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    cache = torch.is_autocast_cache_enabled()
+    states, cache = [], torch.is_autocast_cache_enabled()
+    for device in DEVICES if torch.cuda.is_initialized() else DEVICES[:1]:
+        states.append((device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
 
     @contextmanager
     def again() -> Iterator[None]:
@@ -65,24 +65,22 @@ class Repeatable(Guarded):
     generators is left as it was. With `buffers`, every evaluation finds these as they were when the solve began.
     """
 
-    def __init__(self, term: Term, seed: int | None, devices: list[torch.device], buffers: Buffers | None) -> None:
+    def __init__(self, term: Term, seed: int | None, device: torch.device, buffers: Buffers | None) -> None:
         super().__init__(term)
-        self.seed, self.devices, self.buffers = seed, devices, buffers
+        self.seed, self.buffers = seed, buffers or nullcontext()
+        self.devices = [device] if device.type == "cuda" else []
         self.one_draw = getattr(term, "one_draw", False)
 
     def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
-        with ExitStack() as stack:
-            if self.buffers is not None:
-                stack.enter_context(self.buffers)
-            if self.seed is not None:
-                stack.enter_context(torch.random.fork_rng(self.devices))
-                seed = hash((self.seed, 0.0 if self.one_draw else float(t))) & 0x7FFF_FFFF_FFFF_FFFF
-                torch.default_generator.manual_seed(
-                    seed
-                )  # torch.manual_seed would reach devices whose state is not kept
-                for device in self.devices:
-                    with torch.cuda.device(device):
-                        torch.cuda.manual_seed(seed)
+        if self.seed is None:
+            with self.buffers:
+                return call(*args)
+        seed = hash((self.seed, 0.0 if self.one_draw else float(t))) & 0x7FFF_FFFF_FFFF_FFFF
+        with self.buffers, torch.random.fork_rng(self.devices):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices whose state is not kept
+            for device in self.devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             return call(*args)
 
 
@@ -93,15 +91,14 @@ class Buffers:
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
-        self.kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
-            (buffers, name, buffer, buffer.clone())
-            for module in modules
-            if module.training
-            for buffers in [registered(module)[1]]
-            for name, buffer in buffers.items()
-            if buffer is not None
-        ]
+        self.kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self.lenders: list[list[tuple[dict[str, Any], str, Tensor | None]]] = []
+        for module in modules:
+            if module.training:
+                buffers = entries_of(module)[1]
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        self.kept.append((buffers, name, buffer, buffer.clone()))
 
     def changed(self) -> Buffers:
         """Those that are not the same any more."""
@@ -121,6 +118,9 @@ class Buffers:
         left, taken = Buffers(), {id(buffer) for _, _, buffer, _ in others.kept}
         left.kept = [entry for entry in self.kept if id(entry[2]) not in taken]
         return left
+
+    def __contains__(self, x: Tensor) -> bool:
+        return any(x is buffer for _, _, buffer, _ in self.kept)
 
     def names(self) -> str:
         return ", ".join(dict.fromkeys(name for _, name, _, _ in self.kept))

@@ -99,7 +99,7 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
     if draws:
         with outside():
             seed = int(torch.randint(2**62, (), device="cpu"))
-        term = Repeatable(term, seed, [x0.device] if x0.device.type == "cuda" else [], None)
+        term = Repeatable(term, seed, x0.device, None)
     return Transformed(term, *free)
 
 

@@ -73,9 +73,7 @@ def prepare(
         _refuse_all_but_direct(chosen)
         gradient, followed = "direct", True
     if field is None:
-        field = pure(term, x, span, owners, gradient != "direct", t is not None)
-        field.start = (span[0], x0.detach())
-        field.coefficients = [c for c in scheme.tensors if c.requires_grad]
+        field = pure(term, x, span, owners, gradient != "direct", t is not None, scheme.tensors)
     undoes = gradient == "reversible"
     told: dict[str, Any] = {"explain": explain, "remedy": remedy if undoes else None}
     problem = Problem(

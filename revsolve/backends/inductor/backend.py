@@ -177,7 +177,7 @@ def _check(problem: Problem, x0: Tensor, source: TensorControl | None) -> None:
     if x0.device.type != "cpu":
         raise ValueError(f"compile= works on the CPU so far, but the state is on {x0.device}: {instead}.")
     field: Any = problem.field
-    if field.repeats or field.lent is not None:
+    if field.repeats or field.lent:
         raise ValueError(
             f"compile= needs a field that draws no random numbers and changes no buffers: call .eval() on it, or {instead}."
         )

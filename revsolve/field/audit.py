@@ -1,0 +1,116 @@
+"""Later evaluations held to what the first one showed: a dependence that would be lost is an error that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from revsolve.field.autograd import boundary, edge_of, leaf_at
+from revsolve.field.functorch import made_before, num_nodes
+
+
+class Expected(Protocol):
+    """What is known of a field: `tensors` are those outside that it depends on, `own_leaves` the shapes and dtypes of leaves
+    that it makes itself, `constants` other tensors that it may use, with versions, `coefficients` those of the scheme."""
+
+    tensors: tuple[Tensor, ...]
+    own_leaves: frozenset[Any]
+    constants: Sequence[tuple[Tensor, int]]
+    coefficients: Sequence[Tensor]
+
+
+class Audit:
+    """Holds recorded evaluations to what the first one showed: their graph ends at `tensors` and at what the solver hands in."""
+
+    def __init__(self, tensors: Sequence[Tensor], field: Expected) -> None:
+        self.field = field
+        self.known: set[Any] = set()  # nodes
+        self.some: set[Any] = set()  # edges to some of a node's results
+        self.spare: set[int] = set()
+        for x in tensors:
+            if x.requires_grad:
+                edge = edge_of(x)
+                if x.is_leaf:
+                    self.known.add(edge[0])
+                else:
+                    self.some.add(edge)
+        cached = torch.is_autocast_cache_enabled() and (
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        )
+        self.since = -1 if cached else num_nodes()  # what autocast cast before is used again, and may be
+
+    def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """Look for nodes of leaves that are not known, and for nodes older than the recording.
+
+        On the hot path (4 % of the gradient of a small field): one flat loop, in which a node stands for all its results but
+        where only some of these are known, and ages are asked only where a count of nodes is new.
+        """
+        state = own[0] if own else None
+        strangers: list[Any] = []
+        done, some = self.known.copy(), self.some
+        stack: list[Any] = []
+        for x in outputs:
+            stack.append(x.grad_fn)
+        while stack:
+            node = stack.pop()
+            if node is None or node in done:
+                continue
+            done.add(node)
+            further = node.next_functions
+            if further:
+                for edge in further:
+                    if edge[0] not in done and edge not in some:
+                        stack.append(edge[0])
+            elif state is None or getattr(node, "variable", None) is not state:
+                strangers.append(node)
+        if self.since >= 0:
+            now = num_nodes()
+            # nodes that were made and are not needed; another number where some are older
+            spare = now - self.since - len(done)
+            if spare not in self.spare:
+                older = [node for node in done - self.known if made_before(node, self.since)]
+                strangers += older
+                self.spare |= set() if older else {spare}
+            self.since = now  # what is recorded next is younger
+        if strangers:
+            self._explain(strangers, own)
+
+    def _explain(self, strangers: Sequence[Any], own: Sequence[Tensor]) -> None:
+        """Raise unless what is not known belongs to the solver, or is a leaf that the field makes in every call."""
+        leaves = [leaf for node in strangers if (leaf := leaf_at(node)) is not None]
+        computed = {edge_of(x)[0] for x in self.field.coefficients if x.requires_grad}
+        old = [(node, 0) for node in strangers if leaf_at(node) is None and node not in computed]
+        mine = {id(x) for x in own}
+        if old and any(id(x) not in mine or edge_of(x)[0] in self.known for x in boundary(old)[0]):
+            raise RuntimeError(
+                f"the field uses a value that it kept from an earlier call (a cache; by {old[0][0].name()}), whose gradient "
+                "would be lost: compute it in every call, or before the solve."
+            )
+        for leaf in leaves:
+            if id(leaf) not in mine and (leaf.shape, leaf.dtype) not in self.field.own_leaves:
+                raise self._judged(leaf)
+
+    def _judged(self, leaf: Tensor) -> RuntimeError:
+        if any(leaf is x for x, _ in self.field.constants):
+            return RuntimeError(
+                f"requires_grad of a tensor of shape {tuple(leaf.shape)} that the field uses was set since it was solved: set it "
+                "before the solve."
+            )
+        if any(leaf is x for x in self.field.tensors):
+            return RuntimeError(
+                f"the field hands a tensor of shape {tuple(leaf.shape)}, which has a hook or another tensor computed from it, to "
+                "a torch.autograd.Function or to scripted code, where no other can stand in for it: remove the hook, call torch "
+                "functions, or say gradient='direct'."
+            )
+        return lost(leaf)
+
+
+def lost(x: Tensor) -> RuntimeError:
+    """The error of a tensor that was not there when the field was first called."""
+    return RuntimeError(
+        f"the field depends on a tensor of shape {tuple(x.shape)} that it did not use when it was first called, so its gradient "
+        "would be lost: pass it through args=, or make the field an nn.Module that owns it."
+    )
