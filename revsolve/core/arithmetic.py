@@ -71,8 +71,8 @@ def linear(keep: Scalar, target: Tensor | None, mix: Scalar, source: Tensor) -> 
     A source narrower than the target is widened first, so that a sum has the same rounding whichever term is solved for.
     """
     own = target is not None and source.dtype is not target.dtype  # whether the result may take the place of the source
-    if target is not None:
-        source = source.to(target.dtype)
+    if own:
+        source = source.to(target.dtype)  # type: ignore[union-attr]
     if keep.__class__ is not float or mix.__class__ is not float:
         out = None if target is None else target if equals(keep, 1.0) else keep * target
         return out if equals(mix, 0.0) else scaled_add(out, source, mix)

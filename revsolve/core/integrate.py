@@ -71,7 +71,7 @@ def march(
     pair: Pair = (problem.widened(y0), None)
     if (first := problem.field.take_first()) is not None:
         memo.num_evaluations = 1
-        memo.latest = memo.latest if torch.is_grad_enabled() else (pair[0], *first)
+        memo.latest = (pair[0], *first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
     policy, scheme = policy_of(problem, stepper, memo), problem.scheme
     ys = [y0] if grid.outputs[0] == 0 else []

@@ -112,12 +112,12 @@ class Problem:
     gradient: str
     restarts: Restarting | None
     stats: Stats
-    explain: Callable[[float, Tensor], str] = lambda t, y: f"the state is not finite after t = {t}"
+    explain: Callable[[float, Tensor], str]
     anchor_every: int | None = None
     state_dtype: torch.dtype | None = None
     pair_dtype: torch.dtype | None = None
     rounding: float | None = None
-    remedy: str = "restart more often (restarts=8, say), use a wider dtype"
+    remedy: str = ""
     readable: bool = True
     followed: bool = False
     operation: Callable[[Problem], Any] | None = None

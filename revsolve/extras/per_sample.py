@@ -158,7 +158,7 @@ def steps_for_samples(
             "options={'step_size': ...}."
         )
     with torch.no_grad():
-        return choose_steps(times, options, term, ivp.x0, lambda constructor: constructor, (), discontinuities)
+        return choose_steps(times, options, term, ivp.x0, discontinuities=discontinuities)
 
 
 def refuse_options(given: Container[str]) -> None:

@@ -53,7 +53,9 @@ def solve_at(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
     foreseen = None if grid is None or moving is not None or options.one_sided else grid.times
     posed = ivp.pose(ivp.clock(), foreseen)
     first = times if grid is None else grid.times
-    problem = problem_of(ivp, posed, first, watched_steps(make, ivp, abs(times[-1] - times[0])), moving)
+    if options.progress or options.callback is not None:
+        make = watched_steps(make, ivp, abs(times[-1] - times[0]))
+    problem = problem_of(ivp, posed, first, make, moving, num_steps=None if grid is None else grid.num_steps)
     xs = solve(problem, ivp.x0, moving)
     warn_of_indistinct(problem.stats.times, ivp.packing.real_dtype)
     return Solution(as_tensor(t), ivp.results(xs, 1), problem.stats, list(problem.stats.times))

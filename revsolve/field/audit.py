@@ -27,16 +27,12 @@ class Audit:
 
     def __init__(self, tensors: Sequence[Tensor], field: Expected) -> None:
         self.field = field
-        self.known: set[Any] = set()  # nodes
+        self.known = set(map(id, tensors))
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
         for x in tensors:
-            if x.requires_grad:
-                edge = edge_of(x)
-                if x.is_leaf:
-                    self.known.add(edge[0])
-                else:
-                    self.some.add(edge)
+            if not x.is_leaf:
+                self.some.add(edge_of(x))
         cached = torch.is_autocast_cache_enabled() and (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
@@ -50,7 +46,8 @@ class Audit:
         """
         state = own[0] if own else None
         strangers: list[Any] = []
-        done, some = self.known.copy(), self.some
+        done: set[Any] = set()
+        known, some = self.known, self.some
         stack: list[Any] = []
         for x in outputs:
             stack.append(x.grad_fn)
@@ -64,14 +61,16 @@ class Audit:
                 for edge in further:
                     if edge[0] not in done and edge not in some:
                         stack.append(edge[0])
-            elif state is None or getattr(node, "variable", None) is not state:
-                strangers.append(node)
+            else:
+                leaf = getattr(node, "variable", None)
+                if id(leaf) not in known and (leaf is None or leaf is not state):
+                    strangers.append(node)
         if self.since >= 0:
             now = num_nodes()
             # nodes that were made and are not needed; another number where some are older
             spare = now - self.since - len(done)
             if spare not in self.spare:
-                older = [node for node in done - self.known if made_before(node, self.since)]
+                older = [node for node in done if made_before(node, self.since)]
                 strangers += older
                 self.spare |= set() if older else {spare}
             self.since = now  # what is recorded next is younger
@@ -84,7 +83,7 @@ class Audit:
         computed = {edge_of(x)[0] for x in self.field.coefficients if x.requires_grad}
         old = [(node, 0) for node in strangers if leaf_at(node) is None and node not in computed]
         mine = {id(x) for x in own}
-        if old and any(id(x) not in mine or edge_of(x)[0] in self.known for x in boundary(old)[0]):
+        if old and any(id(x) not in mine or id(x) in self.known for x in boundary(old)[0]):
             raise RuntimeError(
                 f"the field uses a value that it kept from an earlier call (a cache; by {old[0][0].name()}), whose gradient "
                 "would be lost: compute it in every call, or before the solve."

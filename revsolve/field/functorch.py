@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -131,13 +132,14 @@ def of_every_sample(x: Tensor) -> Tensor:
         return x.detach()
 
 
-def numbers(x: Tensor) -> Any:
+def numbers(x: Tensor, name: str = "a time or knot") -> Any:
     """x.tolist(), which before torch 2.13 fails within a transform, even of a tensor that has nothing to do with it."""
     if not (transformed() or exported()):
         return x.tolist()
     if batched(x):
         raise ValueError(
-            "times and knots must be the same for all samples inside torch.vmap: solve all samples as one state."
+            f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
+            "odeint with t of shape (T, batch)."
         )
     with outside():
         return of_every_sample(x).tolist()
@@ -240,6 +242,10 @@ def num_nodes() -> int:
 def made_before(node: Any, number: int) -> bool:
     """Whether a node of the autograd graph was made before `num_nodes()` was that number."""
     return hasattr(node, "_sequence_nr") and node._sequence_nr() < number
+
+
+# As `version`, where x is no inference tensor.
+version_of: Callable[[Tensor], int] = attrgetter("_version") if hasattr(Tensor, "_version") else lambda x: -1
 
 
 def version(x: Tensor) -> int:

@@ -217,8 +217,8 @@ def pure(
     records = torch.is_grad_enabled()
     held = differentiates and records
     versions = [(x, version(x)) for x in holdings.tensors.values() if not x.requires_grad] if held else []
-    opening = Opening(term, span, leaf_of(x0) if records else x0.detach())
-    first = partial(discover, opening, holdings, opening.x, buffers) if records else opening
+    opening = Opening(term, span, leaf_of(x0) if held else x0 if records else x0.detach())
+    first = partial(discover, opening, holdings, opening.x, buffers) if held else opening
     before = () if captured else random_state(device)
     with refusing_sharded_calls() if held else nullcontext():
         found, draws = drawing(first) if captured else (first(), _drew(before, opening, buffers))
@@ -238,11 +238,11 @@ def pure(
         term = Repeatable(term, seed, device, changing if matters else None)
     tensors = found.tensors if isinstance(found, Found) else []
     wanted = moving or x0.requires_grad or bool(tensors)
-    field = Pure(Constant(term) if records and not wanted else term, tensors)
+    field = Pure(Constant(term) if held and not wanted else term, tensors)
     field.repeats, field.coefficients, field.opening = repeats, coefficients, opening
     field.lent = NO_BUFFERS if matters else changing
     if not repeats and not changing:
-        field.first = (span[0], tree_map_only(Tensor, Tensor.detach, value))
+        field.first = (span[0], tree_map_only(Tensor, Tensor.detach, value) if held else value)
     if held and wanted and isinstance(found, Found):
         field.own_leaves, field.places = found.own_leaves, found.places
         field.random = () if draws else before

@@ -48,7 +48,8 @@ def random_state(device: torch.device) -> tuple[Tensor, ...]:
 
 def same_random_state(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     """Whether nothing was drawn between the two."""
-    return all(map(torch.equal, one, other))
+    words = torch.int64  # a quarter of the time that bytes take
+    return all(torch.equal(a.view(words), b.view(words)) for a, b in zip(one, other, strict=True))
 
 
 def set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:

@@ -29,25 +29,25 @@ EXACT = torch.finfo(torch.float64).eps
 def choose_steps(
     times: list[float],
     options: SolverOptions,
-    term: Term,
+    term: Term | None,
     x0: Tensor,
-    constructed: Callable[[Callable[..., Any]], Any],
+    constructed: Sequence[Any] = (),
     knots: Sequence[float] = (),
     discontinuities: Sequence[float] = (),
     rounding: float = EXACT,
 ) -> Callable[[], Stepper]:
     """Adaptive steps, which land on the discontinuities, or the fixed ones that are asked for, by default from knot to knot.
 
-    `constructed` calls the user's grid_constructor with the arguments that it expects; `rounding` is that of the times.
+    `term` tells adaptive steps rates of change; `constructed` are the arguments of a grid_constructor, `rounding` that of times.
     """
     if options.adaptive:
+        assert term is not None
         return adaptive_grid(times, options, term, x0, discontinuities)
     check_fixed(options)
     targets, jumps = (*options.step_t, *options.jump_t), options.one_sided
     if options.grid_constructor is not None:
-        return given_grid(
-            times, check_times(constructed(options.grid_constructor), "grid_constructor(...)"), targets, jumps
-        )
+        points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
+        return given_grid(times, points, targets, jumps)
     if knots and options.step_size is None:
         return knot_grid(times, knots, x0.real.dtype, targets, jumps)
     return fixed_grid(times, options.step_size, options.scheme.name, rounding, targets, jumps)
@@ -77,7 +77,7 @@ def fixed_grid(
     `rounding` is that of the times, relative to the largest: a step may be that much longer than asked for. So it may be by
     `longer`, relative to it, where the excess over so many whole steps is less than half of one.
     """
-    ends = with_targets(times, targets)
+    ends = with_targets(times, targets) if targets else times
     if step_size is None and len(ends) == 2:
         warn(
             f"method {method!r} takes fixed steps, and without a step size it takes a single one from each time to the next: "
@@ -87,7 +87,9 @@ def fixed_grid(
     slack = rounding * max(map(abs, times))
     for a, b in itertools.pairwise(ends):
         n = 1 if step_size is None else num_steps(abs(b - a), step_size, slack, longer)
-        points += [a + (b - a) * (i / n) for i in range(1, n)] + [b]
+        for i in range(1, n):
+            points.append(a + (b - a) * (i / n))
+        points.append(b)
     return on_points(points, times, targets, jumps)
 
 
@@ -99,8 +101,6 @@ def num_steps(span: float, step_size: float, slack: float, longer: float = 0.0) 
 
 def with_targets(times: list[float], targets: Sequence[float]) -> list[float]:
     """The times, and the targets between the first and the last of them, in order."""
-    if not targets:
-        return times
     lowest, highest = sorted((times[0], times[-1]))
     return sorted({*times, *(s for s in targets if lowest < s < highest)}, reverse=times[-1] < times[0])
 
@@ -111,9 +111,9 @@ def on_points(
     """Steps from each point to the next; the times are among the points."""
     place = dict(zip(points, range(len(points)), strict=True))
     outputs = list(map(place.__getitem__, times))
-    fixed = [place[s] for s in pinned if s in place]
-    one_sided = [place[s] for s in jumps if s in place]
-    return lambda: FixedGrid(list(points), list(outputs), fixed, one_sided)
+    fixed = [place[s] for s in pinned if s in place] if pinned else ()
+    one_sided = [place[s] for s in jumps if s in place] if jumps else ()
+    return functools.partial(FixedGrid, points, outputs, fixed, one_sided)
 
 
 def knot_grid(
@@ -302,21 +302,17 @@ def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> s
     return None
 
 
-def explain(term: Term) -> Callable[[float, Tensor], str]:
+def explain(term: Term, t: float, x: Tensor) -> str:
     """Why the state stopped being finite, in words."""
-
-    def explained(t: float, x: Tensor) -> str:
-        with torch.no_grad():
-            value, _ = term.product(term.value(t, x), term.control(t, t, t))
-        if not bool(torch.isfinite(value).all()):
-            return explain_field(t, x, value)
-        size = float(torch.linalg.vector_norm(x, ord=math.inf))
-        return (
-            f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
-            "long for the method (take smaller ones), or the solution itself grows without bound."
-        )
-
-    return explained
+    with torch.no_grad():
+        value, _ = term.product(term.value(t, x), term.control(t, t, t))
+    if not bool(torch.isfinite(value).all()):
+        return explain_field(t, x, value)
+    size = float(torch.linalg.vector_norm(x, ord=math.inf))
+    return (
+        f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
+        "long for the method (take smaller ones), or the solution itself grows without bound."
+    )
 
 
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,10 +72,11 @@ class InitialValueProblem:
 
 def steps_to(ivp: InitialValueProblem, times: list[float], t: Any) -> Callable[[], Stepper]:
     """Steps to each of the times, as the options ask for them."""
-    construct = lambda constructor: constructor(*ivp.constructor_arguments, t)  # noqa: E731
-    term = ivp.pose(ivp.clock(), None).term if ivp.rates is None else ivp.rates
+    options, arguments, term = ivp.options, (*ivp.constructor_arguments, t), ivp.rates
+    if options.adaptive and term is None:
+        term = ivp.pose(ivp.clock(), None).term
     with torch.no_grad():
-        return choose_steps(times, ivp.options, term, ivp.x0, construct, ivp.knots, ivp.discontinuities, resolution(t))
+        return choose_steps(times, options, term, ivp.x0, arguments, ivp.knots, ivp.discontinuities, resolution(t))
 
 
 def moving_clock(ivp: InitialValueProblem, t: Any, start: float, end: float) -> Clock:
@@ -97,8 +99,9 @@ def problem_of(
     make_stepper: Callable[[], Stepper],
     t: Tensor | None = None,
     rates: Term | None = None,
+    num_steps: int | None = None,
 ) -> Problem:
-    """What the engine takes. t: the times where these have a gradient; rates: see `InitialValueProblem`."""
+    """What the engine takes. t: the times where these have a gradient; rates: see `InitialValueProblem`; num_steps: if known."""
     options = ivp.options
     return prepare(
         posed.term,
@@ -110,7 +113,8 @@ def problem_of(
         make_stepper,
         options.gradient,
         options.restarts,
-        explain=explain(rates or ivp.rates or posed.term),
+        explain=partial(explain, rates or ivp.rates or posed.term),
         compile=options.compile,
         source=ivp.source(posed.term) if options.compile and ivp.source else None,
+        num_steps=num_steps,
     )

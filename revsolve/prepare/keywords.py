@@ -37,7 +37,7 @@ def explains_keywords(door: Door) -> Door:
 
     @functools.wraps(door)
     def checked(*args: Any, **keywords: Any) -> Any:
-        for name in [name for name in keywords if name in unknown]:
+        for name in unknown.intersection(keywords) if keywords else ():
             if keywords.pop(name) is not None:
                 raise TypeError(f"{door.__name__} has no keyword {name!r}: {ELSEWHERE[name]}.")
         return door(*args, **keywords)

@@ -20,6 +20,8 @@ from revsolve.prepare.options import check_choice
 from revsolve.restarts.growth import Restarts
 
 GRADIENTS = ("reversible", "checkpoint", "direct")
+FEW = 2  # steps that are no more than their checkpoints
+REMEDY = "restart more often (restarts=8, say), use a wider dtype"
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
 
 
@@ -41,6 +43,7 @@ def prepare(
     remedy: str | None = None,
     compile: Any = False,  # noqa: A002
     source: Any = None,
+    num_steps: int | None = None,
 ) -> Problem:
     """Everything the engine needs, found by a first call of the term over `span`.
 
@@ -52,8 +55,11 @@ def prepare(
         rounding: that of the field, where it is coarser than the state's.
         remedy: advice where undoing the steps is too inaccurate.
         compile: what `compile=` says; `source` is what drives the term, such as noise.
+        num_steps: the number of steps, where it is known beforehand.
     """
     chosen, gradient = gradient, _gradient(gradient, scheme)
+    if chosen is None and gradient == "checkpoint" and (num_steps or FEW + 1) <= FEW and t is None and not compile:
+        gradient = "direct"
     if not scheme.reversible and restarts not in ("auto", None):
         raise ValueError(
             f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
@@ -75,7 +81,6 @@ def prepare(
     if field is None:
         field = pure(term, x, span, owners, gradient != "direct", t is not None, scheme.tensors)
     undoes = gradient == "reversible"
-    told: dict[str, Any] = {"explain": explain, "remedy": remedy if undoes else None}
     problem = Problem(
         scheme,
         field,
@@ -83,20 +88,26 @@ def prepare(
         gradient,
         _blind(restarts) if followed or not readable else restarts,
         Stats(),
+        explain or not_finite,
         anchor_every=anchor_every() if undoes and anchor_every else None,
         state_dtype=None if pair_dtype is None else x0.dtype,
         pair_dtype=pair_dtype,
         rounding=rounding if undoes else None,
+        remedy=remedy or REMEDY,
         readable=readable,
         followed=followed,
         operation=operation,
-        **{name: value for name, value in told.items() if value is not None},
     )
     if not compile:
         return problem
     from revsolve.backends.inductor.backend import compiled  # importing what compiles takes longer than many solves
 
     return compiled(problem, compile, x0, t, source)
+
+
+def not_finite(t: float, y: Tensor) -> str:
+    """The message where the state stopped being finite."""
+    return f"the state is not finite after t = {t}"
 
 
 def values_hidden() -> bool:

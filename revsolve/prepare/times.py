@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import OneSided, Time
 from revsolve.core.caller import warn
-from revsolve.field.functorch import batched, numbers, version, wrapped
+from revsolve.field.functorch import numbers, version_of, wrapped
 from revsolve.field.repeat import capturing
 
 REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
@@ -31,12 +31,7 @@ def check_times(t: Any, name: str = "t") -> list[float]:
             raise ValueError(
                 f"{name} is on the GPU, where a CUDA graph under capture cannot read it: give a list or {name}.cpu()."
             )
-        if batched(t):
-            raise ValueError(
-                f"{name} must be the same for all samples inside torch.vmap: solve all samples as one state outside of it, in "
-                "odeint with t of shape (T, batch)."
-            )
-        times = numbers(t)
+        times = numbers(t, name)
     else:
         try:
             times = [float(s) for s in t]
@@ -50,8 +45,7 @@ def check_times(t: Any, name: str = "t") -> list[float]:
     for i, s in enumerate(times):
         if not math.isfinite(s):
             raise ValueError(f"{name} must be finite, but {name}[{i}] = {s}.")
-    for i in range(1, len(times)):
-        if (times[i] - times[i - 1]) * (times[-1] - times[0]) <= 0:
+        if i and (s - times[i - 1]) * (times[-1] - times[0]) <= 0:
             remedy = "drop the repeated time" if times[i] == times[i - 1] else "sort the times"
             raise ValueError(
                 f"{name} must be strictly monotone, but {name}[{i}] = {times[i]} follows {name}[{i - 1}] = {times[i - 1]}: "
@@ -72,6 +66,7 @@ class Clock:
         self.dtype, self.device = dtype, device
         self.shift = None if shift is None else shift.to(device, dtype)
         self.recent: dict[float, Tensor] = {}
+        self.traced = torch.compiler.is_compiling()
 
     def __call__(self, t: Time) -> Tensor:
         now: Tensor | None
@@ -79,7 +74,7 @@ class Clock:
             now = t.to(self.device, self.dtype)
         else:
             now = self.recent.get(t)
-            if now is None or not (torch.compiler.is_compiling() or version(now) == 0):  # fields may change theirs
+            if now is None or not (self.traced or version_of(now) == 0):  # fields may change theirs
                 now = self._constant(t)
         return now if self.shift is None else now + self.shift
 
@@ -93,7 +88,7 @@ class Clock:
         made = torch.full((), t, dtype=self.dtype, device=self.device)
         made = next_to(made, t.side) if isinstance(t, OneSided) else made
         # That of a transform ends before the solve does, and one of inference mode does not tell whether a field changed it.
-        if torch.compiler.is_compiling() or not (wrapped(made) or made.is_inference()):
+        if self.traced or not (made.is_inference() or wrapped(made)):
             self.recent[t] = made
         return made
 
