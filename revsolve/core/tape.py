@@ -160,7 +160,8 @@ Differentiate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
 class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
-    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32.
+    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32. There is
+    none before the first gradient: those of 64 layers, each used once, are not all needed when memory is at its peak.
     Leaves are of the dtype `narrow`, where the pair's is wider. `differentiate` takes the products.
     """
 
@@ -179,12 +180,22 @@ class Tape:
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.dtypes = {x.dtype for x in self.tensors}
         self.audit = audit
-        self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors]
+        self._sums: list[Tensor | None] = [None for _ in self.tensors]
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
         self.source: Tensor | None = None
         self.leaf: Tensor | None = None
         self._forget()
+
+    @property
+    def sums(self) -> list[Tensor]:
+        return [self._sum(i) for i in range(len(self.tensors))]
+
+    def _sum(self, i: int) -> Tensor:
+        total, x = self._sums[i], self.tensors[i]
+        if total is None:
+            self._sums[i] = total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        return total
 
     def _forget(self) -> None:
         self.member, self.source, self.leaf = None, None, None
@@ -250,9 +261,9 @@ class Tape:
         for i, grad in enumerate(grads):
             if grad is not None:
                 try:
-                    self.sums[i].add_(grad, alpha=weight)
+                    self._sum(i).add_(grad, alpha=weight)
                 except RuntimeError:  # a batch of cotangents (is_grads_batched=True) fits into no sum of one
-                    self.sums[i] = scaled_add(self.sums[i], grad, weight)
+                    self._sums[i] = scaled_add(self._sum(i), grad, weight)
 
 
 def vector_jacobian_product(
