@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import plus
-
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
 NAMES = {
@@ -61,7 +59,7 @@ class SDE:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What the rest of the package knows of an SDE. `apart` are f and g by themselves, where each can be had cheaply."""
+    """An SDE as the rest of the package knows it. `apart` are f and g by themselves, where each can be had cheaply."""
 
     f_and_g: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
     apart: tuple[Field, Field] | None
@@ -74,6 +72,16 @@ class Coefficients:
     @property
     def diagonal(self) -> bool:
         return self.noise_type == "diagonal"
+
+    def product(self, g: Any, v: Tensor) -> Tensor:
+        """g . v"""
+        if self.product_only:
+            return g(v)
+        if self.noise_type == "diagonal":
+            return g * v
+        if self.noise_type == "scalar":
+            return g.squeeze(-1) * v
+        return torch.matmul(g, v.unsqueeze(-1)).squeeze(-1)
 
 
 def check_types(sde: Any) -> None:
@@ -94,23 +102,40 @@ def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | 
     spelt = _spelling(sde, names)
     found = {ours: getattr(sde, name) for ours, name in spelt.items() if getattr(sde, name, None) is not None}
     f, g, both = found.get("f"), found.get("g"), found.get("f_and_g")
-    kind = (sde.noise_type, sde.sde_type)
-    prior = found.get("h")
+    kind = (found.get("h"), sde.noise_type, sde.sde_type)
     if both is not None:
-        return Coefficients(both, (f, g) if f and g else None, prior, *kind, joint=True)
-    if f is not None and g is not None:
-        return Coefficients(lambda t, y: (f(t, y), g(t, y)), (f, g), prior, *kind)
-    product = _noise_product(found)
-    if product is None or not (f or "f_and_g_prod" in found):
+        return Coefficients(both, (f, g) if f and g else None, *kind, joint=True)
+    only = False
+    if f is None or g is None:
+        f, g, only = _from_products(sde, found, num_channels)
+    return Coefficients(lambda t, y: (f(t, y), g(t, y)), (f, g), *kind, product_only=only)
+
+
+def _from_products(sde: Any, found: dict[str, Any], num_channels: int | None) -> tuple[Field, Field, bool]:
+    """f, g and whether g stays a product: diagonal and scalar diffusions are their products with ones, others are put together
+    from columns where their entries are needed."""
+    f: Any = found.get("f")
+    both: Any = found.get("f_and_g_prod")
+    product, noise = found.get("g_prod"), sde.noise_type
+    if not (both or (f and product)):
         raise ValueError(
             f"the SDE, a {type(sde).__name__}, needs a drift and a diffusion: define f and g, f_and_g, f and g_prod, or "
             f"f_and_g_prod (it has {', '.join(found) or 'none of them'}), or say what they are called with names=..."
         )
-    num_channels = 1 if sde.noise_type == "scalar" else num_channels
-    if num_channels is None and sde.noise_type != "diagonal":
+    num_channels = 1 if noise == "scalar" else num_channels
+    if num_channels is None and noise != "diagonal":
         raise ValueError("the number of noise channels is not known from g_prod alone: pass bm, or define g.")
-    drift = f or _drift_of(found["f_and_g_prod"], num_channels)
-    return _from_products(drift, product, prior, kind, num_channels)
+    if product is None:
+        product = lambda t, y, v: both(t, y, v)[1]  # noqa: E731
+    if f is None:
+        f = lambda t, y: both(t, y, y.new_zeros(*y.shape[:-1], num_channels or y.shape[-1]))[0]  # noqa: E731
+    if noise == "diagonal":
+        return f, lambda t, y: product(t, y, torch.ones_like(y)), False
+    if noise == "scalar":
+        return f, lambda t, y: product(t, y, torch.ones_like(y[..., :1])).unsqueeze(-1), False
+    if "h" in found or (noise, sde.sde_type) == ("general", "ito"):
+        return f, lambda t, y: _columns(product, t, y, num_channels or 1), False
+    return f, lambda t, y: Product(product, t, y), True
 
 
 def check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> None:
@@ -129,32 +154,6 @@ def check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> No
         raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")
 
 
-def contraction(noise_type: str, product_only: bool) -> Callable[[Any, Tensor], Tensor]:
-    """g . v as a function of g and v."""
-    if product_only:
-        return lambda g, v: g(v)
-    if noise_type == "diagonal":
-        return torch.mul
-    if noise_type == "scalar":
-        return lambda g, v: g.squeeze(-1) * v
-    return lambda g, v: torch.matmul(g, v.unsqueeze(-1)).squeeze(-1)
-
-
-def increment(noise_type: str, product_only: bool) -> Callable[[Tensor, Any, Any, Tensor], Tensor]:
-    """f h + g . dW as a function of f, h, g and dW, in as few kernels as there are. h is a number, or one for each sample."""
-    if noise_type == "diagonal" and not product_only:
-        return lambda f, h, g, dW: torch.addcmul(f * h, g, dW)
-    if noise_type == "scalar" and not product_only:
-        return lambda f, h, g, dW: torch.addcmul(f * h, g.squeeze(-1), dW)
-    multiply = contraction(noise_type, product_only)
-
-    def general(f: Tensor, h: Any, g: Any, dW: Tensor) -> Tensor:
-        noise = multiply(g, dW)
-        return torch.addcmul(noise, f, h) if isinstance(h, Tensor) else plus(noise, f, h)
-
-    return general
-
-
 def _spelling(sde: Any, names: Mapping[str, str] | None) -> dict[str, str]:
     spelt = {ours: ours for ours in NAMES.values()}
     for key, name in (names or {}).items():
@@ -166,39 +165,6 @@ def _spelling(sde: Any, names: Mapping[str, str] | None) -> dict[str, str]:
             )
         spelt[NAMES[key]] = name
     return spelt
-
-
-def _noise_product(found: Mapping[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """g_prod(t, y, v) from whichever of the methods exists."""
-    if "g_prod" in found:
-        return found["g_prod"]
-    both = found.get("f_and_g_prod")
-    return None if both is None else lambda t, y, v: both(t, y, v)[1]
-
-
-def _drift_of(both: Callable[..., Any], num_channels: int | None) -> Field:
-    return lambda t, y: both(t, y, y.new_zeros(*y.shape[:-1], num_channels or y.shape[-1]))[0]
-
-
-def _from_products(
-    f: Field,
-    product: Callable[[Tensor, Tensor, Tensor], Tensor],
-    prior: Field | None,
-    kind: tuple[str, str],
-    num_channels: int | None,
-) -> Coefficients:
-    """Diagonal and scalar diffusions are their products with ones; others stay products, unless their entries are needed."""
-    entries_needed = kind == ("general", "ito") or prior is not None
-    only = kind[0] in ("additive", "general") and not entries_needed
-
-    def g(t: Tensor, y: Tensor) -> Any:
-        if kind[0] == "diagonal":
-            return product(t, y, torch.ones_like(y))
-        if kind[0] == "scalar":
-            return product(t, y, torch.ones_like(y[..., :1])).unsqueeze(-1)
-        return Product(product, t, y) if only else _columns(product, t, y, num_channels or 1)
-
-    return Coefficients(lambda t, y: (f(t, y), g(t, y)), (f, g), prior, *kind, product_only=only)
 
 
 class Product:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,85 +16,73 @@ from revsolve.field.functorch import dual_numbers, followed_innermost, transform
 Fields = Callable[[Tensor], tuple[Tensor, Tensor]]  # y -> (f, g)
 
 
-class Derivative(Protocol):
-    """Products with the Jacobian J of g at y; None where g does not depend on y."""
-
-    @property
-    def g(self) -> Tensor: ...
-    @property
-    def y(self) -> Tensor: ...
-
-    def pull(self, cotangent: Tensor) -> Tensor | None:
-        """J^T cotangent, shaped like y."""
-        ...
-
-    def push(self, tangent: Tensor) -> Tensor | None:
-        """J tangent, shaped like g."""
-        ...
-
-
 def differentiated(fields: Fields, x: Tensor, record: bool) -> tuple[Tensor, Derivative]:
     """f and the derivative of g at x, from one call; functions of all they depend on where `record`, else constant."""
     own = not (record and x.requires_grad)
     if not torch.compiler.is_compiling() and (transformed() or dual_numbers() or (record and own)):
-        return _functional(fields, x)  # which leaves no trace of a leaf of our own
+        return _by_transform(fields, x)  # which leaves no trace of a leaf of our own
     with torch.enable_grad():
         y = leaf_of(x) if own else x
         f, g = fields(y)
         _check_tensor(g)
-    return (f if record else f.detach()), _Recorded(g if record else g.detach(), y, g, record)
+    return (f if record else f.detach()), Derivative(g if record else g.detach(), y, g, record)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """By autograd."""
+class Derivative:
+    """Products with the Jacobian J of g at y; None where g does not depend on y."""
 
-    g: Tensor
-    y: Tensor
-    history: Tensor  # g as it was computed
-    record: bool
+    def __init__(self, g: Tensor, y: Tensor, history: Tensor, record: bool) -> None:
+        self.g, self.y, self.history, self.record = g, y, history, record
 
     def pull(self, cotangent: Tensor) -> Tensor | None:
+        """J^T cotangent, shaped like y."""
         return self._pull(cotangent, self.record)
 
     def push(self, tangent: Tensor) -> Tensor | None:
-        """The derivative of the vector-Jacobian product, which is linear in its cotangent.
-
-        The cotangent is a zero computed from g: autograd looks for what was made after its inputs only, and a leaf would let it
-        look through the whole history of y.
-        """
-        with torch.enable_grad():
-            cotangent = self.history - self.history
-        linear = self._pull(cotangent, True)
+        """J tangent, shaped like g: the derivative of the vector-Jacobian product, which is linear in its cotangent."""
+        linear, cotangent = self._transpose
         if linear is None or not linear.requires_grad:
             return None
         return torch.autograd.grad(linear, cotangent, tangent, retain_graph=True, create_graph=self.record)[0]
 
+    @cached_property
+    def _transpose(self) -> tuple[Tensor | None, Tensor]:
+        """J^T cotangent as a function of a cotangent that is zero, and that.
+
+        The zero is computed from g: autograd looks for what was made after its inputs only, and a leaf would let it look through
+        the whole history of y.
+        """
+        with torch.enable_grad():
+            cotangent = self.history - self.history
+        return self._pull(cotangent, True), cotangent
+
     def _pull(self, cotangent: Tensor, record: bool) -> Tensor | None:
         if not self.history.requires_grad:
             return None
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             self.history, self.y, cotangent, retain_graph=True, create_graph=record, allow_unused=True
-        )[0]
+        )
+        return found[0]
 
 
-@dataclass(frozen=True)
-class _Functional:
+class _ByTransform(Derivative):
     """By torch.func, whose other transforms go through it."""
 
-    g: Tensor
-    y: Tensor
-    products: Callable[[Tensor], tuple[Tensor]]
-    depends: bool
+    def __init__(self, g: Tensor, y: Tensor, products: Callable[[Tensor], tuple[Tensor]], depends: bool) -> None:
+        self.g, self.y, self.products, self.depends = g, y, products, depends
 
     def pull(self, cotangent: Tensor) -> Tensor | None:
         return self.products(cotangent)[0] if self.depends else None
 
     def push(self, tangent: Tensor) -> Tensor | None:
-        return vjp(self.products, torch.zeros_like(self.g))[1]((tangent,))[0] if self.depends else None
+        return self._linear((tangent,))[0] if self.depends else None
+
+    @cached_property
+    def _linear(self) -> Any:
+        return vjp(self.products, torch.zeros_like(self.g))[1]
 
 
-def _functional(fields: Fields, x: Tensor) -> tuple[Tensor, Derivative]:
+def _by_transform(fields: Fields, x: Tensor) -> tuple[Tensor, Derivative]:
     depends: list[bool] = []
 
     def swapped(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +92,7 @@ def _functional(fields: Fields, x: Tensor) -> tuple[Tensor, Derivative]:
         return g, f
 
     g, products, f = vjp(swapped, x, has_aux=True)  # type: ignore[misc]
-    return f, _Functional(g, x, products, depends[0])
+    return f, _ByTransform(g, x, products, depends[0])
 
 
 def _check_tensor(g: Any) -> None:

@@ -14,12 +14,11 @@ from revsolve.backends import TensorControl
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve
-from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_options
 from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.field.functorch import dual_numbers
+from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.field.holders import Holdings
 from revsolve.field.repeat import Buffers
 from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
@@ -29,22 +28,12 @@ from revsolve.prepare.problem import prepare, values_hidden
 from revsolve.prepare.state import form
 from revsolve.prepare.times import Clock, as_tensor, resolution
 from revsolve.schemes.tableau import Tableau
-from revsolve.sde.arguments import (
-    as_sde,
-    check_state,
-    checked_steps,
-    followed_path,
-    given_path,
-    increasing,
-    increasing_for_each,
-    new_path,
-    noise_shape,
-    refuse_events,
-)
-from revsolve.sde.coefficients import Coefficients, check_value, coefficients
+from revsolve.sde.arguments import check_state, check_ts, checked_steps, noise_shape, refuse_events
+from revsolve.sde.coefficients import SDE, Coefficients, check_value, coefficients
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
-from revsolve.sde.term import UNKNOWN, LogRatioTerm, NoiseOfEach, Path, SDETerm
+from revsolve.sde.noise import Path, brownian, of_each_sample
+from revsolve.sde.term import UNKNOWN, LogRatioTerm, SDETerm
 from revsolve.solution import Solution
 
 LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
@@ -131,164 +120,155 @@ def sdeint(
     refuse_events(event_fn)
     check_state(y0)
     dt, dt_min = checked_steps(dt, dt_min, adaptive)
-    with ExitStack() as within:
-        if (
-            not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
-        ):  # which derivatives of g could not be taken in
-            within.enter_context(torch.inference_mode(False))
-            within.enter_context(torch.no_grad())
-            y0 = y0.clone()
-        equation = _Equation(sde, y0, ts, bm, names, logqp)
-        equation.choose_scheme(method, options, adaptive, restarts, gradient)
-        make, knots = equation.adaptive_steps(dt, dt_min, rtol, atol) if adaptive else equation.fixed_steps(dt)
-        path = equation.motion(bm, knots)
-        times, scheme = equation.times, equation.scheme
+    compiling = torch.compiler.is_dynamo_compiling()
+    inference = not compiling and torch.is_inference_mode_enabled()  # in which g would have no derivative
+    with torch.inference_mode(False) if inference else nullcontext(), torch.no_grad() if inference else nullcontext():
+        y0 = y0.clone() if inference else y0
+        times = check_ts(ts, y0, bm)
+        with nullcontext() if compiling else _given_back(sde, y0):
+            equation = _Equation(sde, y0, ts, times[0], bm, names, logqp)
+            scheme, given = scheme_and_options(method, equation.parts, options, adaptive)
+            equation.examine(scheme, given, gradient)
+        if adaptive:
+            given |= {"first_step": dt / equation.speed, "min_step": dt_min / equation.speed}
+            read = SolverOptions(scheme, rtol, atol, given=frozenset(given), **given)
+            span = (times[0], min(times[0] + given["first_step"], times[-1]))
+            make = adaptive_grid(times, read, equation.rates, equation.x0)
+            finest = max(given["min_step"] / 16, 2**-40 * max(map(abs, times)))
+            knots: dict[str, Any] = {"dt": given["first_step"], "tol": finest}
+        else:
+            make = _fixed_steps(equation.clock, times, dt, scheme.name, resolution(ts))
+            grid = make().grid.times
+            span, knots = (grid[0], grid[min(1, len(grid) - 1)]), {"grid": grid} if len(grid) > 1 else {}
+        path = brownian(bm, times, equation.size, y0, equation.area, knots)
         if len(times) == 1:
-            return _results(equation.x0[None].clone(), logqp)
+            return equation.results(equation.x0[None].clone())
         make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
-        problem = equation.problem(path, make, gradient, compile)
-        ys = _results(solve(problem, equation.x0, None), logqp)
-        if not full_output:
-            return ys
-        return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times))
+        problem = prepare(
+            equation.term(path, equation.area),
+            equation.x0,
+            None,
+            span,
+            equation.owners,
+            scheme,
+            make,
+            gradient,
+            default_restarts(scheme)
+            if scheme.reversible and isinstance(restarts, str) and restarts == "auto"
+            else restarts,
+            explain=_explain(equation.rates),
+            compile=compile,
+            source=equation.source(path) if compile else None,
+        )
+        ys = equation.results(solve(problem, equation.x0, None))
+        return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times)) if full_output else ys
 
 
 class _Equation:
-    """All of a solve but its steps and its Brownian motion; with a prior, the state has the log-ratio as one more entry."""
+    """An SDE as a term, but for its Brownian motion; with a prior, the state has the log-ratio as one more entry."""
 
-    def __init__(self, sde: Any, y0: Tensor, ts: Any, bm: Any, names: Mapping[str, str] | None, logqp: bool) -> None:
-        self.clock: Any = Clock(y0.dtype, y0.device)
-        if isinstance(ts, Tensor) and ts.ndim == 2:
-            self.times, self.clock = increasing_for_each(ts, y0, bm), BatchedTime(ts, y0)
-        else:
-            self.times = increasing(ts)
-        self.rounding = resolution(ts)
-        self.y0, self.logqp, self.start = y0, logqp, self.clock(self.times[0])
-        self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
-        hidden = torch.compiler.is_dynamo_compiling()
-        self.buffers = nullcontext() if hidden else Buffers(Holdings(sde).modules.values())
-        self.sde = as_sde(sde, self._at_start, y0)
-        self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
-        self.parts = coefficients(self.sde, names, self.path_shape[-1] if self.path_shape else None)
-
-    def choose_scheme(
-        self,
-        method: str | Tableau | Scheme | None,
-        options: Mapping[str, Any] | None,
-        adaptive: bool,
-        restarts: Any,
-        gradient: str | None,
+    def __init__(
+        self, sde: Any, y0: Tensor, ts: Any, start: float, bm: Any, names: Mapping[str, str] | None, logqp: bool
     ) -> None:
-        """Settle what depends on the method. Raises ValueError where it does not fit the equation, or f and g are not shaped
-        like the state."""
-        parts = self.parts
-        self.scheme, self.settings = scheme_and_options(method, parts, options, adaptive)
-        unsaid = self.scheme.reversible and isinstance(restarts, str) and restarts == "auto"
-        self.restarts = default_restarts(self.scheme) if unsaid else restarts
+        each = isinstance(ts, Tensor) and ts.ndim == 2
+        self.clock: Any = BatchedTime(ts, y0) if each else Clock(y0.dtype, y0.device)
+        self.speed: float = self.clock.fastest if each else 1.0  # type: ignore[union-attr]
+        self.y0, self.logqp, self.start = y0, logqp, start
+        self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
+        if isinstance(sde, tuple):
+            sde = _of_functions(sde, lambda g: g(self.clock(start), y0.detach()), y0)
+        self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
+        self.parts = coefficients(sde, names, self.path_shape[-1] if self.path_shape else None)
+        fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if logqp else None)
+        self.owners = (sde, *(field for field in fields if field is not None))
+
+    def examine(self, scheme: Scheme, given: Mapping[str, Any], gradient: str | None) -> None:
+        """Look at f and g at the start. Raises ValueError where the method does not fit the equation, or they not the state.
+
+        Gradients are recorded where they are wanted: what the field keeps of this call (a cached weight) must have its own.
+        """
+        parts, y0, now = self.parts, self.y0.detach(), self.clock(self.start)
         if isinstance(self.clock, BatchedTime):
-            refuse_options(self.settings)
+            refuse_options(given)
         if self.logqp and parts.prior is None:
             raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
-        f0, g0 = self._at_start(parts.f_and_g)
+        f0, g0 = parts.f_and_g(now, y0)
         self.size = noise_shape(parts, f0, g0, self.y0, self.path_shape)
-        self.forms, self.weights = (form(f0), form(g0)), None
-        if parts.noise_type == "additive":
-            self.weights = powers_of_two(self.y0.shape if parts.product_only else g0.shape, self.y0)
-        self.area, self.shift = needs_area(self.scheme), None
+        self.forms, self.area, self.shift, self.weights = (form(f0), form(g0)), needs_area(scheme), None, None
         self.always = gradient == "direct" or values_hidden() or dual_numbers()
-        if parts.sde_type == "ito" and not solves_ito(self.scheme, parts.noise_type):
-            self.shift = self._at_start(
-                lambda t, y: shift_of(parts.noise_type, lambda y: parts.f_and_g(t, y)[1], self.y0)
-            )
-        unit = torch.ones(self.size, dtype=self.y0.dtype, device=self.y0.device)
-        self.rates = self.term(lambda ta, tb: unit, refuse=True)
+        if parts.noise_type == "additive":
+            self.weights = powers_of_two(y0.shape if parts.product_only else g0.shape, y0)
+        elif parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
+            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(now, y)[1], y0)
+        unit = torch.ones(self.size, dtype=y0.dtype, device=y0.device)
+        self.rates = self.term(lambda ta, tb: unit, readable=True)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
-            x = perturbed(self.x0.detach())
             with torch.no_grad():
-                self._at_start(lambda t, y: self.rates.product(self.rates.value(self.times[0], x), (0.0, unit)))
+                self.rates.product(self.rates.value(self.start, perturbed(self.x0.detach())), (0.0, unit))
 
-    def term(self, path: Path, area: bool = False, refuse: bool = False) -> SDETerm | LogRatioTerm:
-        """The term that this path drives."""
-        parts = self.parts
-        checked = parts.noise_type == "additive" and not torch.compiler.is_compiling()
-        if checked and (parts.sde_type == "ito" or self.area or refuse):
-            parts = additive(parts, self.weights, self.always, refuse)
-        noise = NoiseOfEach(path, self.clock) if isinstance(self.clock, BatchedTime) else path
+    def term(self, path: Path, area: bool = False, readable: bool = False) -> SDETerm | LogRatioTerm:
+        """The term that this path drives. `readable`: whether numbers may be read from tensors."""
+        parts, traced = self.parts, torch.compiler.is_compiling()
+        if parts.noise_type == "additive" and not traced and (parts.sde_type == "ito" or self.area or readable):
+            parts = additive(parts, self.weights, self.always, readable or self.readable)
+        noise = of_each_sample(path, self.clock) if isinstance(self.clock, BatchedTime) else path
         on_demand = area and not (self.logqp or values_hidden())
         check = partial(
             _check_values, self.parts, self.path_shape, self.size
         )  # a method would be a cycle: terms are kept
-        of_values = self.shift, check, self.forms, area, on_demand, self.always, refuse
-        term = SDETerm(parts, noise, self.clock, *of_values)
+        term = SDETerm(
+            parts,
+            noise,
+            self.clock,
+            self.shift,
+            check,
+            self.forms,
+            self.always,
+            readable or self.readable,
+            area,
+            on_demand,
+        )
         return LogRatioTerm(term) if self.logqp else term
 
-    def fixed_steps(self, dt: float) -> tuple[Callable[[], Stepper], dict[str, Any]]:
-        """Steps, and what a Brownian motion needs to know of them."""
-        if isinstance(self.clock, BatchedTime):
-            make = on_points(points_for_samples(self.clock.t, dt), self.times)
-        else:
-            make = fixed_grid(self.times, dt, self.scheme.name, self.rounding, longer=LONGER)
-        grid = make().grid.times
-        self.first_step = (grid[0], grid[min(1, len(grid) - 1)])
-        return make, {"grid": grid} if len(grid) > 1 else {}
+    @property
+    def readable(self) -> bool:
+        """Whether numbers may be read from tensors in every step: on the CPU, and where a transform reads them anyway."""
+        return not torch.compiler.is_compiling() and (self.y0.device.type == "cpu" or transformed())
 
-    def adaptive_steps(
-        self, dt: float, dt_min: float, rtol: float, atol: float
-    ) -> tuple[Callable[[], Stepper], dict[str, Any]]:
-        """Steps, and what a Brownian motion needs to know of them."""
-        speed = self.clock.fastest if isinstance(self.clock, BatchedTime) else 1.0
-        first, least = dt / speed, dt_min / speed
-        self.first_step = (self.times[0], min(self.times[0] + first, self.times[-1]))
-        settings = {**self.settings, "first_step": first, "min_step": least}
-        options = SolverOptions(self.scheme, rtol, atol, given=frozenset(settings), **settings)
-        make = adaptive_grid(self.times, options, self.rates, self.x0)
-        return make, {"dt": first, "tol": max(least / 16, 2**-40 * max(map(abs, self.times)))}
-
-    def motion(self, bm: Any, knots: dict[str, Any]) -> Path:
-        """The Brownian motion given, or a new one."""
-        if torch.compiler.is_dynamo_compiling():
-            return followed_path(bm, self.size, self.y0, self.area, **knots)
-        if bm is None:
-            return new_path(self.times, self.size, self.y0, self.area, **knots)
-        return given_path(bm, self.times, self.size, self.y0, self.area)
-
-    def problem(self, path: Path, make: Callable[[], Stepper], gradient: str | None, programs: Any) -> Problem:
-        """What the engine takes."""
-        source = None
-        if programs:
-            if self.area or isinstance(self.clock, BatchedTime):
-                raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-            source = TensorControl(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
-        return prepare(
-            self.term(path, self.area),
-            self.x0,
-            None,
-            self.first_step,
-            self._owners(),
-            self.scheme,
-            make,
-            gradient,
-            self.restarts,
-            explain=_explain(self.rates),
-            compile=programs,
-            source=source,
-        )
+    def source(self, path: Path) -> TensorControl:
+        """The noise as what drives compiled programs."""
+        if self.area or isinstance(self.clock, BatchedTime):
+            raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
+        return TensorControl(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
 
     def state_of(self, x: Tensor) -> Tensor:
         return x[..., :-1] if self.logqp else x
 
-    def _owners(self) -> tuple[Any, ...]:
-        fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if self.logqp else None)
-        return self.sde, *(field for field in fields if field is not None)
+    def results(self, xs: Tensor) -> Any:
+        return (xs[..., :-1], xs[..., -1].diff(dim=0)) if self.logqp else xs
 
-    def _at_start(self, field: Callable[[Tensor, Tensor], Any]) -> Any:
-        """A first value, to look at; random numbers that it draws are given back, and buffers that it changes. Gradients are
-        recorded where they are wanted: what the field keeps of this call (a cached weight) must have its own."""
-        y0 = self.y0
-        devices = [y0.device] if y0.device.type == "cuda" else []
-        drops = torch.compiler.is_dynamo_compiling()  # what is not used, draws too
-        with self.buffers, nullcontext() if drops else torch.random.fork_rng(devices):
-            return field(self.start, y0.detach())
+
+def _of_functions(sde: tuple[Any, ...], evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) -> SDE:
+    """A tuple (f, g) as an SDE in the sense of Stratonovich."""
+    if len(sde) != 2 or not all(map(callable, sde)):
+        raise TypeError(f"a tuple must hold two functions, drift f(t, y) and diffusion g(t, y), but it is {sde!r}.")
+    shape = getattr(evaluate(sde[1]), "shape", None)
+    return SDE(*sde, noise_type="diagonal" if shape == y0.shape else "general")
+
+
+def _given_back(sde: Any, y0: Tensor) -> ExitStack:
+    """A context after which the random numbers drawn in it are drawn again, and the buffers of modules are what they were."""
+    within = ExitStack()
+    within.enter_context(Buffers(Holdings(sde).modules.values()))
+    within.enter_context(torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []))
+    return within
+
+
+def _fixed_steps(clock: Any, times: list[float], dt: float, name: str, rounding: float) -> Callable[[], Stepper]:
+    """Equal steps between the times, for all samples or each."""
+    if isinstance(clock, BatchedTime):
+        return on_points(points_for_samples(clock.t, dt), times)
+    return fixed_grid(times, dt, name, rounding, longer=LONGER)
 
 
 def _check_values(parts: Coefficients, path_shape: Any, wanted: tuple[int, ...], f: Any, g: Any, y: Tensor) -> None:
@@ -297,10 +277,6 @@ def _check_values(parts: Coefficients, path_shape: Any, wanted: tuple[int, ...],
         check_value("drift", f, y, tuple(y.shape))
     if g is not UNKNOWN and (size := noise_shape(parts, y, g, y, path_shape)) != wanted:
         raise ValueError(f"the diffusion must keep its {wanted[-1]} noise channels, but later it has {size[-1]}.")
-
-
-def _results(xs: Tensor, logqp: bool) -> Any:
-    return (xs[..., :-1], xs[..., -1].diff(dim=0)) if logqp else xs
 
 
 def _explain(rates: Term) -> Callable[[float, Tensor], str]:

@@ -7,8 +7,8 @@ vector-Jacobian product J^T g gives where each g_i depends on y_i alone, and d o
 
 Which of the two holds is decided before the solve, by where NaN in the state reaches: it passes zero weights, closed relus and
 schedules that begin at zero, which let no derivative through. Every evaluation then compares J^T g with (J^T (v g)) / v for
-powers of two v that differ from entry to entry (or from sample to sample). Scaling by these is exact, so that a difference shows
-a dependence that the formula does not know; the shift becomes NaN there.
+powers of two v that differ from entry to entry (or from sample to sample; J in the place of J^T where g is a matrix). Scaling by
+these is exact, so that a difference shows a dependence that the formula does not know, which is refused.
 
 Paper: Kloeden and Platen (1992), "Numerical Solution of Stochastic Differential Equations", 4.9.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ COUPLED = (
 NOT_ADDITIVE = (
     "noise_type is 'additive', but g changes with y: set it to 'general', or to 'diagonal' where g is shaped like y."
 )
+NO_DERIVATIVE = (
+    "the diffusion changes with y, but autograd finds no derivative, which the Ito correction needs: take out what cuts "
+    "it off (detach, no_grad, numpy, steps), give the SDE in Stratonovich form, or use method='euler'."
+)
 
 
 @dataclass(frozen=True)
@@ -55,32 +60,34 @@ class Shift:
     refusal: str
 
     def __call__(self, at: Derivative, check: bool = True, when: float | None = None) -> Tensor | None:
-        """With `check`, NaN where g has a dependence that the formula does not know; a ValueError where the time is given."""
+        """With `check`, a dependence that the formula does not know is refused, see `settled`."""
         total = self.formula(at)
-        if total is None:
-            return None
-        shift = -0.5 * total
-        if not check or self.weights is None:
-            return shift
-        wrong = self.dependence(at, total if self.formula is _of_own_entries else at.pull(at.g))
-        return settled(shift, wrong, self.refusal, when)
+        if total is not None and check and self.weights is not None:
+            total = settled(total, self.dependence(at, total), self.refusal, when)
+        return None if total is None else -0.5 * total
 
-    def dependence(self, at: Derivative, plain: Tensor | None) -> Tensor:
-        """Whether an entry depends on one of another weight, given J^T g: a tensor without dimensions."""
-        assert self.weights is not None and plain is not None
-        weights = self.weights if at.g.ndim == at.y.ndim else self.weights.unsqueeze(-1)
-        weighted = at.pull(at.g.detach() * weights)
-        assert weighted is not None
+    def dependence(self, at: Derivative, total: Tensor | None = None) -> Tensor:
+        """Whether an entry depends on one of another weight: a tensor without dimensions. `total`: what the formula gave."""
+        assert self.weights is not None
+        along, weights, product = at.g.detach(), self.weights, at.pull  # type: Tensor, Tensor, Callable[[Tensor], Tensor | None]
+        if along.ndim > at.y.ndim:  # all columns at once, with factors by which they do not cancel
+            columns = torch.arange(1, along.shape[-1] + 1, dtype=along.dtype, device=along.device)
+            along, weights, product = (along * columns).sum(-1), weights.unsqueeze(-1), at.push
+        plain = total if total is not None and self.formula is _of_own_entries else product(along)
+        weighted = product(along * self.weights)
+        assert plain is not None and weighted is not None
         plain, rounding = plain.detach(), torch.finfo(plain.dtype)
-        allowed = plain.abs().mul(math.sqrt(rounding.eps)).add(4 * rounding.tiny)
-        return ((weighted.detach() / self.weights - plain).abs() > allowed).any()
+        allowed = plain.abs().mul_(math.sqrt(rounding.eps)).add_(4 * rounding.tiny)
+        return ((weighted.detach() / weights - plain).abs() > allowed).any()
 
 
 def settled(value: Tensor, wrong: Tensor, refusal: str, when: float | None) -> Tensor:
-    """The value, NaN where something is wrong, so that no solve ends with a number; a ValueError where the time is given."""
-    if when is not None and bool(of_every_sample(wrong).any()):
+    """The value, unless something is wrong: a ValueError where the time is given, else NaN, with which no solve ends."""
+    if when is None or type(read := of_every_sample(wrong)) is not Tensor:  # a tensor of a trace holds no number
+        return torch.where(wrong, math.nan, value)
+    if bool(read.any()):
         raise ValueError(f"at t = {when:.6g}, {refusal}")
-    return torch.where(wrong, math.nan, value)
+    return value
 
 
 def shift_of(noise_type: str, diffusion: Diffusion, y0: Tensor) -> Shift | None:
@@ -90,33 +97,31 @@ def shift_of(noise_type: str, diffusion: Diffusion, y0: Tensor) -> Shift | None:
     """
     if noise_type == "additive":
         return None
-    diagonal = noise_type == "diagonal"
-    samples = y0.shape[:1] if diagonal and y0.ndim > 1 else y0.shape[:0] if diagonal else y0.shape[:-1]
-    shape = *samples, *(1 for _ in y0.shape[len(samples) :])
-    of_entries = Shift(_of_own_entries, powers_of_two(y0.shape, y0), COUPLED)
-    of_samples = Shift(_of_diagonal_jacobian if diagonal else _of_columns, powers_of_two(shape, y0), MIXED)
-    normal, apart, values = _generator_of(y0), diagonal, []
-    for scale in (0.0, 1.0):
-        at = differentiated(lambda y: (y, diffusion(y)), y0.detach() + scale * normal(y0.shape), record=False)[1]
-        plain = at.pull(at.g)
-        values.append(of_every_sample(at.g) if plain is None else None)
-        if plain is not None:
-            refused = of_samples.weights is not None and _shows(of_samples.dependence(at, plain))
-            apart = apart and (y0.numel() == 1 or not _shows(of_entries.dependence(at, plain)))
-            if refused:
-                raise ValueError(MIXED)
-    _refuse_no_derivative(diffusion, y0, *values)
-    if None not in values:  # a constant
-        return of_entries if diagonal else of_samples
-    if apart and _nan_stays(diffusion, y0, _patterns(y0, len(samples))):
-        return of_entries
-    if of_samples.weights is not None and _nan_stays(diffusion, y0, [_half(of_samples.weights)]) is False:
+    diagonal, y = noise_type == "diagonal", y0.detach()
+    samples = y.shape[: min(1, y.ndim - 1)] if diagonal else y.shape[:-1]
+    of_entries = Shift(_of_own_entries, powers_of_two(y.shape, y), COUPLED)
+    weights = powers_of_two((*samples, *[1] * (y.ndim - len(samples))), y)
+    of_samples = Shift(_of_diagonal_jacobian if diagonal else _of_columns, weights, MIXED)
+    apart, values = diagonal, []
+    for x in (y, perturbed(y)):
+        at = differentiated(lambda y: (y, diffusion(y)), x, record=False)[1]
+        if at.pull(at.g) is None:
+            values.append(of_every_sample(at.g))
+            continue
+        if weights is not None and _shows(of_samples.dependence(at)):
+            raise ValueError(MIXED)
+        apart = apart and (of_entries.weights is None or not _shows(of_entries.dependence(at)))
+    if len(values) == 2:
+        if not torch.equal(*values):
+            _refuse_unless_random(diffusion, y, values[0])
+        return of_entries if diagonal else of_samples  # a constant
+    if weights is not None and _nan_stays(diffusion, y, [weights < 1]) is False:
         raise ValueError(MIXED)
-    return of_samples
+    return of_entries if apart and _nan_stays(diffusion, y, _halves(y, len(samples))) else of_samples
 
 
-def additive(parts: Coefficients, weights: Tensor | None, always: bool, refuse: bool) -> Coefficients:
-    """The coefficients with a g that is NaN where it depends on y, or raises: it would be solved as another equation.
+def additive(parts: Coefficients, weights: Tensor | None, always: bool, readable: bool) -> Coefficients:
+    """The coefficients with a g that is refused where it depends on y: it would be solved as another equation.
 
     Looked for where no gradient by the state is recorded, or `always`. `weights` are powers of two in the shape of g, or of its
     products with the noise, if that is all there is: derivatives with these do not cancel.
@@ -132,10 +137,12 @@ def additive(parts: Coefficients, weights: Tensor | None, always: bool, refuse: 
         if got is None:
             return f, at.g
         allowed = math.sqrt(torch.finfo(got.dtype).eps) * at.g.detach().abs().amax()
-        return f, settled(at.g, (got.detach().abs() > allowed).any(), NOT_ADDITIVE, float(t.max()) if refuse else None)
+        return f, settled(
+            at.g, (got.detach().abs() > allowed).any(), NOT_ADDITIVE, float(t.max()) if readable else None
+        )
 
     if parts.apart is None or parts.joint:
-        return replace(parts, f_and_g=lambda t, y: held(lambda y: parts.f_and_g(t, y), t, y), apart=None)
+        return replace(parts, f_and_g=lambda t, y: held(partial(parts.f_and_g, t), t, y), apart=None)
     f, g = parts.apart
 
     def diffusion(t: Tensor, y: Tensor) -> Any:
@@ -152,100 +159,70 @@ def _of_own_entries(at: Derivative) -> Tensor | None:
 
 def _of_diagonal_jacobian(at: Derivative) -> Tensor | None:
     g, y = at.g, at.y
-    num_samples = len(y) if y.ndim > 1 else 1
-    units = torch.eye(y.numel() // num_samples, dtype=y.dtype, device=y.device)
-    rows = []
-    for unit in units:
-        got = at.pull(unit.expand(num_samples, -1).reshape(y.shape))
-        if got is None:
-            return None
-        rows.append((got.reshape(num_samples, -1) * unit).sum(-1))
-    return g * torch.stack(rows, dim=-1).reshape(y.shape)
+    rows = y.reshape(len(y) if y.ndim > 1 else 1, -1)
+    units = torch.eye(rows.shape[1], dtype=y.dtype, device=y.device)
+    pulled: list[Any] = [at.pull(unit.expand(rows.shape).reshape(y.shape)) for unit in units]
+    if pulled[0] is None:
+        return None
+    return g * torch.stack([x.reshape(rows.shape)[:, i] for i, x in enumerate(pulled)], -1).reshape(y.shape)
 
 
 def _of_columns(at: Derivative) -> Tensor | None:
-    total = None
-    for column in range(at.g.shape[-1]):
-        got = at.push(at.g[..., column])
-        if got is None:
-            return None
-        total = got[..., column] if total is None else total + got[..., column]
-    return total
+    pushed: list[Any] = [at.push(column) for column in at.g.unbind(-1)]
+    return None if pushed[0] is None else torch.stack([x[..., i] for i, x in enumerate(pushed)]).sum(0)
 
 
 def perturbed(y: Tensor) -> Tensor:
-    """A state nearby, with nothing special about it."""
-    return y + _generator_of(y)(y.shape)
-
-
-def _generator_of(y0: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
-    """Normal numbers that do not move the user's random state, the same for all samples of a torch.vmap."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        with outside():
-            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(y0.device, y0.dtype)
-
-    return normal
+    """A state nearby, with nothing special about it; the user's random state stays where it is."""
+    with outside():
+        noise = torch.randn(y.shape, generator=_generator(), dtype=torch.float64, device="cpu").to(y.device, y.dtype)
+    return y + noise
 
 
 def powers_of_two(shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     """As many different ones as there are, in no order; None where one is enough."""
-    number, largest, kind = math.prod(shape), 3 if like.dtype == torch.float16 else LARGEST, (like.device, like.dtype)
+    number, largest = math.prod(shape), 3 if like.dtype == torch.float16 else LARGEST
     if number == 1:
         return None
     with outside():
-        order = torch.randperm(number, generator=torch.Generator().manual_seed(0), device="cpu")
-        exponents = order % (2 * largest + 1) - min(largest, number // 2)
-        return torch.pow(2.0, exponents.double()).reshape(shape).to(*kind)
+        exponents = torch.randperm(number, generator=_generator(), device="cpu") % (2 * largest + 1) - min(
+            largest, number // 2
+        )
+        return torch.pow(2.0, exponents.double()).reshape(shape).to(like.device, like.dtype)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _shows(wrong: Tensor) -> bool:
     return bool(of_every_sample(wrong).any())
 
 
-def _nan_stays(diffusion: Diffusion, y0: Tensor, masks: Iterable[Tensor]) -> bool | None:
+def _nan_stays(diffusion: Diffusion, y: Tensor, masks: Iterable[Tensor]) -> bool | None:
     """Whether NaN in these places of the state reaches no others of the diffusion; None if it cannot be said."""
     for mask in masks:
         try:
             with torch.no_grad():
-                g = diffusion(torch.where(mask, math.nan, y0.detach()))
+                g = diffusion(torch.where(mask, math.nan, y))
         except Exception:  # noqa: BLE001 - whatever a field makes of NaN; the general formula needs no answer
             return None
-        if _shows(g.isnan() & ~(mask if g.ndim == y0.ndim else mask.unsqueeze(-1))):
+        if _shows(g.isnan() & ~(mask if g.ndim == y.ndim else mask.unsqueeze(-1))):
             return False
     return True
 
 
-def _patterns(y0: Tensor, batched: int) -> Iterable[Tensor]:
-    """Places of the state such that of any two entries of a sample each is once among them without the other."""
-    num_samples = len(y0) if batched else 1
-    size = y0.numel() // num_samples
-    bits = max(1, (size - 1).bit_length())
-    places = torch.arange(size, device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    chosen = [places >> bit & 1 == side for bit in range(bits) for side in (0, 1)]
+def _halves(y: Tensor, batched: int) -> Iterable[Tensor]:
+    """Halves of the entries of a sample, such that of any two each is once among them without the other."""
+    shape = y.shape[batched:]
     with outside():
-        while len(chosen) % num_samples:  # the other samples show whether samples mix
-            chosen.append(torch.rand(size, generator=generator, device="cpu") < 0.5)
-        return [x.reshape(y0.shape).to(y0.device) for x in torch.stack(chosen).split(num_samples)]
+        place = torch.arange(math.prod(shape), device=y.device).reshape(shape)
+        return [place >> bit & 1 == side for bit in range((place.numel() - 1).bit_length()) for side in (0, 1)]
 
 
-def _half(weights: Tensor) -> Tensor:
-    """Every other sample, in no order."""
-    with outside():
-        order = weights.flatten().argsort(stable=True).argsort()
-        return (order % 2 == 0).reshape(weights.shape)
-
-
-def _refuse_no_derivative(diffusion: Diffusion, y0: Tensor, here: Tensor | None, there: Tensor | None) -> None:
-    """Raise ValueError if g, of which two values without derivatives are given, changes with y and not at random."""
-    if here is None or there is None or torch.equal(here, there):
-        return
+def _refuse_unless_random(diffusion: Diffusion, y: Tensor, value: Tensor) -> None:
+    """Raise ValueError if g, which has no derivative but changes with y, has this value again."""
     with torch.no_grad():
-        again = of_every_sample(diffusion(y0))
-    if torch.equal(here, again):
-        raise ValueError(
-            "the diffusion changes with y, but autograd finds no derivative, which the Ito correction needs: take out what cuts "
-            "it off (detach, no_grad, numpy, steps), give the SDE in Stratonovich form, or use method='euler'."
-        )
+        again = of_every_sample(diffusion(y))
+    if torch.equal(value, again):
+        raise ValueError(NO_DERIVATIVE)

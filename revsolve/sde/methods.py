@@ -1,4 +1,4 @@
-"""Which methods converge to the solution of an SDE, and to which one."""
+"""The methods of `sdeint`: which of them converge to the solution of an SDE, and to which one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ELSEWHERE = {
     "log_ode": "the methods here have strong order 1/2 for noise that does not commute: take 'reversible_heun'",
 }
 
-STEPS = ("first_step", "min_step")  # are called dt and dt_min here
+ARGUMENTS = {"first_step": "dt", "min_step": "dt_min"}  # what these options are called here
 
 
 def sde_method_names() -> list[str]:
@@ -35,13 +35,11 @@ def sde_method_names() -> list[str]:
 def sde_scheme(method: str | Tableau | Scheme | None, noise_type: str, sde_type: str, coupling: float | None) -> Scheme:
     """The scheme that `method` means. Raises ValueError where it does not converge to the solution of such an SDE."""
     found = _named(ALIASES.get(method, method) if isinstance(method, str) else method or "reversible_heun", coupling)
-    _check_updates(found)
     _check_convergence(found, noise_type, sde_type)
     # In one step from a restart, y and z drift apart by the method's local error. Over the straight line that stands for
     # dW that is of order (p + 1) in dW, or (p + 1)/2 in h; only ratios of unequal steps depend on the number.
     gap_order = 1 if found.name == "reversible_heun" else max(1, (found.order + 1) // 2)
-    error_order = None if found.error_order is None else 1
-    return replace(found, gap_order=gap_order, error_order=error_order)
+    return replace(found, gap_order=gap_order, error_order=None if found.error_order is None else 1)
 
 
 def scheme_and_options(
@@ -50,16 +48,16 @@ def scheme_and_options(
     """The scheme, and the options without those that went into it. Raises ValueError where they do not go together."""
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
-    known = [name for name in ADAPTIVE_OPTIONS if name not in STEPS]
-    given = check_options(given, (*known, *STEPS, "coupling", "dense"), scheme.name)
+    known = [name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS]
+    given = check_options(given, (*known, *ARGUMENTS, "coupling", "dense"), scheme.name)
     for name in given:
         if name == "dense":
             raise ValueError(
                 "a Brownian path has no slope that a polynomial could follow between the steps, so sdeint has no dense output: "
                 "ask for more times ts, or solve again over the same BrownianPath."
             )
-        if name in STEPS:
-            raise ValueError(f"option {name!r} is the argument {('dt', 'dt_min')[STEPS.index(name)]} of sdeint.")
+        if name in ARGUMENTS:
+            raise ValueError(f"option {name!r} is the argument {ARGUMENTS[name]} of sdeint.")
         if not adaptive:
             raise ValueError(f"option {name!r} is for adaptive steps, but these are fixed: pass adaptive=True.")
     if adaptive and scheme.error_order is None:
@@ -107,24 +105,21 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
     return named_scheme(method, coupling)
 
 
-def _check_updates(scheme: Scheme) -> None:
-    """Refuse velocities and compositions, which need a driver that can be differentiated."""
+def _check_convergence(scheme: Scheme, noise_type: str, sde_type: str) -> None:
+    """Refuse what does not converge to the solution; velocities and compositions need a path that can be differentiated."""
+    name = scheme.name
     if any(update.rate for update in scheme.updates):
         raise ValueError(
-            f"{scheme.name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
+            f"{name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
         )
     if any(end not in (0.0, 1.0) for update in scheme.updates for end in (update.start, update.end)):
         raise ValueError(
-            f"{scheme.name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
+            f"{name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
             "'reversible_heun', or 'rev_slowrk' for strong order 1.5."
         )
-
-
-def _check_convergence(scheme: Scheme, noise_type: str, sde_type: str) -> None:
-    name = scheme.name
-    for tableau in STOCHASTIC.values():
-        if tableau.additive and noise_type != "additive" and name.removeprefix("rev_") == tableau.name:
-            raise ValueError(f"{name!r} is for additive noise, but noise_type is {noise_type!r}: use 'rev_slowrk'.")
+    tableau = STOCHASTIC.get(name.removeprefix("rev_"))
+    if tableau is not None and tableau.additive and noise_type != "additive":
+        raise ValueError(f"{name!r} is for additive noise, but noise_type is {noise_type!r}: use 'rev_slowrk'.")
     if scheme.order > 1 or noise_type == "additive":
         return
     if scheme.reversible:

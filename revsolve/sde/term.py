@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from revsolve.brownian.path import BrownianPath
-from revsolve.core.arithmetic import Time
+from revsolve.core.arithmetic import Time, plus
 from revsolve.core.coupling import Combination
-from revsolve.extras.per_sample import BatchedTime
 from revsolve.prepare.state import form
-from revsolve.sde.coefficients import Coefficients, contraction, increment
+from revsolve.sde.coefficients import Coefficients
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
+from revsolve.sde.noise import Path
 
 UNKNOWN: Any = object()  # a value that was not asked for
-Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
 
 
 @dataclass
@@ -28,8 +27,8 @@ class SDETerm:
 
     With `on_demand`, f and g are evaluated only where asked for. `check(f, g, y)` raises unless values are of shapes and dtypes
     that the equation can have; it is asked where these are not the `forms` that the solve began with. Dependences of g that the
-    shift does not know are looked for where no gradient by the state is recorded, or `always`; they give NaN, or, with `refuse`,
-    an error.
+    shift does not know are looked for where no gradient by the state is recorded, or `always`; they raise where a number may be
+    read from a tensor (`readable`), else give NaN.
     """
 
     parts: Coefficients
@@ -38,17 +37,15 @@ class SDETerm:
     shift: Shift | None
     check: Callable[[Any, Any, Tensor], None]
     forms: tuple[Any, ...]
+    always: bool
+    readable: bool
     area: bool = False
     on_demand: bool = False
-    always: bool = False
-    refuse: bool = False
 
     def __post_init__(self) -> None:
-        noise, product_only = self.parts.noise_type, self.parts.product_only
-        self.multiply, self.contract = contraction(noise, product_only), increment(noise, product_only)
         self.on_demand = self.on_demand and self.shift is None and self.parts.apart is not None
         self.adds_up = isinstance(self.path, BrownianPath)
-        self.entrywise = noise in ("diagonal", "scalar") and not product_only
+        self.entrywise = self.parts.noise_type in ("diagonal", "scalar") and not self.parts.product_only
 
     @property
     def at_once(self) -> SDETerm:
@@ -57,11 +54,10 @@ class SDETerm:
 
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
-            assert self.parts.apart is not None
-            return OnDemand(self.parts.apart, self.clock(t), x, self.checked)
-        if self.shift is None:
-            return self.checked(*self.parts.f_and_g(self.clock(t), x), x)
-        return self.converted(t, x)[:2]
+            return OnDemand(self, self.clock(t), x)
+        return (
+            self.checked(*self.parts.f_and_g(self.clock(t), x), x) if self.shift is None else self.converted(t, x)[:2]
+        )
 
     def checked(self, f: Any, g: Any, x: Tensor) -> tuple[Any, Any]:
         """The values of f and g, or one of them and `UNKNOWN`."""
@@ -81,7 +77,7 @@ class SDETerm:
             f, _ = self.checked(drift(now, x), UNKNOWN, x)
             at = differentiated(lambda y: (y, self.checked(UNKNOWN, diffusion(now, y), y)[1]), x, record)[1]
         check = self.always or not (record and x.requires_grad)
-        shift = self.shift(at, check, float(t) if self.refuse else None)
+        shift = self.shift(at, check, float(t) if self.readable else None)
         return f if shift is None else f + shift, at.g, shift
 
     def control(self, t: Time, t0: Time, t1: Time) -> tuple[Any, ...]:
@@ -90,61 +86,39 @@ class SDETerm:
 
     def product(self, value: Any, control: tuple[Any, ...]) -> tuple[Tensor, Time]:
         h, dW, *_ = control
-        if h is None:
-            return self.multiply(value[1], dW), 1.0
         if dW is None:
             return (value[0] * h, 1.0) if isinstance(h, Tensor) else (value[0], h)
-        f, g = value
-        return self.contract(f, h, g, dW), 1.0
+        noise = self.parts.product(value[1], dW)
+        if h is None:
+            return noise, 1.0
+        return torch.addcmul(noise, value[0], h) if isinstance(h, Tensor) else plus(noise, value[0], h), 1.0
 
     def summands(self, value: Any, control: tuple[Any, ...]) -> Combination:
         """h and f, and dW and g where they multiply entry by entry: two kernels fewer than the product, and no history."""
         if not self.entrywise:
             return [(1.0, self.product(value, control)[0])]
         (h, dW, *_), (f, g) = control, value
-        return [(h, f), (dW, g if g.shape == f.shape else g.squeeze(-1))]
+        return [(h, f), (dW, g if g.ndim == f.ndim else g.squeeze(-1))]
 
 
-class NoiseOfEach:
-    """The Brownian motion of samples with times of their own, given one in the step variable that all share.
-
-    Where time runs at the rate r, W of a span has r times the variance, and so has its space-time area.
-    """
-
-    def __init__(self, path: Path, clock: BatchedTime) -> None:
-        self.path, self.clock = path, clock
-
-    def __call__(self, s0: Time, s1: Time, return_H: bool = False) -> Any:
-        speed = self.clock.rate(s0, s1).sqrt()
-        found = self.path(s0, s1, return_H=return_H)
-        return (found[0] * speed, found[1] * speed) if return_H else found * speed
-
-
-@dataclass
 class OnDemand:
     """The pair (f, g) at one point, each evaluated when it is first asked for."""
 
-    fields: tuple[Callable[..., Any], Callable[..., Any]]
-    t: Tensor
-    x: Tensor
-    checked: Callable[[Any, Any, Tensor], tuple[Any, Any]]
-
-    def __post_init__(self) -> None:
-        self.known: list[Any] = [UNKNOWN, UNKNOWN]
+    def __init__(self, term: SDETerm, t: Tensor, x: Tensor, known: tuple[Any, Any] = (UNKNOWN, UNKNOWN)) -> None:
+        self.term, self.t, self.x, self.known = term, t, x, [*known]
 
     def __getitem__(self, which: int) -> Any:
         if self.known[which] is UNKNOWN:
-            value = self.fields[which](self.t, self.x)
-            f, g = (UNKNOWN, value) if which else (value, UNKNOWN)
-            self.checked(f, g, self.x)
+            assert self.term.parts.apart is not None
+            value = self.term.parts.apart[which](self.t, self.x)
+            self.term.checked(*((UNKNOWN, value) if which else (value, UNKNOWN)), self.x)
             self.known[which] = value
         return self.known[which]
 
     def detach(self) -> OnDemand:
         """The same point, cut off from how it was computed."""
-        other = OnDemand(self.fields, self.t, self.x.detach(), self.checked)
-        other.known = [x if x is UNKNOWN else x.detach() for x in self.known]
-        return other
+        f, g = (x if x is UNKNOWN else x.detach() for x in self.known)
+        return OnDemand(self.term, self.t, self.x.detach(), (f, g))
 
 
 class LogRatioTerm:
