@@ -269,11 +269,18 @@ def has_hooks(x: Tensor) -> bool:
 
 
 def vector_jacobian_product(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    keep: bool = False,
+    record: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad without its checks in Python: for a small field 60 of the 250 us of an undone evaluation."""
-    if _ENGINE is None:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    """torch.autograd.grad without its checks in Python: for a small field 60 of the 250 us of an undone evaluation. `keep`: the
+    graph is used again; `record`: the products have one, too."""
+    if _ENGINE is None or torch.compiler.is_compiling():
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=keep or record, create_graph=record, allow_unused=True
+        )
     return _ENGINE.run_backward(
-        tuple(outputs), tuple(cotangents), False, False, tuple(inputs), True, accumulate_grad=False
+        tuple(outputs), tuple(cotangents), keep or record, record, tuple(inputs), True, accumulate_grad=False
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from revsolve.core.tape import leaf_of
-from revsolve.field.functorch import dual_numbers, followed_innermost, transformed
+from revsolve.field.functorch import dual_numbers, followed_innermost, transformed, vector_jacobian_product
 
 Fields = Callable[[Tensor], tuple[Tensor, Tensor]]  # y -> (f, g)
 
@@ -43,7 +43,7 @@ class Derivative:
         linear, cotangent = self._transpose
         if linear is None or not linear.requires_grad:
             return None
-        return torch.autograd.grad(linear, cotangent, tangent, retain_graph=True, create_graph=self.record)[0]
+        return vector_jacobian_product([linear], [cotangent], [tangent], keep=True, record=self.record)[0]
 
     @cached_property
     def _transpose(self) -> tuple[Tensor | None, Tensor]:
@@ -59,10 +59,7 @@ class Derivative:
     def _pull(self, cotangent: Tensor, record: bool) -> Tensor | None:
         if not self.history.requires_grad:
             return None
-        found = torch.autograd.grad(
-            self.history, self.y, cotangent, retain_graph=True, create_graph=record, allow_unused=True
-        )
-        return found[0]
+        return vector_jacobian_product([self.history], [self.y], [cotangent], keep=True, record=record)[0]
 
 
 class _ByTransform(Derivative):
