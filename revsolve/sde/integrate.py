@@ -128,7 +128,7 @@ def sdeint(
         with nullcontext() if compiling else _given_back(sde, y0):
             equation = _Equation(sde, y0, ts, times[0], bm, names, logqp)
             scheme, given = scheme_and_options(method, equation.parts, options, adaptive)
-            equation.examine(scheme, given, gradient)
+            equation.examine(scheme, given, gradient, bool(compile))
         if adaptive:
             given |= {"first_step": dt / equation.speed, "min_step": dt_min / equation.speed}
             read = SolverOptions(scheme, rtol, atol, given=frozenset(given), **given)
@@ -182,7 +182,7 @@ class _Equation:
         fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if logqp else None)
         self.owners = (sde, *(field for field in fields if field is not None))
 
-    def examine(self, scheme: Scheme, given: Mapping[str, Any], gradient: str | None) -> None:
+    def examine(self, scheme: Scheme, given: Mapping[str, Any], gradient: str | None, programs: bool) -> None:
         """Look at f and g at the start. Raises ValueError where the method does not fit the equation, or they not the state.
 
         Gradients are recorded where they are wanted: what the field keeps of this call (a cached weight) must have its own.
@@ -196,6 +196,9 @@ class _Equation:
         self.size = noise_shape(parts, f0, g0, self.y0, self.path_shape)
         self.forms, self.area, self.shift, self.weights = (form(f0), form(g0)), needs_area(scheme), None, None
         self.always = gradient == "direct" or values_hidden() or dual_numbers()
+        # Reading a number from the GPU in every step would wait for it; transforms do so anyway.
+        readable = y0.device.type == "cpu" or transformed()
+        self.readable = readable and not (programs or torch.compiler.is_compiling())
         if parts.noise_type == "additive":
             self.weights = powers_of_two(y0.shape if parts.product_only else g0.shape, y0)
         elif parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
@@ -229,11 +232,6 @@ class _Equation:
             on_demand,
         )
         return LogRatioTerm(term) if self.logqp else term
-
-    @property
-    def readable(self) -> bool:
-        """Whether numbers may be read from tensors in every step: on the CPU, and where a transform reads them anyway."""
-        return not torch.compiler.is_compiling() and (self.y0.device.type == "cpu" or transformed())
 
     def source(self, path: Path) -> TensorControl:
         """The noise as what drives compiled programs."""
