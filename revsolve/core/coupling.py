@@ -1,6 +1,7 @@
-"""Coupling updates: all that ever touches the pair (y, z), forward, undone and differentiated.
+"""Coupling updates: all that ever touches the state, forward, undone and differentiated.
 
-One update reads one member of the pair and writes the other (a plain, irreversible method reads and writes y):
+The state is a tuple of members: y alone where a method is plain and at the start, (y, z) between the steps of a pair. One update
+reads one member and writes another (a plain method reads and writes y):
 
     target <- keep * target + mix * source + gain * increment(where, source)
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from revsolve.core.arithmetic import OneSided, Scalar, Time, equals, like, linear, moment, scaled_add, value_of
 from revsolve.core.tape import Grads, Memo, Tape
 
-Pair = tuple[Tensor, Tensor | None]
+State = tuple[Tensor, ...]
 Combination = list[tuple[Scalar, Tensor]]  # sum of weight * tensor
 # An update, its span, and where it evaluates if the update does not say so itself.
 Move = tuple["CouplingUpdate", Time, Time, "Time | None"]
@@ -49,7 +50,8 @@ class Increment(Protocol):
 class CouplingUpdate:
     """target <- keep * target + mix * source + gain * increment(source), over the part `start` -> `end` of the step.
 
-    target, source: 0 for y, 1 for z. With `rate`, one member is a velocity: mix is multiplied by the span, gain divided by it.
+    target, source: the numbers of members, 0 for y, 1 for z. With `rate`, one member is a velocity: mix is multiplied by the
+    span, gain divided by it.
     error: how much of the increment (of its embedded error, if it has one; of the mixed part, if there is no increment) enters
     the error estimate of the step.
     """
@@ -66,14 +68,11 @@ class CouplingUpdate:
     error: float = 0.0
 
     def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
-        if not self.rate:
-            return self.keep, self.mix, self.gain
-        span = t1 - t0
-        return (
-            self.keep,
-            0.0 if equals(self.mix, 0.0) else self.mix * span,
-            0.0 if equals(self.gain, 0.0) else self.gain / span,
-        )
+        mix, gain = self.mix, self.gain
+        if self.rate:
+            mix = mix if equals(mix, 0.0) else mix * (t1 - t0)
+            gain = gain if equals(gain, 0.0) else gain / (t1 - t0)
+        return self.keep, mix, gain
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,15 @@ class Scheme:
     gap_order: int = 2
     longest: int | None = None
     run: Callable[[Sequence[Time]], list[Move]] | None = field(default=None, compare=False)
+    reversible: bool = field(init=False, compare=False)
+    tensors: tuple[Tensor, ...] = field(
+        init=False, compare=False
+    )  # the coefficients that are, which may have gradients
 
-    @property
-    def reversible(self) -> bool:
-        return bool(self.restart)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The coefficients that are tensors, which may have gradients."""
-        return [c for update in self.updates for c in (update.keep, update.mix, update.gain) if isinstance(c, Tensor)]
+    def __post_init__(self) -> None:
+        coefficients = (c for update in self.updates for c in (update.keep, update.mix, update.gain))
+        object.__setattr__(self, "tensors", tuple(c for c in coefficients if isinstance(c, Tensor)))
+        object.__setattr__(self, "reversible", bool(self.restart))
 
     @property
     def alternates(self) -> bool:
@@ -118,7 +117,10 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
     if adds_up and scheme.run is not None and len(times) > 2:
         path = scheme.run(times)
     else:
-        path = [over(update, t0, t1) for t0, t1 in pairwise(times) for update in scheme.updates]
+        path = []
+        for t0, t1 in pairwise(times):
+            for update in scheme.updates:
+                path.append(over(update, t0, t1))
     return path + _jump(scheme, times) if scheme.staggered and isinstance(times[-1], OneSided) else path
 
 
@@ -149,13 +151,17 @@ def frozen(term: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
     return term.parts(term.value(at, x), term.control(at, t0, t1))
 
 
-def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = None) -> Pair:
-    """The pair after the move; parts of the step's error estimate are appended to `error`."""
+def written(state: State, member: int, x: Tensor) -> State:
+    """The state with x as this member, which may be one more."""
+    return (*state[:member], x, *state[member + 1 :])
+
+
+def advance(move: Move, state: State, memo: Memo, error: list[Tensor] | None = None) -> State:
+    """The state after the move; parts of the step's error estimate are appended to `error`."""
     update, t0, t1, at = move
     keep, mix, gain = update.coefficients(t0, t1)
-    target, source = pair[update.target], pair[update.source]
-    assert source is not None
-    out = None if equals(keep, 0.0) else target
+    source = state[update.source]
+    out = None if equals(keep, 0.0) else state[update.target]
     if update.increment is None:
         out = linear(keep, out, mix, source)
     else:
@@ -178,21 +184,21 @@ def advance(move: Move, pair: Pair, memo: Memo, error: list[Tensor] | None = Non
     if update.increment is None and error is not None and update.error:
         error.append((source * (mix * update.error)).detach())
     assert out is not None
-    return (out, pair[1]) if update.target == 0 else (pair[0], out)
+    return written(state, update.target, out)
 
 
-def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor | None = None) -> Pair:
-    """Undo the move and carry the cotangents in `grads` (changed in place) across it; returns the pair before it.
+def pull_back(move: Move, state: State, grads: Grads, tape: Tape, restored: Sequence[Tensor] = ()) -> State:
+    """Undo the move and carry the cotangents in `grads` (changed in place) across it; returns the state before it.
 
-    An update with keep = 0 overwrote its target: that is given back as `restored`. Gradients must be enabled, for the tape.
+    An update with keep = 0 overwrote its target: that is found in the state `restored`, or was not there. Gradients must be
+    enabled, for the tape.
     """
     update, t0, t1, at = move
     i, j = update.target, update.source
     if tape.member == i:
         tape.flush(grads)
     keep, mix, gain = update.coefficients(t0, t1)
-    target, source = pair[i], pair[j]
-    assert target is not None and source is not None
+    target, source = state[i], state[j]
     parts: Combination = []
     if update.increment is not None:
         leaf = tape.watch(j, source, grads)
@@ -205,7 +211,11 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
         parts, mix = _absorbed(parts, mix, gain, tape.watch(j, source, grads)), 0.0
     elif parts and gain != 1.0:
         parts = [(gain * weight, k) for weight, k in parts]
-    before = restored if equals(keep, 0.0) else _undone(value_of(keep), target, mix, source, parts)
+    overwritten = equals(keep, 0.0)
+    if not overwritten:
+        before = written(state, i, _undone(value_of(keep), target, mix, source, parts))
+    else:
+        before = written(state, i, restored[i]) if i < len(restored) else state[:i]
     grad, sign = grads.signed(i)
     if grad is not None:
         if sign != 1.0:
@@ -218,14 +228,14 @@ def pull_back(move: Move, pair: Pair, grads: Grads, tape: Tape, restored: Tensor
                 if weight not in scaled:
                     scaled[weight] = grad.mul(weight)
                 tape.add(k, scaled[weight])
-        if isinstance(keep, Tensor) and keep.requires_grad and before is not None:
+        if isinstance(keep, Tensor) and keep.requires_grad and not overwritten:
             tape.watch(j, source, grads)
-            tape.add(keep * before, grad, sign)
+            tape.add(keep * before[i], grad, sign)
         if mix != 0.0:
             grads.add(j, grad, sign * mix)
         if not equals(keep, 1.0):
             grads.scale(i, value_of(keep))
-    return (before, pair[1]) if i == 0 else (pair[0], before)  # type: ignore[return-value]
+    return before
 
 
 def _absorbed(parts: Combination, mix: Scalar, gain: Scalar, leaf: Tensor) -> Combination:

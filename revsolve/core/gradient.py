@@ -1,6 +1,6 @@
 """The gradient of a discrete solve, in three ways.
 
-    reversible   undo the steps one by one, differentiating each as it is undone     keeps the last pair and the restarts
+    reversible   undo the steps one by one, differentiating each as it is undone     keeps the last state and the restarts
     checkpoint   recompute segments of about sqrt(N) steps from stored states        keeps about 2 sqrt(N) states
     direct       plain automatic differentiation through the steps                   keeps everything
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
-from revsolve.core.coupling import Pair, moves, over, pull_back
+from revsolve.core.coupling import State, moves, over, pull_back, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Gradients, Problem
 from revsolve.core.stepper import Grid
@@ -57,12 +57,14 @@ def _requires_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
 
-def states(problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None) -> tuple[Tensor, Pair, Grid]:
-    """The states due as output, the last pair and the grid."""
+def states(
+    problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None = None
+) -> tuple[Tensor, State, Grid]:
+    """The states due as output, the last state and the grid."""
     if problem.backend is not None:
         return problem.backend.march(problem, y0, store)
-    ys, pair, grid = march(problem, problem.field.term, y0, store)
-    return torch.stack(ys), pair, grid
+    ys, state, grid = march(problem, problem.field.term, y0, store)
+    return torch.stack(ys), state, grid
 
 
 class Operation(Protocol):
@@ -118,12 +120,12 @@ class Solve:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.grid: Grid | None = None
-        self.kept_after: list[int] = []  # the steps after which pairs were kept; the first is y0 alone
-        self.paired = False  # whether pairs have a z
+        self.kept_after: list[int] = []  # the steps after which states were kept; the first is y0 alone
+        self.num_members = 1  # of the others
 
     def __call__(self, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         problem = self.problem
-        marks: list[tuple[int, Pair]] = []
+        marks: list[tuple[int, State]] = []
         ys, last, self.grid = states(problem, y0.detach(), keep_in(problem, marks))
         kept = self._keep(marks, last)
         if problem.readable:
@@ -135,11 +137,12 @@ class Solve:
         assert self.grid is not None
         replay_all(self.problem, self.problem.field.term, self.grid, y0, None)
 
-    def _keep(self, marks: list[tuple[int, Pair]], last: Pair) -> list[Tensor]:
-        """All members of the pairs kept, but y0; the statistics count them."""
+    def _keep(self, marks: list[tuple[int, State]], last: State) -> list[Tensor]:
+        """All members of the states kept, but y0; the statistics count them."""
         assert self.grid is not None
-        kept = [x for pair in (*(pair for _, pair in marks[1:]), last) for x in pair if x is not None]
-        self.kept_after, self.paired = [*(n for n, _ in marks), self.grid.num_steps], last[1] is not None
+        numbers, states = zip(*marks, (self.grid.num_steps, last), strict=True)
+        kept = list(itertools.chain(*states[1:]))
+        self.kept_after, self.num_members = list(numbers), len(last)
         self.problem.stats.num_stored_states = 1 + len(kept)
         return kept
 
@@ -159,12 +162,10 @@ class Solve:
             found = iter(self.gradient(needed, grad_ys, t, leaves, marks))
         return tuple(next(found) if needs else None for needs in needed)
 
-    def marks(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, Pair]:
-        """The pairs that were kept, by the steps after which."""
-        members = iter(kept)
-        pairs: list[Pair] = [(y0.detach(), None)]
-        pairs += [(y, next(members) if self.paired else None) for y in members]
-        return dict(zip(self.kept_after, pairs, strict=True))
+    def marks(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, State]:
+        """The states that were kept, by the steps after which."""
+        states = zip(*[iter(kept)] * self.num_members, strict=True)
+        return dict(zip(self.kept_after, [(y0.detach(),), *states], strict=True))
 
     def gradient(
         self,
@@ -172,7 +173,7 @@ class Solve:
         grad_ys: Tensor,
         t: Tensor | None,
         leaves: Sequence[Tensor],
-        marks: dict[int, Pair],
+        marks: dict[int, State],
     ) -> list[Tensor | None]:
         """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
         problem, grid = self.problem, self.grid
@@ -245,13 +246,14 @@ class _Gated(torch.autograd.Function):
         return None, None if ctx.gate.shut else grad
 
 
-@torch.enable_grad()  # for what the tape records; the pair and the cotangents themselves never require a gradient
-def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
+@torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
+def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
-    scheme, grads, clock = problem.scheme, Grads(), _Clock(grid, tape, moving)
+    scheme, clock = problem.scheme, _Clock(grid, tape, moving)
     scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
-    stop, pair = grid.num_steps, marks.pop(grid.num_steps)
-    distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
+    stop, state = grid.num_steps, marks.pop(grid.num_steps)
+    grads = Grads(*[None] * len(state))
+    distances, sizes = [], [mean_size(state[0] / scale)]  # type: list[Tensor], list[Tensor]
     while stop > 0:
         start = max(marks)
         if missing and missing[-1] > start:
@@ -264,23 +266,24 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, 
             times = grid.seen(first, last, clock(first, last))
             path = moves(scheme, times, tape.memo.adds_up)
             for move in reversed(path[1:]):
-                pair = pull_back(move, pair, grads, tape)
-            scale = torch.maximum(scale, problem.narrowed(pair[0]).abs())
+                state = pull_back(move, state, grads, tape)
+            scale = torch.maximum(scale, problem.narrowed(state[0]).abs())
             member = path[0][0].source
-            if first == start and member == 0:
-                distances.append(mean_size((pair[0] - stored[0]).div_(scale)))
-            if first == start:  # evaluated at the stored state: at a kink, the undone one could lie on the other side
-                pair = _exactly(problem, stored, pair, member, start in grid.restarts)
-            pair = pull_back(path[0], pair, grads, tape)
+            if first == start:
+                if member == 0:
+                    distances.append(mean_size((state[0] - stored[0]).div_(scale)))
+                # evaluated at the stored state: at a kink, the undone one could lie on the other side
+                state = _exactly(problem, stored, state, member, start in grid.restarts)
+            state = pull_back(path[0], state, grads, tape)
         tape.flush(grads)  # its graph need not be there with all that follows
-        if member == 1:
-            distances.append(mean_size((pair[0] - stored[0]).div_(scale)))
+        if member != 0:
+            distances.append(mean_size((state[0] - stored[0]).div_(scale)))
         sizes.append(mean_size(stored[0] / scale))
         if start in grid.restarts:
-            pair = (stored[0], pair[1])
+            state = written(state, 0, stored[0])
             for update in reversed(scheme.restart):
-                pair = pull_back(over(update, times[0], times[1]), pair, grads, tape, restored=stored[1])
-        pair, stop = stored, start
+                state = pull_back(over(update, times[0], times[1]), state, grads, tape, restored=stored)
+        state, stop = stored, start
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
@@ -288,35 +291,40 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, 
     return grads[0], clock.close()
 
 
-def repeat(problem: Problem, term: Term, grid: Grid, marks: dict[int, Pair], missing: list[int]) -> int:
+def repeat(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:
     """Take the recorded steps from the last of the pairs in `marks` on again, to add some at the restarts `missing` after it:
     as many as there is room for, the last included. The number of evaluations."""
     assert problem.restarts is not None
     start, memo, room = max(marks), Memo(term), problem.restarts.capacity(grid.num_steps) - len(marks)
     ahead = missing[bisect_right(missing, start) :]
     wanted = set(ahead[:: -math.ceil(len(ahead) / max(1, room))])
-    pair, walk = (problem.widened(marks[start][0]), marks[start][1]), Walk(problem.scheme, memo)  # type: Pair, Walk
+    state, walk = widened(problem, marks[start]), Walk(problem.scheme, memo)
     with torch.no_grad():
         for a, b in itertools.pairwise([start, *ahead]):
-            pair, _ = replay(problem, grid, pair, a, b, grid.times[a : b + 1], walk)
+            state, _ = replay(problem, grid, state, a, b, grid.times[a : b + 1], walk)
             if b in wanted:
-                marks[b] = pair
+                marks[b] = state
     missing[:] = [n for n in missing if n not in wanted]
     return memo.num_evaluations
 
 
-def _exactly(problem: Problem, stored: Pair, pair: Pair, member: int, restarted: bool) -> Pair:
-    """The pair at the beginning of a segment, with a member as it was there if no evaluation is needed to know it."""
-    copied = restarted and all(update.increment is None for update in problem.scheme.restart)
-    known = stored[0] if member == 0 or copied else None if restarted else stored[1]
-    if known is None:
-        return pair
-    return (problem.widened(known), pair[1]) if member == 0 else (pair[0], problem.widened(known))
+def _exactly(problem: Problem, stored: State, state: State, member: int, restarted: bool) -> State:
+    """The state at the beginning of a segment, with a member as it was there if no evaluation is needed to know it."""
+    if restarted and member != 0:
+        if any(update.increment is not None for update in problem.scheme.restart):
+            return state
+        return written(state, member, problem.widened(stored[0]))
+    return written(state, member, problem.widened(stored[member]))
 
 
-def amplitude(problem: Problem, pairs: Iterable[Pair]) -> Tensor:
-    """The largest size of each entry in any of the pairs, never zero."""
-    sizes = [problem.narrowed(y).abs() for y, _ in pairs]
+def widened(problem: Problem, state: State) -> State:
+    """The state as it goes on from where it was kept: y may have been kept as it is due as output."""
+    return written(state, 0, problem.widened(state[0]))
+
+
+def amplitude(problem: Problem, states: Iterable[State]) -> Tensor:
+    """The largest size of each entry of y in any of the states, never zero."""
+    sizes = [problem.narrowed(state[0]).abs() for state in states]
     return functools.reduce(torch.maximum, sizes) + torch.finfo(sizes[0].dtype).tiny
 
 
@@ -328,37 +336,33 @@ def mean_size(x: Tensor) -> Tensor:
 
 
 def recompute(
-    problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
+    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
 ) -> Gradients:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
-    grads: tuple[Tensor | None, ...] = (None, None)
+    grads: Sequence[Tensor | None] = (None,)
     grad_times: dict[int, Tensor | None] = {}
     scale, stop, end = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)[0]
     distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        leaves = [None if x is None else leaf_of(x) for x in marks[start]]
-        times = (
-            [torch.tensor(s, dtype=torch.float64, device="cpu") for s in grid.times[start : stop + 1]] if moving else []
-        )
+        leaves, times = tuple(map(leaf_of, marks[start])), grid.times[start : stop + 1]
+        moments = [torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True) for s in times if moving]
         with torch.enable_grad():
-            times = [s.requires_grad_() for s in times]
             walk = Walk(problem.scheme, tape.memo)
-            kept: Pair = (problem.widened(leaves[0]), leaves[1])  # type: ignore[arg-type]
-            after, outputs = replay(problem, grid, kept, start, stop, times or grid.times[start : stop + 1], walk)
+            after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, moments or times, walk)
         distances.append(mean_size((after[0].detach() - end) / scale))
         sizes.append(mean_size(marks[start][0] / scale))
-        ends = [(x, g) for x, g in zip(after, grads, strict=True) if x is not None and g is not None]
-        ends += [(y, grad_ys[i]) for i, y in outputs.items()]
-        ends = [(x, g) for x, g in ends if x.requires_grad]
-        inputs = [x for x in leaves if x is not None]
-        results, sources = [x for x, _ in ends], [*inputs, *times, *tape.tensors]
+        results, cotangents, sources = [], [], [*leaves, *moments, *tape.tensors]
+        for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
+            if x.requires_grad and grad is not None:
+                results.append(x)
+                cotangents.append(grad)
         if tape.audit is not None:
             tape.audit(results, sources)
-        got = torch.autograd.grad(results, sources, [g for _, g in ends], allow_unused=True)
-        grads = (got[0], got[1] if len(inputs) == 2 else None)
-        for n, grad in enumerate(got[len(inputs) : len(inputs) + len(times)]):
+        got = torch.autograd.grad(results, sources, cotangents, allow_unused=True)
+        grads = got[: len(leaves)]
+        for n, grad in enumerate(got[len(leaves) : len(leaves) + len(moments)]):
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
-        tape.add_up(got[len(inputs) + len(times) :])
+        tape.add_up(got[len(leaves) + len(moments) :])
         stop, end = start, marks[start][0]
     certify(problem, distances, sizes)
     grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
@@ -394,19 +398,19 @@ class _Clock:
         return self.grads
 
 
-def keep_in(problem: Problem, marks: list[tuple[int, Pair]]) -> Callable[[int, Pair], None]:
-    """Keep the pair at every restart and anchor, or at every 2nd, 4th, ... where these, with those between two of them, were
+def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, State], None]:
+    """Keep the state at every restart and anchor, or at every 2nd, 4th, ... where these, with those between two of them, were
     too many; a checkpointed gradient keeps every sqrt(n)-th only."""
     seen, spacing = 0, 1
 
-    def store(n: int, pair: Pair) -> None:
+    def store(n: int, state: State) -> None:
         nonlocal seen, spacing
         if problem.gradient != "reversible":
             if not marks or n - marks[-1][0] >= math.isqrt(n):
-                marks.append((n, pair))
+                marks.append((n, state))
             return
         if seen % spacing == 0:
-            marks.append((n, pair))
+            marks.append((n, state))
         seen, room = seen + 1, math.inf if problem.restarts is None else problem.restarts.capacity(n)
         while len(marks) > room or spacing < len(marks) > room - spacing + 1:
             del marks[1::2]

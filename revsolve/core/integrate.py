@@ -1,4 +1,4 @@
-"""The march: carry a pair over a grid, step by step and segment by segment. It never hears of gradients."""
+"""The march: carry a state over a grid, step by step and segment by segment. It never hears of gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time, widest
-from revsolve.core.coupling import Pair, Scheme, advance, moves, over
+from revsolve.core.coupling import Scheme, State, advance, moves, over
 from revsolve.core.problem import Problem
 from revsolve.core.restart import FixedInterval, RestartPolicy
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
@@ -23,55 +23,53 @@ from revsolve.core.tape import Memo, Term
 class Walking(Step, Protocol):
     """Takes steps after which the gap can be measured."""
 
-    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor: ...
+    def gap(self, state: State, h: float, scale: Tensor) -> Tensor: ...
 
 
 class Walk:
-    """Takes steps, and remembers the pair with which the latest call began (after a restart)."""
+    """Takes steps, and remembers the state with which the latest call began (after a restart)."""
 
     def __init__(self, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.memo = scheme, memo
 
     def __call__(
-        self, pair: Pair, times: Sequence[Time], restart: bool, measure: Measure | None = None
-    ) -> tuple[Pair, Tensor | None]:
+        self, state: State, times: Sequence[Time], restart: bool, measure: Measure | None = None
+    ) -> tuple[State, Tensor | None]:
         error: list[Tensor] | None = None if measure is None else []
-        latest, y = self.memo.latest, pair[0]
+        latest, y = self.memo.latest, state[0]
         if restart:
             for update in self.scheme.restart:
-                pair = advance(over(update, times[0], times[1]), pair, self.memo)
-        self.begun = pair
+                state = advance(over(update, times[0], times[1]), state, self.memo)
+        self.begun = state
         for move in moves(self.scheme, times, self.memo.adds_up):
-            pair = advance(move, pair, self.memo, error)
+            state = advance(move, state, self.memo, error)
         if measure is None or not error:
-            return pair, None
+            return state, None
         self.before_attempt = latest
-        return pair, measure(sum(error[1:], start=error[0]), y, pair[0])
+        return state, measure(sum(error[1:], start=error[0]), y, state[0])
 
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor:
+    def gap(self, state: State, h: float, scale: Tensor) -> Tensor:
         """The largest entry, in units of the scale, of the distance of z from what a restart would make of it, after a step of
         length h."""
-        before = self.begun[1]
-        assert before is not None
-        return size_of(gap(self.scheme, pair, before, h) / scale)
+        return size_of(gap(self.scheme, state, self.begun[1], h) / scale)
 
 
 def march(
     problem: Problem,
     term: Term,
     y0: Tensor,
-    store: Callable[[int, Pair], None] | None = None,
+    store: Callable[[int, State], None] | None = None,
     walking: Callable[[Scheme, Memo], Walking] = Walk,
-) -> tuple[list[Tensor], Pair, Grid]:
-    """Carry the pair from y0 over the whole grid, segment by segment; the states due as output, the last pair and the grid."""
+) -> tuple[list[Tensor], State, Grid]:
+    """Carry the state from y0 over the whole grid, segment by segment; the outputs, the last state and the grid."""
     stepper, memo = problem.make_stepper(), Memo(term)
-    pair: Pair = (problem.widened(y0), None)
+    state: State = (problem.widened(y0),)
     if (first := problem.field.take_first()) is not None:
         memo.num_evaluations = 1
-        memo.latest = (pair[0], *first)
+        memo.latest = (state[0], *first)
     walk, grid = walking(problem.scheme, memo), stepper.grid
     policy, scheme = policy_of(problem, stepper, memo), problem.scheme
     ys = [y0] if grid.outputs[0] == 0 else []
@@ -82,19 +80,19 @@ def march(
             if restart := scheme.reversible and (problem.restarts is not None or n == 0):
                 grid.restarts.add(n)
             if store is not None:
-                store(n, pair if n else (y0, None))
-            ask = policy.begin(stepper, pair[0])
+                store(n, state if n else (y0,))
+            ask = policy.begin(stepper, state[0])
         limit = ask
         if scheme.staggered and problem.restarts is not None and ask > n + 1:
             limit -= 1  # the gap is what one step changes
-        pair = stepper.advance(walk, pair, begins and restart, min(limit, stepper.num_total or limit))
+        state = stepper.advance(walk, state, begins and restart, min(limit, stepper.num_total or limit))
         if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
-            ys.append(problem.narrowed(pair[0]))
+            ys.append(problem.narrowed(state[0]))
         if stepper.num_steps == ask and not stepper.done:
             h = grid.times[ask] - grid.times[ask - 1]
-            ask = policy.extend(stepper, functools.partial(walk.gap, pair, h))
-    conclude(problem, term, stepper, pair[0], y0, memo.num_evaluations)
-    return ys, pair, grid
+            ask = policy.extend(stepper, functools.partial(walk.gap, state, h))
+    conclude(problem, term, stepper, state[0], y0, memo.num_evaluations)
+    return ys, state, grid
 
 
 def conclude(problem: Problem, term: Term, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
@@ -108,22 +106,22 @@ def conclude(problem: Problem, term: Term, stepper: Stepper, y: Tensor, y0: Tens
 
 
 def replay(
-    problem: Problem, grid: Grid, pair: Pair, start: int, stop: int, times: Sequence[Time], walk: Walk
-) -> tuple[Pair, dict[int, Tensor]]:
-    """Repeat the recorded steps start..stop; the last pair, and the outputs due after them by their index."""
+    problem: Problem, grid: Grid, state: State, start: int, stop: int, times: Sequence[Time], walk: Walk
+) -> tuple[State, dict[int, Tensor]]:
+    """Repeat the recorded steps start..stop; the last state, and the outputs due after them by their index."""
     outputs = {}
     for a, b in grid.runs(start, stop):
-        pair, _ = walk(pair, grid.seen(a, b, times[a - start : b - start + 1]), a in grid.restarts)
+        state, _ = walk(state, grid.seen(a, b, times[a - start : b - start + 1]), a in grid.restarts)
         if (i := grid.output(b)) is not None:
-            outputs[i] = problem.narrowed(pair[0])
-    return pair, outputs
+            outputs[i] = problem.narrowed(state[0])
+    return state, outputs
 
 
 def replay_all(problem: Problem, term: Term, grid: Grid, y0: Tensor, t: Tensor | None) -> list[Tensor]:
     """Repeat the whole solve; the outputs as functions of y0, and of t where that requires a gradient."""
     times: Sequence[Time] = grid.times if t is None else list(moments(grid, t).unbind())
     walk = Walk(problem.scheme, Memo(term))
-    _, outputs = replay(problem, grid, (problem.widened(y0), None), 0, grid.num_steps, times, walk)
+    _, outputs = replay(problem, grid, (problem.widened(y0),), 0, grid.num_steps, times, walk)
     return [outputs.get(i, y0) for i in range(len(grid.outputs))]
 
 
@@ -159,16 +157,16 @@ def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeE
     """Repeat the steps one by one to say where the field or the state stopped being finite."""
     watch = _Watch(term)
     walk = Walk(problem.scheme, Memo(watch))
-    pair: Pair = (problem.widened(y0), None)
+    state: State = (problem.widened(y0),)
     with torch.no_grad():
         for n in range(grid.num_steps):
-            before = pair[0]
-            pair, _ = walk(pair, grid.seen(n, n + 1, grid.times[n : n + 2]), n in grid.restarts)
+            before = state[0]
+            state, _ = walk(state, grid.seen(n, n + 1, grid.times[n : n + 2]), n in grid.restarts)
             if watch.lost is not None:
                 return RuntimeError(problem.explain(*watch.lost))
-            if not _finite(pair[0]):
+            if not _finite(state[0]):
                 return RuntimeError(problem.explain(grid.times[n], before))
-    return RuntimeError(problem.explain(grid.times[-1], pair[0]))
+    return RuntimeError(problem.explain(grid.times[-1], state[0]))
 
 
 class _Watch:
@@ -191,10 +189,9 @@ def _finite(x: Any) -> bool:
     return not isinstance(x, Tensor) or bool(torch.isfinite(x).all())
 
 
-def gap(scheme: Scheme, pair: Pair, before: Tensor, h: float | Tensor) -> Tensor:
+def gap(scheme: Scheme, state: State, before: Tensor, h: float | Tensor) -> Tensor:
     """The distance of z from what a restart would make of it, after a step of length h that began with z = `before`."""
-    y, z = pair
-    assert z is not None
+    y, z = state
     return ((z - before) * h if scheme.staggered else y - z).detach()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Pair, Scheme
+from revsolve.core.coupling import Scheme, State
 from revsolve.core.restart import Restarting
 from revsolve.core.stepper import Grid, Stepper
 from revsolve.core.tape import Audit, Differentiate, Tape, Term
@@ -77,19 +77,19 @@ class Backend(Protocol):
     """What runs the loops of the engine in another way than eagerly."""
 
     def march(
-        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
-    ) -> tuple[Tensor, Pair, Grid]:
+        self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None
+    ) -> tuple[Tensor, State, Grid]:
         """The states due as output, the last pair and the grid."""
         ...
 
     def undo(
-        self, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
     ) -> Gradients:
         """Undo the steps from the last pair, differentiating each."""
         ...
 
     def recompute(
-        self, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape, moving: bool
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
     ) -> Gradients:
         """Repeat segment after segment from its stored state, last one first, and differentiate it."""
         ...

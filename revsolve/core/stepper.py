@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from revsolve.core.arithmetic import OneSided
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.tape import Memo
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an error estimate, given y before and after the step
@@ -26,8 +26,8 @@ class Step(Protocol):
     memo: Memo
 
     def __call__(
-        self, pair: Pair, times: Sequence[float], restart: bool, measure: Measure | None = None
-    ) -> tuple[Pair, Tensor | None]: ...
+        self, state: State, times: Sequence[float], restart: bool, measure: Measure | None = None
+    ) -> tuple[State, Tensor | None]: ...
 
     def forget_attempt(self) -> None: ...
 
@@ -102,7 +102,7 @@ class Stepper(Protocol):
 
     @property
     def done(self) -> bool: ...
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         """The pair after one more accepted step, or, where states need no look in between, after at most `limit` in all."""
         ...
 
@@ -130,7 +130,7 @@ class FixedGrid:
     def done(self) -> bool:
         return self.num_steps == self.num_total
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, outputs = self.num_steps, self.grid.outputs
         while outputs[self.next_output] <= n:
             self.next_output += 1
@@ -205,7 +205,7 @@ class Adaptive:
     def done(self) -> bool:
         return self.next_target == len(self.targets)
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         t0, grown = self.grid.times[-1], self.control.grow
         while True:
             self._check_progress(t0, pair)
@@ -271,7 +271,7 @@ class Adaptive:
             (self.grid.outputs if due else self.grid.pinned).append(self.num_steps)
         self.next_target += lands
 
-    def _check_progress(self, t0: float, pair: Pair) -> None:
+    def _check_progress(self, t0: float, pair: State) -> None:
         if self.num_steps + self.num_rejected >= self.control.max_num_steps:
             raise RuntimeError(self.explain("too many steps", t0, self, pair))
         if not self.h >= SHORTEST * math.ulp(t0):  # also where the field's NaN has made it NaN

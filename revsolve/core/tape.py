@@ -110,10 +110,10 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 class Grads:
-    """The cotangents of y and z, None for zero. A factor of one waits until something is added to it: one pass over it less."""
+    """The cotangents of a state's members, None for zero. A factor of one waits until something is added to it: a pass less."""
 
-    def __init__(self, y: Tensor | None = None, z: Tensor | None = None) -> None:
-        self.totals, self.factors = [y, z], [1.0, 1.0]
+    def __init__(self, *totals: Tensor | None) -> None:
+        self.totals, self.factors = list(totals), [1.0] * len(totals)
 
     def __getitem__(self, member: int) -> Tensor | None:
         total, factor = self.totals[member], self.factors[member]

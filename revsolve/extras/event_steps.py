@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
 from revsolve.prepare.grid import adaptive_grid, knot_grid
@@ -103,7 +103,7 @@ class NumberedSteps:
     def done(self) -> bool:
         return self.when(self.num_steps + 1) is None
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         t1 = self.when(self.num_steps + 1)
         assert t1 is not None
         pair, _ = step(pair, (self.grid.times[-1], t1), restart)
@@ -134,7 +134,7 @@ class UntilEvent:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, t0 = self.num_steps, self.grid.times[-1]
         before = self._values(t0, pair[0])
         taken, far = n + self.num_rejected, abs(t0 - self.grid.times[0]) > self.horizon

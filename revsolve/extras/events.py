@@ -100,7 +100,7 @@ class _LastStep:
             side = self.t0 - at  # the step that ends there sees the field before
             near = next_to(torch.tensor(at, dtype=real, device="cpu"), side)
             s = s + (float(near) - at) if isinstance(s, Tensor) else OneSided(at, side)
-        return walk((y, None), (self.t0, s), self.problem.scheme.reversible)[0][0]
+        return walk((y,), (self.t0, s), self.problem.scheme.reversible)[0][0]
 
     def value(self, s: Time, y: Tensor, component: int) -> Tensor:
         return self.event.value(s, self.state(s, y))[component]

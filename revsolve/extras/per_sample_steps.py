@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.stepper import SHORTEST, Adaptive, Control, Grid, Step, Stepper
 from revsolve.field.functorch import batching
 from revsolve.prepare.options import SolverOptions
@@ -69,7 +69,7 @@ class PerSampleSteps:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n = self.num_steps
         i, start = self._place()
         span, grow = self.spans[i], torch.full_like(start, self.control.grow)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.stepper import Step, Stepper
 from revsolve.prepare.initial_value import InitialValueProblem
 
@@ -79,7 +79,7 @@ class Watched:
             self._close()
         return done
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         try:
             pair = self.stepper.advance(step, pair, restart, limit if self.tell is None else self.num_steps + 1)
             self._report(pair[0])

@@ -204,7 +204,7 @@ class TransformedSolve(Solve):
         return (ys, *kept), (1, *(0 for _ in kept))
 
     def _found(self, other: TransformedSolve) -> None:
-        self.grid, self.kept_after, self.paired = other.grid, other.kept_after, other.paired
+        self.grid, self.kept_after, self.num_members = other.grid, other.kept_after, other.num_members
 
 
 class _Gradient:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step
 from revsolve.field.functorch import batching, numbers, of_every_sample, outside
 from revsolve.prepare.state import Packing
@@ -202,7 +202,7 @@ class UntilConverged:
     def num_steps(self) -> int:
         return self.grid.num_steps
 
-    def advance(self, step: Step, pair: Pair, restart: bool, limit: int) -> Pair:
+    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, memo = self.num_steps + 1, step.memo
         t = float(n)
         pair, _ = step(pair, (t - 1.0, t), restart)

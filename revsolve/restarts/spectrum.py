@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Pair, Scheme, advance, moves, over
+from revsolve.core.coupling import Scheme, State, advance, moves, over
 from revsolve.core.tape import Memo, vector_jacobian_product
 
 SEED = 31_415  # of the first direction: the same in every solve, and apart from the user's random state
@@ -154,16 +154,15 @@ def _amplification(scheme: Scheme, z: Tensor) -> tuple[Tensor, Tensor]:
     """What a step of length 1 does to (y, z), (..., 2, 2), and what a restart makes of y = 1, (..., 2, 1)."""
     memo, one, zero = Memo(_Linear(z)), torch.ones_like(z), torch.zeros_like(z)
     columns = []
-    unit: tuple[Pair, Pair] = (one, zero), (zero, one)
+    unit: tuple[State, State] = (one, zero), (zero, one)
     for pair in unit:
         for move in moves(scheme, (0.0, 1.0), memo.adds_up):
             pair = advance(move, pair, memo)
-        columns.append(torch.stack(pair, -1))  # type: ignore[arg-type]
-    restarted: Pair = (one, None)
+        columns.append(torch.stack(pair, -1))
+    restarted: State = (one,)
     for update in scheme.restart:
         restarted = advance(over(update, 0.0, 1.0), restarted, memo)
     y, other = restarted
-    assert other is not None
     return torch.stack(columns, -1), torch.stack((y, other), -1).unsqueeze(-1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve import method_names
 from revsolve.core.arithmetic import linear
-from revsolve.core.coupling import CouplingUpdate, Pair, advance, over, pull_back
+from revsolve.core.coupling import CouplingUpdate, State, advance, over, pull_back
 from revsolve.core.tape import Grads, Memo, Tape
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.names import scheme
@@ -43,8 +43,8 @@ def no_audit(outputs: Any, own: Any) -> None:
     pass
 
 
-def started(name: str, y: Tensor, t0: float, t1: float, memo: Memo) -> Pair:
-    pair: Pair = (y, None)
+def started(name: str, y: Tensor, t0: float, t1: float, memo: Memo) -> State:
+    pair: State = (y,)
     for update in scheme(name).restart:
         pair = advance(over(update, t0, t1), pair, memo)
     return pair
@@ -61,7 +61,7 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(over(update, t0, t0 + h), pair, Grads(), tape)
+            pair = pull_back(over(update, t0, t0 + h), pair, Grads(None, None), tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)
@@ -109,7 +109,7 @@ def test_an_overwritten_member_is_restored_not_undone() -> None:
     y, z, grad_y, grad_z = torch.randn(4, 3).unbind()
     grads = Grads(grad_y, grad_z)
     tape = Tape(Field(torch.ones(())), (), no_audit)
-    pair = pull_back(over(copy, 0.0, 0.1), (y, y), grads, tape, restored=z)
+    pair = pull_back(over(copy, 0.0, 0.1), (y, y), grads, tape, restored=(y, z))
     assert pair == (y, z)
     assert grads[1] is None
     torch.testing.assert_close(grads[0], grad_y + grad_z, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from revsolve.backends.inductor.operation_trace import Substituted, autocast_sta
 from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.user_state import without_fakes
-from revsolve.core.coupling import Pair, Scheme, advance, over
+from revsolve.core.coupling import Scheme, State, advance, over
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
@@ -36,32 +36,31 @@ class CompiledSteps:
         self.program: Program | None = None
 
     def __call__(
-        self, pair: Pair, times: Sequence[float], restart: bool, measure: Measure | None = None
-    ) -> tuple[Pair, Tensor | None]:
+        self, state: State, times: Sequence[float], restart: bool, measure: Measure | None = None
+    ) -> tuple[State, Tensor | None]:
         assert measure is not None
         (t0, t1), memo = times, self.memo
         self.before_attempt = memo.latest
         if restart:
             for update in self.scheme.restart:
-                pair = advance(over(update, t0, t1), pair, memo)
-        source = pair[self.begins]
-        assert source is not None
+                state = advance(over(update, t0, t1), state, memo)
+        source = state[self.begins]
         value, form = tree_flatten(memo.value(t0, source) if self.passes_on else ())
         moments = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in times]
-        inputs = [*moments, *(x.contiguous() for x in (*pair, *value) if x is not None)]
+        inputs = [*moments, *(x.contiguous() for x in (*state, *value))]
         if self.program is None:
             self._find(times, inputs, measure, form)
         assert self.program is not None
         measured, self.distance, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
         memo.num_evaluations += self.program.besides
-        pair = (y, rest.pop(0)) if self.scheme.reversible else (y, None)
-        memo.latest = (pair[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
-        return pair, measured
+        state = (y, rest.pop(0)) if self.scheme.reversible else (y,)
+        memo.latest = (state[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
+        return state, measured
 
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def gap(self, pair: Pair, h: float, scale: Tensor) -> Tensor:
+    def gap(self, state: State, h: float, scale: Tensor) -> Tensor:
         return size_of(self.distance / scale)
 
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
@@ -89,25 +88,24 @@ class CompiledSteps:
     def _step(
         self, counts: list[int], measure: Measure, form: Any, t0: Tensor, t1: Tensor, y: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        z, *value = rest if self.scheme.reversible else (None, *rest)
-        begun: Pair = (y, z)
-        pair, memo, error = begun, TracedMemo(self.memo.term), []  # type: Pair, Memo, list[Tensor]
+        pair, value = ((y, rest[0]), rest[1:]) if self.scheme.reversible else ((y,), rest)  # type: State, Sequence[Tensor]
+        memo, error, before = TracedMemo(self.memo.term), [], pair[1:]  # type: Memo, list[Tensor], State
         if self.passes_on:
             memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
         for update in self.scheme.updates:
             pair = advance(over(update, t0, t1), pair, memo, error)
         measured, distance = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
-        if z is not None:
-            distance = gap(self.scheme, pair, z, (t1 - t0).to(z.real.dtype))
+        if before:
+            distance = gap(self.scheme, pair, before[0], (t1 - t0).to(y.real.dtype))
         counts.append(memo.num_evaluations)
         passed = tree_flatten(memo.latest[2])[0] if self.passes_on else []
-        return measured, distance, *(x for x in pair if x is not None), *passed
+        return measured, distance, *pair, *passed
 
 
 def _first_same_as_last(scheme: Scheme, begins: int) -> bool:
     """Whether the last evaluation of an attempt is the first of the step after it (FSAL)."""
     memo, one = Memo(_Unmoved()), torch.ones((), device="cpu")
-    pair: Pair = (one, one)
+    pair: State = (one, one)
     for update in scheme.updates:
         pair = advance(over(update, 0.0, 1.0), pair, memo, [])
     return memo.latest[0] is pair[begins] and bool(memo.latest[1] == 1.0)

@@ -23,7 +23,7 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
-from revsolve.core.coupling import Pair, advance, over
+from revsolve.core.coupling import State, advance, over
 from revsolve.core.gradient import amplitude, certify, mean_size, repeat
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
@@ -40,13 +40,13 @@ class InductorBackend:
         self.compiler, self.source = by, source
 
     def march(
-        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None = None
-    ) -> tuple[Tensor, Pair, Grid]:
+        self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None = None
+    ) -> tuple[Tensor, State, Grid]:
         """Carry the pair from y0 over the whole grid; the states due as output, the last pair and the grid."""
         stepper = problem.make_stepper()
         if not isinstance(stepper, FixedGrid):
             return self._adapted(problem, y0.contiguous(), store)
-        pair: Pair = (problem.widened(y0).contiguous(), None)  # as programs give it back
+        pair: State = (problem.widened(y0).contiguous(),)  # as programs give it back
         grid, term, scheme, source = stepper.grid, problem.field.term, problem.scheme, self.source
         memo, n = Memo(term), 0
         policy = policy_of(problem, stepper, memo)
@@ -61,7 +61,7 @@ class InductorBackend:
                 for update in scheme.restart:
                     pair = advance(over(update, *first_step), pair, memo)
             if store is not None:
-                store(n, begin if n else (y0, None))
+                store(n, begin if n else (y0,))
             n, pair = self._segment(policy, ahead, stepper, pair)
         beforehand = problem.field.take_first() is not None
         conclude(
@@ -69,7 +69,7 @@ class InductorBackend:
         )
         return ahead.ys, pair, grid
 
-    def _segment(self, policy: RestartPolicy, ahead: Forward, stepper: FixedGrid, pair: Pair) -> tuple[int, Pair]:
+    def _segment(self, policy: RestartPolicy, ahead: Forward, stepper: FixedGrid, pair: State) -> tuple[int, State]:
         """Carry the pair to the end of a segment, and the number of steps there: as far as it should go, then, with the gaps
         behind all of these steps known, to where the policy ends it."""
         ask, total, numbers = policy.begin(stepper, pair[0]), stepper.num_total, []  # type: int, int, list[float]
@@ -87,8 +87,8 @@ class InductorBackend:
         return total, pair
 
     def _adapted(
-        self, problem: Problem, y0: Tensor, store: Callable[[int, Pair], None] | None
-    ) -> tuple[Tensor, Pair, Grid]:
+        self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None
+    ) -> tuple[Tensor, State, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
         ys, pair, grid = march(problem, problem.field.term, y0, store, functools.partial(CompiledSteps, self.compiler))
         if store is not None:
@@ -100,7 +100,7 @@ class InductorBackend:
         self,
         problem: Problem,
         grid: Grid,
-        marks: dict[int, Pair],
+        marks: dict[int, State],
         grad_ys: Tensor,
         tape: Tape,
         moving: bool,
@@ -109,7 +109,11 @@ class InductorBackend:
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
-        grads, missing, scale = Grads(), sorted(grid.restarts - marks.keys()), amplitude(problem, marks.values())
+        grads, missing, scale = (
+            Grads(None, None),
+            sorted(grid.restarts - marks.keys()),
+            amplitude(problem, marks.values()),
+        )
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
         while stop > 0:
@@ -132,7 +136,7 @@ class InductorBackend:
         self,
         problem: Problem,
         grid: Grid,
-        marks: dict[int, Pair],
+        marks: dict[int, State],
         grad_ys: Tensor,
         tape: Tape,
         moving: bool,

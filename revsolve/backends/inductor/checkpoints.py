@@ -21,9 +21,8 @@ from revsolve.backends.inductor.context import (
     row,
 )
 from revsolve.backends.inductor.programs import Constants, Tensors
-from revsolve.backends.inductor.segments import as_pair
-from revsolve.core.coupling import Pair
-from revsolve.core.gradient import amplitude, certify, mean_size
+from revsolve.core.coupling import State
+from revsolve.core.gradient import amplitude, certify, mean_size, widened
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
@@ -37,18 +36,18 @@ class Repeat(SegmentSweep):
         size, rows = 1 + context.scheme.reversible, 1 << (most - 1).bit_length()  # few sizes, so few programs
         self.kept = [y.new_empty(rows, *y.shape) for _ in range(size)]
 
-    def __call__(self, pair: Pair, origin: int, start: int, stop: int, restart: bool) -> Pair:
+    def __call__(self, pair: State, origin: int, start: int, stop: int, restart: bool) -> State:
         """The pair after the steps start..stop, before which z is reset if so said; what is kept of step n goes to the place
         n - origin."""
         context, self.restart = self.context, restart
-        given = [x.contiguous() for x in (pair[0], None if restart else pair[1]) if x is not None]
+        given = [x.contiguous() for x in (pair[:1] if restart else pair)]
         constant = context.constants(origin=counter(origin), first=counter(start))
         constant["controls"] = context.term.table(start, stop)
         name = "repeat", len(self.kept[0]), restart
-        return as_pair(context.run(context.programs, name, self, (start, stop), given, constant, self.kept))
+        return tuple(context.run(context.programs, name, self, (start, stop), given, constant, self.kept))
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        return detached_clones(*self.begun(n, as_pair(given), constant))
+        return detached_clones(*self.begun(n, tuple(given), constant))
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, times, controls, done = self.context, constant["times"], constant["controls"], n - constant["first"]
@@ -56,7 +55,7 @@ class Repeat(SegmentSweep):
         for x, kept in zip(carried, changed, strict=True):
             kept.index_copy_(0, (n - constant["origin"]).reshape(1), x[None])
         with self.evaluating("step", constant) as memo:
-            pair = context.advanced(context.rest, as_pair(carried), t0, t1, row(controls, done), memo)
+            pair = context.advanced(context.rest, tuple(carried), t0, t1, row(controls, done), memo)
             pair = context.advanced(context.lead, pair, t1, t2, row(controls, done + 1), memo)
         return detached_clones(*pair)
 
@@ -92,7 +91,7 @@ class Differentiate(SegmentSweep):
         t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, first)))
         with self.differentiating("step", constant, changed) as tape:
             begun = [row(x, n - 1 - constant["origin"]).detach().requires_grad_() for x in constant["kept"]]
-            pair = context.advanced(context.rest, as_pair(begun), t0, t1, row(controls, n - 1 - stop), tape.memo)
+            pair = context.advanced(context.rest, tuple(begun), t0, t1, row(controls, n - 1 - stop), tape.memo)
             y = context.narrowed(pair[0])
             pair = context.advanced(context.lead, pair, t1, t2, row(controls, n - stop), tape.memo)
             outputs, inputs = [y, *(x for x in pair if x is not None)], (*begun, *tape.tensors)
@@ -105,7 +104,7 @@ class Differentiate(SegmentSweep):
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         if len(carried) == 1:
             return carried
-        pair, grads = as_pair([row(x, n - constant["origin"]) for x in constant["kept"]]), Grads(*carried)
+        pair, grads = tuple(row(x, n - constant["origin"]) for x in constant["kept"]), Grads(*carried)
         with self.differentiating("end", constant, changed) as tape:
             self.ended(n, pair, constant, grads, tape)
         zero = torch.zeros_like(constant["stored"])
@@ -113,17 +112,17 @@ class Differentiate(SegmentSweep):
 
 
 def recompute(
-    context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, Pair], grad_ys: Tensor, tape: Tape
+    context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
-    scale, stop, (end, _) = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)
+    scale, stop, (end, *_) = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     repeat = Repeat(context, most, problem.widened(end))
-    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads()
+    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads(*[None] * len(repeat.kept))
     distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
         sizes.append(mean_size(marks[start][0] / scale))
-        pair = problem.widened(marks[start][0]), marks[start][1]
+        pair = widened(problem, marks[start])
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
         stored: list[Tensor] = []
         for a, b in runs:
@@ -132,7 +131,7 @@ def recompute(
         distances.append(mean_size((pair[0] - end) / scale))
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
             differentiate(grads, start, a, b, before, a in grid.restarts)
-        stop, (end, _) = start, marks.pop(start)
+        stop, (end, *_) = start, marks.pop(start)
     tape.memo.num_evaluations += repeat.num_evaluations + differentiate.num_evaluations
     certify(problem, distances, sizes)
     if (grad := grads[0]) is not None:

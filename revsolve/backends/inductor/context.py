@@ -23,7 +23,7 @@ from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
 from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.arithmetic import Time, scaled_add
-from revsolve.core.coupling import CouplingUpdate, Pair, Scheme, advance, over, pull_back
+from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, over, pull_back
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -85,7 +85,7 @@ class CompileContext:
         sweep.num_evaluations += program.in_steps * abs(span[1] - span[0]) + program.besides
         return program.run(start, stop, given, constant, changed)
 
-    def advanced(self, updates: Updates, pair: Pair, t0: Time, t1: Time, controls: Tensor, memo: Memo) -> Pair:
+    def advanced(self, updates: Updates, pair: State, t0: Time, t1: Time, controls: Tensor, memo: Memo) -> State:
         """The pair after updates of the step t0 -> t1, with the controls of a row of the table."""
         for update in updates:
             self.term.turn_to(update, controls)
@@ -93,12 +93,12 @@ class CompileContext:
         return pair
 
     def pulled_back(
-        self, updates: Updates, pair: Pair, t0: Time, t1: Time, controls: Tensor, grads: Grads, tape: Tape
-    ) -> Pair:
+        self, updates: Updates, pair: State, t0: Time, t1: Time, controls: Tensor, grads: Grads, tape: Tape
+    ) -> State:
         """The pair before them, with the cotangents in `grads` carried there."""
         for update in reversed(updates):
             self.term.turn_to(update, controls)
-            pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair[1])
+            pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair)
         return pair
 
     def narrowed(self, y: Tensor) -> Tensor:
@@ -143,14 +143,14 @@ class SegmentSweep(Sweep):
             if grad is not None:
                 total.add_(grad.detach())
 
-    def begun(self, n: Tensor, pair: Pair, constant: Constants) -> Pair:
+    def begun(self, n: Tensor, pair: State, constant: Constants) -> State:
         """The pair behind the restart, if any, and the lead of step n."""
         context, times = self.context, constant["times"]
         updates = context.scheme.restart + context.lead if self.restart else context.lead
         with self.evaluating("begin", constant) as memo:
             return context.advanced(updates, pair, at(times, n), at(times, n + 1), constant["controls"][0], memo)
 
-    def ended(self, n: Tensor, pair: Pair, constant: Constants, grads: Grads, tape: Tape) -> Tensor:
+    def ended(self, n: Tensor, pair: State, constant: Constants, grads: Grads, tape: Tape) -> Tensor:
         """Carry cotangents back from there to the pair before, of which y is stored; y as undone."""
         context, times, stored = self.context, constant["times"], constant["stored"]
         step = at(times, n), at(times, n + 1), constant["controls"][0], grads, tape

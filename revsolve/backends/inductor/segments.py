@@ -19,7 +19,7 @@ from revsolve.backends.inductor.context import (
     row,
 )
 from revsolve.backends.inductor.programs import Constants, Tensors
-from revsolve.core.coupling import Pair
+from revsolve.core.coupling import State
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape
@@ -34,28 +34,27 @@ class Forward(SegmentSweep):
         self.ys[0] = y0
         self.gaps = y0.new_empty(1 << (most - 1).bit_length(), dtype=y0.dtype.to_real())  # few sizes, so few programs
 
-    def __call__(self, pair: Pair, start: int, stop: int, scale: Tensor | None) -> Pair:
+    def __call__(self, pair: State, start: int, stop: int, scale: Tensor | None) -> State:
         """The pair after the steps start..stop; gaps are measured if there is a scale."""
-        context, given = self.context, [x.contiguous() for x in pair if x is not None]
+        context, given = self.context, [x.contiguous() for x in pair]
         constant = context.constants(first=counter(start), controls=context.term.table(start, stop))
         constant["scale"] = () if scale is None else (scale.contiguous(),)
         name = "forward", scale is not None, len(self.gaps)
         changed = [self.ys, self.gaps]
-        y, *others = context.run(context.programs, name, self, (start, stop), given, constant, changed)
-        return y, others[0] if others else None
+        return tuple(context.run(context.programs, name, self, (start, stop), given, constant, changed))
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        return detached_clones(*self.begun(n, as_pair(given), constant))
+        return detached_clones(*self.begun(n, tuple(given), constant))
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, times, controls, (ys, gaps) = self.context, constant["times"], constant["controls"], changed
-        pair = as_pair(carried)
+        pair = tuple(carried)
         t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
-        before, done = pair[1], n - constant["first"]
+        before, done = pair[1:], n - constant["first"]
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, pair, t0, t1, row(controls, done), memo)
-            if before is not None and constant["scale"]:
-                found = size_of(gap(context.scheme, pair, before, (t1 - t0).to(gaps.dtype)) / constant["scale"][0])
+            if before and constant["scale"]:
+                found = size_of(gap(context.scheme, pair, before[0], (t1 - t0).to(gaps.dtype)) / constant["scale"][0])
                 gaps.index_copy_(0, done.reshape(1), found.to(gaps.dtype)[None])
             output = at(constant["due"], n + 1)
             place = output.clamp(min=0).reshape(1)
@@ -77,12 +76,11 @@ class Backward(SegmentSweep):
         self.grad_ys = grad_ys.contiguous()
         self.differentiate_by(tape)
 
-    def __call__(self, pair: Pair, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
+    def __call__(self, pair: State, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
         """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
         `stored`; y as undone."""
         context, self.restart = self.context, restart
         y, z = pair
-        assert z is not None
         zero = torch.zeros_like(y, dtype=context.problem.state_dtype)
         given = [y, z, *(zero if grad is None else grad for grad in (grads[0], grads[1]))]
         constant = context.constants(first=counter(stop), controls=context.term.table(start, stop), stored=stored)
@@ -97,7 +95,7 @@ class Backward(SegmentSweep):
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, times, controls, first = self.context, constant["times"], constant["controls"], constant["first"]
         t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, first)))
-        pair, grads = as_pair(carried[:2]), Grads(*carried[2:])
+        pair, grads = tuple(carried[:2]), Grads(*carried[2:])
         with self.differentiating("step", constant, changed) as tape:
             pair = context.pulled_back(context.lead, pair, t1, t2, row(controls, n - stop), grads, tape)
             grads.add(0, cotangent(n, constant))
@@ -108,12 +106,6 @@ class Backward(SegmentSweep):
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         grads = Grads(*carried[2:])
         with self.differentiating("end", constant, changed) as tape:
-            undone = self.ended(n, as_pair(carried[:2]), constant, grads, tape)
+            undone = self.ended(n, tuple(carried[:2]), constant, grads, tape)
         found = [torch.zeros_like(carried[2]) if g is None else g for g in (grads[0], grads[1])]
         return detached_clones(undone, *found)
-
-
-def as_pair(tensors: Tensors) -> Pair:
-    """y and z, or y alone."""
-    y, *z = tensors
-    return y, z[0] if z else None
