@@ -358,7 +358,7 @@ def recompute(
                 cotangents.append(grad)
         if tape.audit is not None:
             tape.audit(results, sources)
-        got = torch.autograd.grad(results, sources, cotangents, allow_unused=True)
+        got = tape.differentiate(results, sources, cotangents)
         grads = got[: len(leaves)]
         for n, grad in enumerate(got[len(leaves) : len(leaves) + len(moments)]):
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 from revsolve.field.autograd import boundary, edge_of, leaf_at
 from revsolve.field.functorch import made_before, num_nodes
+
+
+KEPT = (
+    "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
+    "not found, so its gradient would be lost: compute it in every call, or before the solve, and pass it through args=."
+)
 
 
 class Expected(Protocol):
@@ -30,6 +37,7 @@ class Audit:
         self.known = set(map(id, tensors))
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
+        self.made: dict[int, weakref.ref[Tensor]] = {}  # leaves of which the field makes others in every call, it seems
         for x in tensors:
             if not x.is_leaf:
                 self.some.add(edge_of(x))
@@ -84,13 +92,14 @@ class Audit:
         old = [(node, 0) for node in strangers if leaf_at(node) is None and node not in computed]
         mine = {id(x) for x in own}
         if old and any(id(x) not in mine or id(x) in self.known for x in boundary(old)[0]):
-            raise RuntimeError(
-                f"the field uses a value that it kept from an earlier call (a cache; by {old[0][0].name()}), whose gradient "
-                "would be lost: compute it in every call, or before the solve."
-            )
+            raise RuntimeError(KEPT.format(f"by {old[0][0].name()}"))
         for leaf in leaves:
-            if id(leaf) not in mine and (leaf.shape, leaf.dtype) not in self.field.own_leaves:
+            if id(leaf) in mine:
+                continue
+            before = self.made.get(id(leaf), lambda: None)()
+            if (leaf.shape, leaf.dtype) not in self.field.own_leaves or before is leaf:
                 raise self._judged(leaf)
+            self.made[id(leaf)] = weakref.ref(leaf)
 
     def _judged(self, leaf: Tensor) -> RuntimeError:
         if any(leaf is x for x, _ in self.field.constants):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 try:
     from torch._C import _are_functorch_transforms_active, _functorch
@@ -253,6 +254,14 @@ def version(x: Tensor) -> int:
     return -1 if x.is_inference() else getattr(x, "_version", -1)
 
 
+def is_borrowed(x: Tensor) -> bool:
+    """Whether the memory of x belongs to another library, such as numpy, whose writing no version tells."""
+    try:
+        return not x.untyped_storage().resizable()
+    except (NotImplementedError, RuntimeError):  # it has no memory
+        return False
+
+
 def entries_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The dictionaries of a module's own parameters, buffers and children, in which an assignment puts a new one; of a scripted
     module copies, for it has none."""
@@ -261,6 +270,11 @@ def entries_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[
         return dict(own[0]), dict(own[1]), dict(own[2])
     entries = vars(module)
     return entries["_parameters"], entries["_buffers"], entries["_modules"]
+
+
+def cached_parametrizations() -> dict[Any, Any]:
+    """Where weights are kept within torch.nn.utils.parametrize.cached()."""
+    return getattr(parametrize, "_cache", {})
 
 
 def has_hooks(x: Tensor) -> bool:

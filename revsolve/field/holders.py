@@ -7,24 +7,28 @@ when it was solved, though other values may have been put there in between.
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterable
+import operator
+import sys
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from types import CellType, CodeType, ModuleType
+from types import CellType, CodeType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from revsolve.field.functorch import entries_of
+from revsolve.field.functorch import cached_parametrizations, entries_of
 
 DEPTH = 6
 OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 LEAVES = (*PLAIN, type, ModuleType)
+OF_OTHERS = sys.stdlib_module_names | {"torch", "numpy", "revsolve"}  # packages whose classes keep nothing of a field's
 MISSING = object()
 
 
 class Place(NamedTuple):
-    """Where a value was found: entry `name` of a dictionary, or a cell of a closure."""
+    """Where a value was found: entry `name` of a dictionary, a cell of a closure, or an attribute in a slot or of a class."""
 
     holder: Any
     name: str
@@ -33,12 +37,71 @@ class Place(NamedTuple):
     def put(self, value: Any) -> None:
         if isinstance(self.holder, CellType):
             self.holder.cell_contents = value
-        else:
+        elif isinstance(self.holder, dict):
             self.holder[self.name] = value
+        else:
+            setattr(self.holder, self.name, value)
+
+
+class Contents:
+    """The entries of a list or dictionary, as they were when this was made.
+
+    A field that keeps values puts tensors there that it computed when no gradients were recorded: they are taken out while it is
+    called again for its gradient, so that it computes them anew, and put back later.
+    """
+
+    def __init__(self, holder: Any) -> None:
+        self.holder, self.then = holder, _entries(holder)
+
+    def take_out(self) -> Callable[[], None] | None:
+        """Take out tensors that were put there since. Returns what puts them back."""
+        now, holder, then = _entries(self.holder), self.holder, self.then
+        if len(now) == len(then) and all(map(operator.is_, now.values(), then.values())):
+            return None
+        new = {key: x for key, x in now.items() if x is not then.get(key, MISSING) and _holds_tensors(x)}
+        left = {key: then[key] if key in new else x for key, x in now.items() if key not in new or key in then}
+        if isinstance(holder, list):
+            holder[:] = left.values()
+        else:
+            for key in new:
+                if key in left:
+                    holder[key] = left[key]
+                else:
+                    del holder[key]
+
+        def put_back() -> None:
+            if isinstance(holder, list):
+                holder[:] = [*now.values(), *holder[len(left) :]]
+            else:
+                holder.update(new)
+
+        return put_back
+
+
+class Remembered:
+    """The number of results that a function remembers by functools.lru_cache, which can but be forgotten."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.then = function, function.cache_info().currsize
+
+    def take_out(self) -> Callable[[], None] | None:
+        if self.function.cache_info().currsize == self.then:
+            return None
+        self.function.cache_clear()
+        return self.function.cache_clear
+
+
+def _entries(holder: Any) -> dict[Any, Any]:
+    return dict(enumerate(holder) if isinstance(holder, list) else holder)
+
+
+def _holds_tensors(x: Any) -> bool:
+    return isinstance(x, Tensor) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(x))
 
 
 class Holdings:
-    """All that `owners` hold: `tensors`, `modules`, and the `places` of everything.
+    """All that `owners` hold: `tensors`, `modules`, the `places` of everything, and `keepers`, which may get more to hold: lists,
+    dictionaries, and functions that remember results.
 
     `listed` are tensors that stand in a list or dictionary which a function or an object keeps, such as a log of earlier values.
     """
@@ -48,7 +111,8 @@ class Holdings:
         self.listed: set[int] = set()
         self.modules: dict[int, nn.Module] = {}
         self.places: list[Place] = []
-        seen = set()
+        self.keepers: list[Any] = [cached_parametrizations()]
+        self.seen = seen = set[int]()
         # What is still to be looked into, how deep, and whether it is kept in a place.
         self.ahead: list[tuple[Any, int, bool]] = [(owners, DEPTH, False)]
         while self.ahead:
@@ -60,10 +124,13 @@ class Holdings:
             elif id(thing) not in seen and (depth > 0 or isinstance(thing, nn.Module)):
                 seen.add(id(thing))
                 if isinstance(thing, nn.Module):
-                    self._open_module(thing, max(depth, 1))
+                    self._open_module(thing, max(depth, 2))
                 elif isinstance(thing, (list, tuple, set, frozenset)):
+                    if isinstance(thing, list):
+                        self.keepers.append(thing)
                     self._open_items(thing, depth, kept)
                 elif isinstance(thing, dict):
+                    self.keepers.append(thing)
                     self._open_items(list(thing.values()), depth, kept)
                 else:
                     self._open_object(thing, depth)
@@ -85,10 +152,13 @@ class Holdings:
         for child in children.values():
             self.ahead.append((child, depth, False))
         self._open_entries(vars(module), vars(module).keys() - OF_MODULES, depth)
+        if not type(module).__module__.startswith("torch."):
+            self.keepers.append(vars(module))
+            self._open_class(module, depth)
 
     def _open_object(self, thing: Any, depth: int) -> None:
         if not callable(thing):  # of a large program's objects, those near the field only
-            depth = min(depth, 3) if depth > DEPTH - 3 else 0
+            depth = min(depth, 3) if depth > DEPTH - 4 else 0
         code = getattr(thing, "__code__", None)
         if code is not None:
             for name, cell in zip(code.co_freevars, thing.__closure__ or (), strict=True):
@@ -100,6 +170,26 @@ class Holdings:
         own = getattr(thing, "__dict__", None)
         if isinstance(own, dict) and depth:
             self._open_entries(own, own, depth)
+            self.keepers.append(own)
+        if depth and code is None:
+            self._open_class(thing, depth)
+
+    def _open_class(self, thing: Any, depth: int) -> None:
+        """What a user's class keeps: slots, attributes of all its instances, and results that functions remember."""
+        if hasattr(thing, "cache_clear"):
+            self.keepers.append(thing)
+        for kind in type(thing).__mro__:
+            if kind.__module__.partition(".")[0] in OF_OTHERS:
+                continue
+            new = id(kind) not in self.seen
+            self.seen.add(id(kind))
+            for name, value in list(vars(kind).items()):
+                if isinstance(value, MemberDescriptorType):
+                    self._open_place(thing, name, value_in(thing, name), depth)
+                elif new and hasattr(value, "cache_clear"):
+                    self.keepers.append(value)
+                elif new and isinstance(value, (Tensor, list, dict, type(None))) and not name.startswith("__"):
+                    self._open_place(kind, name, value, depth)
 
     def _open_entries(self, entries: dict[str, Any], names: Iterable[str], depth: int) -> None:
         for name in names:
@@ -115,7 +205,7 @@ class Holdings:
 def value_in(holder: Any, name: str) -> Any:
     """What stands in a place now; MISSING if nothing does."""
     if not isinstance(holder, CellType):
-        return holder.get(name, MISSING)
+        return holder.get(name, MISSING) if isinstance(holder, dict) else getattr(holder, name, MISSING)
     try:
         return holder.cell_contents
     except ValueError:  # not filled yet

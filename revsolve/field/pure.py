@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term, leaf_of
-from revsolve.field.audit import Audit, lost
+from revsolve.field.audit import KEPT, Audit, lost
 from revsolve.field.autograd import boundary, depend_on_each_other, drawing, inputs_of
 from revsolve.field.discover import Found, discover, refusing_sharded_calls
-from revsolve.field.functorch import has_hooks, vector_jacobian_product, version
-from revsolve.field.holders import MISSING, Holdings, Place, changed
+from revsolve.field.functorch import has_hooks, is_borrowed, vector_jacobian_product, version
+from revsolve.field.holders import MISSING, Contents, Holdings, Place, Remembered, changed
 from revsolve.field.repeat import (
     Buffers,
     Repeatable,
@@ -44,10 +44,10 @@ NO_BUFFERS = Buffers()
 class Pure:
     """What the engine knows of a field: `term`, the tensors outside that it depends on, and the first value."""
 
-    differentiate = staticmethod(vector_jacobian_product)
     own_leaves: frozenset[Any] = frozenset()  # shapes and dtypes of leaves that the field makes itself
     constants: Sequence[tuple[Tensor, int]] = ()  # what it may use besides, with versions
     places: Sequence[Place] = ()  # where it finds things, with what it found there
+    contents: Sequence[Contents | Remembered] = ()  # of what may keep its values
     coefficients: Sequence[Tensor] = ()  # of the scheme
     random: tuple[Tensor, ...] = ()  # the state of the generators, where it draws nothing
     late = lent = NO_BUFFERS  # of modules that train: those the first call left alone; those lent to later calls
@@ -59,6 +59,16 @@ class Pure:
         self.term, self.tensors = term, tuple(tensors)
         self.autocast = autocast_state()
         self.stand_ins_needed = not all(x.is_leaf for x in tensors) and depend_on_each_other(tensors)
+
+    @staticmethod
+    def differentiate(*given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The products of cotangents, see `vector_jacobian_product`."""
+        try:
+            return vector_jacobian_product(*given)
+        except RuntimeError as error:
+            if "through the graph a second time" in str(error):
+                raise RuntimeError(KEPT.format("the graph of which is gone")) from error
+            raise
 
     def take_first(self) -> tuple[Time, Any] | None:
         """Time and value of an evaluation at the start that has been made; once, for it is not kept."""
@@ -95,12 +105,15 @@ class Pure:
         """The state of Python and PyTorch in which the forward pass ran. Raises RuntimeError where it cannot be had."""
         self._check_tensors()
         moved = changed(self.places)
+        back = [put_back for contents in self.contents if (put_back := contents.take_out()) is not None]
         try:
             for place, _ in moved:
                 place.put(place.value)
             with self.autocast(), self.lent:
                 yield
         finally:
+            for put_back in back:
+                put_back()
             for place, now in moved:
                 if now is not MISSING:
                     place.put(now)
@@ -151,9 +164,15 @@ class Opening:
 
     def __call__(self) -> list[Tensor]:
         """Evaluate, keep the `value`, and return what is differentiated of it."""
-        t = self.span[0]
+        t, before = self.span[0], version(self.x)
         self.value = self.term.value(t, self.x)
-        return [self.term.product(self.value, self.term.control(t, *self.span))[0]]
+        product = self.term.product(self.value, self.term.control(t, *self.span))[0]
+        if version(self.x) != before:
+            raise ValueError(
+                "the field changes its state in place, which is the solver's: write y = y.clone() first, or use operations "
+                "without an underscore."
+            )
+        return [product]
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:
         """All that an evaluation at (t, x) gives."""
@@ -242,9 +261,10 @@ def pure(
     field.repeats, field.coefficients, field.opening = repeats, coefficients, opening
     field.lent = NO_BUFFERS if matters else changing
     if not repeats and not changing:
-        field.first = (span[0], tree_map_only(Tensor, Tensor.detach, value) if held else value)
+        field.first = (span[0], tree_map_only(Tensor, partial(_own, held), value))
     if held and wanted and isinstance(found, Found):
         field.own_leaves, field.places = found.own_leaves, found.places
+        field.contents = [(Remembered if hasattr(x, "cache_clear") else Contents)(x) for x in holdings.keepers]
         field.random = () if draws else before
         field.constants = versions and [
             (x, number) for x, number in versions if version(x) == number and x not in buffers
@@ -268,8 +288,8 @@ def _drew(before: tuple[Tensor, ...], opening: Opening, buffers: Buffers) -> boo
 
 
 def _in_one_memory(opening: Opening, buffers: Buffers) -> bool:
-    """Whether another call returns the memory of this value, which was written in place."""
-    written = [x for x in _tensors(opening.value) if version(x) != 0]
+    """Whether another call returns the memory of this value, which was written in place, or is numpy's."""
+    written = [x for x in _tensors(opening.value) if version(x) != 0 or is_borrowed(x)]
     if not written or getattr(opening.term, "late", False):
         return False
     first = opening.value
@@ -278,6 +298,12 @@ def _in_one_memory(opening: Opening, buffers: Buffers) -> bool:
     there = {x.untyped_storage().data_ptr() for x in _tensors(opening.value)}
     opening.value = first
     return any(x.untyped_storage().data_ptr() in there for x in written)
+
+
+def _own(held: bool, x: Tensor) -> Tensor:
+    """A value to be kept, without its graph if that is `held`, and not where the next call may write."""
+    x = x.detach() if held else x
+    return x.clone() if version(x) > 0 else x
 
 
 def _matter(buffers: Buffers, at: Callable[[float, Tensor], list[Tensor]], t: float, x: Tensor, draws: bool) -> bool:

@@ -1,0 +1,362 @@
+"""Fields that do what fields should not: keep values, begin late, write into memory of their own. Each has a `plain` twin that
+computes the same without any of it.
+
+All map (batch, 3) to (batch, 3). What is late begins where the state has left its start.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+SIZE = 3
+
+
+class Hostile(nn.Module):
+    """A layer, and a symmetric weight derived from another one; `start` is where the solve begins."""
+
+    def __init__(self, start: Tensor, plain: bool) -> None:
+        super().__init__()
+        self.start, self.plain = start.detach(), plain
+        self.layer, self.other = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+        self.to(start)
+
+    def late(self, y: Tensor) -> bool:
+        return bool((y.detach() - self.start).abs().max() > 0.02)
+
+    def derived(self) -> Tensor:
+        return self.other.weight + self.other.weight.T
+
+    def first(self, y: Tensor) -> Tensor:
+        return torch.tanh(self.layer(y))
+
+    def second(self, y: Tensor, weight: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(y @ weight)
+
+    def kept(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.first(y) + self.second(y, self.derived() if self.plain else self.kept())
+
+
+class Late(Hostile):
+    """Keeps what it computes when it is first needed, which is late."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return super().forward(y) if self.late(y) else self.first(y)
+
+
+class InAttribute(Hostile):
+    weight: Tensor | None = None
+
+    def kept(self) -> Tensor:
+        if self.weight is None:
+            self.weight = self.derived()
+        return self.weight
+
+
+class InNewAttribute(Hostile):
+    def kept(self) -> Tensor:
+        if not hasattr(self, "weight"):
+            self.weight = self.derived()
+        return self.weight
+
+
+class InDictionary(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cache: dict[Any, Any] = {}
+
+    def kept(self) -> Tensor:
+        if "w" not in self.cache:
+            self.cache["w"] = (self.derived(), 1)
+        return self.cache["w"][0]
+
+
+class InList(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cache: list[Any] = [None]
+
+    def kept(self) -> Tensor:
+        if self.cache[0] is None:
+            self.cache[0] = self.derived()
+        return self.cache[0]
+
+
+class InCachedProperty(Hostile):
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        return self.derived()
+
+    def kept(self) -> Tensor:
+        return self.weight
+
+
+class InLruCache(Hostile):
+    @functools.cache  # noqa: B019
+    def kept(self) -> Tensor:
+        return self.derived()
+
+
+class Slot:
+    __slots__ = ("weight",)
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+
+
+class InSlot(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slot = Slot()
+
+    def kept(self) -> Tensor:
+        if self.slot.weight is None:
+            self.slot.weight = self.derived()
+        return self.slot.weight
+
+
+class InFunction(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+        def kept() -> Tensor:
+            if not hasattr(kept, "weight"):
+                kept.weight = self.derived()  # type: ignore[attr-defined]
+            return kept.weight  # type: ignore[attr-defined]
+
+        self.keeps = kept
+
+    def kept(self) -> Tensor:
+        return self.keeps()
+
+
+class InClosure(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        weight: Tensor | None = None
+
+        def kept() -> Tensor:
+            nonlocal weight
+            weight = self.derived() if weight is None else weight
+            return weight
+
+        self.keeps = kept
+
+    def kept(self) -> Tensor:
+        return self.keeps()
+
+
+class InClass(Hostile):
+    """One for all instances, of which there is one."""
+
+    latest: Tensor | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        InClass.latest = None
+
+    def kept(self) -> Tensor:
+        if InClass.latest is None:
+            InClass.latest = self.derived()
+        return InClass.latest
+
+
+class InParametrization(Hostile):
+    """torch.nn.utils.parametrize.cached() around the solve."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        weight_norm(self.other)
+
+    def derived(self) -> Tensor:
+        return self.other.weight
+
+    kept = derived
+
+
+KEEPERS = [
+    InAttribute,
+    InNewAttribute,
+    InDictionary,
+    InList,
+    InCachedProperty,
+    InLruCache,
+    InSlot,
+    InFunction,
+    InClosure,
+    InClass,
+    InParametrization,
+]
+KEEPERS_LATE = [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS]
+
+
+class LateLayer(Hostile):
+    """A layer whose parameters come in late."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.first(y) + self.second(y, self.derived()) if self.late(y) else self.first(y)
+
+
+class LateHidden(LateLayer):
+    """A tensor that comes in late, from where nobody finds it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.hidden = itertools.repeat(self.other.weight)
+        self.mine = [self.other.weight]
+        self.unfold = (lambda: self.other.weight) if self.plain else (lambda: next(self.hidden))
+
+    def derived(self) -> Tensor:
+        return self.unfold()
+
+
+class LateOfNormalization(Hostile):
+    """Batch normalisation in training that comes in late."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.norm = nn.BatchNorm1d(SIZE, dtype=self.start.dtype)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.first(y) + (0.1 * self.norm(y) if self.late(y) else 0.0)
+
+
+class LateDropout(Hostile):
+    def forward(self, y: Tensor) -> Tensor:
+        return self.first(nn.functional.dropout(y, 0.5) if self.late(y) else y)
+
+
+class LateHook(Hostile):
+    """A hook that is there from late on: what it sees is not for us to say, but the gradient is that of autograd."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        value = self.first(y)
+        if self.late(y) and value.requires_grad:
+            value.register_hook(lambda grad: 1.5 * grad)
+        return value
+
+
+class OwnLeaf(Hostile):
+    """Makes a leaf in every call."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.first(y) + torch.zeros_like(y[0]).requires_grad_()
+
+
+class OwnLeafAndHidden(OwnLeaf):
+    """And takes another of the same shape, late, from where nobody finds it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        hidden = itertools.repeat(self.other.bias)
+        self.unfold = (lambda: self.other.bias) if self.plain else (lambda: next(hidden))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return super().forward(y) + (0.3 * self.unfold() if self.late(y) else 0.0)
+
+
+class ZeroStart(Hostile):
+    """A last layer that is zero, spectrally normalised layers in training."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        torch.manual_seed(1)
+        self.other = spectral_norm(self.other)
+        self.last = nn.Linear(SIZE, SIZE, dtype=self.start.dtype)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.other(self.first(y)))) + 0.3 * self.first(y)
+
+
+class Scales(Hostile):
+    """Entries of very different sizes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sizes = torch.tensor([1e-10, 1.0, 1e10], dtype=self.start.dtype)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.sizes * self.first(y / self.sizes)
+
+
+LATE = [LateLayer, LateHidden, LateOfNormalization, LateDropout, LateHook]
+OTHERS = [OwnLeaf, OwnLeafAndHidden, ZeroStart]
+
+
+class OneBuffer(Hostile):
+    """Returns the same memory in each call."""
+
+    how: Callable[[Any, Tensor], Tensor]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.memory = [torch.zeros_like(self.start) for _ in range(2)]
+        self.calls = itertools.count()
+
+    def written(self, value: Tensor, into: Tensor) -> Tensor:
+        with torch.no_grad():
+            return into.copy_(value)
+
+    def into_memory(self, y: Tensor, value: Tensor) -> Tensor:
+        return self.written(value, self.memory[0])
+
+    def forward(self, y: Tensor) -> Tensor:
+        value = self.first(y)
+        return value if self.plain else self.into_memory(y, value)
+
+
+class TwoBuffers(OneBuffer):
+    def into_memory(self, y: Tensor, value: Tensor) -> Tensor:
+        return self.written(value, self.memory[next(self.calls) % 2])
+
+
+class PartOfABuffer(OneBuffer):
+    def into_memory(self, y: Tensor, value: Tensor) -> Tensor:
+        self.memory[0] = self.memory[0].new_zeros(2, *value.shape) if self.memory[0].ndim == 2 else self.memory[0]
+        return self.written(value, self.memory[0][1])
+
+
+class LateBuffer(OneBuffer):
+    def into_memory(self, y: Tensor, value: Tensor) -> Tensor:
+        return self.written(value, self.memory[0]) if self.late(y) else value
+
+
+class NumpyBuffer(OneBuffer):
+    def into_memory(self, y: Tensor, value: Tensor) -> Tensor:
+        array = self.memory[0].numpy()
+        array[:] = value.detach().numpy()
+        return torch.from_numpy(array)
+
+
+BUFFERS = [OneBuffer, TwoBuffers, PartOfABuffer, LateBuffer, NumpyBuffer]
+
+
+def start_of(batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.linspace(-0.9, 1.0, SIZE * batch, dtype=dtype).view(batch, SIZE)
+
+
+def made(kind: type[Hostile], y0: Tensor, plain: bool) -> Hostile:
+    torch.manual_seed(0)
+    return kind(y0, plain)
+
+
+@contextmanager
+def caching(field: Hostile) -> Iterator[None]:
+    if isinstance(field, InParametrization) and not field.plain:
+        with parametrize.cached():
+            yield
+    else:
+        yield
