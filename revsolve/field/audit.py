@@ -12,7 +12,6 @@ from torch import Tensor
 from revsolve.field.autograd import boundary, edge_of, leaf_at
 from revsolve.field.functorch import made_before, num_nodes
 
-
 KEPT = (
     "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
     "not found, so its gradient would be lost: compute it in every call, or before the solve, and pass it through args=."
