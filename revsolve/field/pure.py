@@ -61,7 +61,7 @@ class Pure:
         self.stand_ins_needed = not all(x.is_leaf for x in tensors) and depend_on_each_other(tensors)
 
     @staticmethod
-    def differentiate(*given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def differentiate(*given: Any) -> tuple[Tensor | None, ...]:
         """The products of cotangents, see `vector_jacobian_product`."""
         try:
             return vector_jacobian_product(*given)
