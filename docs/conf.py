@@ -23,6 +23,8 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build", "figures"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Docstrings write code in single backquotes.
 default_role = "code"
@@ -44,6 +46,8 @@ nb_execution_mode = "off"
 copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_typehints = "signature"
+# One argument a line.
+maximum_signature_line_length = 60
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False

@@ -1,29 +1,40 @@
-"""`make demo`: a neural ODE learns the lynx and hare cycle, and the three gradient modes are compared on it.
+"""Demo: a neural ODE learns the lynx and hare cycle, and the ways to its gradient are compared over long horizons.
 
 The model is y' = f(y) with y the standardised logarithm of the yearly pelts and f a small network; the initial state is
-learned with it. The plot is saved as build/demo.png.
+learned with it. The comparison differentiates where 50 neighbouring states end after 20 to 500 years. The plot is saved as
+build/demo.png.
 """
 
 import csv
 import gc
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+import torchdiffeq
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from revsolve import odeint
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs" / "figures"))
+from meter import Meter  # noqa: E402
+
 RECORD = Path(__file__).parent / "data" / "lynx_hare.csv"
 PLOT = ROOT / "build" / "demo.png"
 
-STEP = 0.5  # years; the comparison repeats it at a tenth
+STEP = 0.5  # years
 # Values that each stage of the training fits, and its iterations: a fit of both cycles from the start settles on their
 # mean.
-STAGES = ((11, 150), (21, 250))
+STAGES = ((11, 120), (21, 160))
+HORIZONS = (20, 50, 100, 200, 500)  # years
+SHOWN = (20, 100, 500)  # those of the table
+NEIGHBOURS = 50
+MODES = ("reversible", "checkpoint", "direct", "continuous adjoint")
 
 
 def load_record() -> tuple[Tensor, Tensor]:
@@ -39,36 +50,34 @@ class Model(nn.Module):
 
     def __init__(self, y0: Tensor, width: int = 32) -> None:
         super().__init__()
-        self.step = STEP
         self.y0 = nn.Parameter(y0.clone())
-        self.field = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).to(y0.dtype)
+        self.network = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).to(y0.dtype)
 
-    def forward(self, t: Tensor, gradient: str = "reversible") -> Tensor:
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(y)
+
+    def forward(self, t: Tensor, gradient: str = "reversible", y0: Tensor | None = None) -> Tensor:
         """States at the times t, (len(t), 2)."""
-        return odeint(
-            lambda _, y: self.field(y),
-            self.y0,
-            t,
-            method="rev_rk4",
-            options={"step_size": self.step},
-            gradient=gradient,
-        )
+        options = {"step_size": STEP}
+        y0 = self.y0 if y0 is None else y0
+        return odeint(self.field, y0, t, method="rev_rk4", options=options, gradient=gradient)
 
-
-def mean_square(model: Model, t: Tensor, y: Tensor, gradient: str = "reversible") -> Tensor:
-    return (model(t, gradient) - y).square().mean()
+    def torchdiffeq(self, t: Tensor, solve: Callable[..., Tensor], y0: Tensor) -> Tensor:
+        """The same by torchdiffeq, with a Runge-Kutta method of the same order and the same steps."""
+        parameters = {} if solve is torchdiffeq.odeint else {"adjoint_params": tuple(self.network.parameters())}
+        return solve(self.field, y0, t, method="rk4", options={"step_size": STEP}, **parameters)
 
 
 def train(model: Model, t: Tensor, y: Tensor) -> list[float]:
     """Fit a growing part of the record; the loss of every iteration."""
     losses = []
-    with tqdm(total=sum(iterations for _, iterations in STAGES), desc="training", unit="it") as bar:
+    with tqdm(total=sum(n for _, n in STAGES), desc="training", unit="it", disable=None) as bar:  # None: terminals only
         for length, iterations in STAGES:
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=1e-3)
             for _ in range(iterations):
                 optimizer.zero_grad()
-                loss = mean_square(model, t[:length], y[:length])
+                loss = (model(t[:length]) - y[:length]).square().mean()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -78,90 +87,128 @@ def train(model: Model, t: Tensor, y: Tensor) -> list[float]:
     return losses
 
 
-def live_tensors() -> list[Tensor]:
+def end(model: Model, years: float, mode: str) -> Tensor:
+    """The last states of a solve over so many years, differentiable in the way that `mode` names."""
+    t = torch.tensor([0.0, years], dtype=torch.float64)
+    y0 = model.y0 + 0.05 * torch.randn(NEIGHBOURS, 2, dtype=t.dtype, generator=torch.Generator().manual_seed(0))
+    theirs = {"continuous adjoint": torchdiffeq.odeint_adjoint, "torchdiffeq, direct": torchdiffeq.odeint}
+    return (model.torchdiffeq(t, theirs[mode], y0) if mode in theirs else model(t, mode, y0))[-1]
+
+
+def gradient(model: Model, years: float, mode: str) -> Tensor:
+    """Of the mean squared last state with respect to all parameters, as one vector."""
+    found = torch.autograd.grad(end(model, years, mode).square().mean(), list(model.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+def live_tensors() -> dict[int, int]:
+    """The storages of all tensors, and how many numbers each holds."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    alive = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {storage.data_ptr(): storage.nbytes() // 8 for storage in alive}
 
 
-def numbers_kept(model: Model, t: Tensor, y: Tensor, gradient: str) -> int:
-    """How many numbers a loss holds for its backward pass.
+def numbers_held(model: Model, years: float, mode: str) -> int:
+    """The most numbers that are held for a gradient, parameters left out.
 
-    What autograd saved, and every other tensor that came to life: hooks do not see what the engine keeps by itself.
+    After the forward pass, all that came to life; in the backward pass, also what autograd saves then.
     """
-    before = {tensor.untyped_storage().data_ptr() for tensor in live_tensors()}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
-    ):
-        loss = mean_square(model, t, y, gradient)
-    sizes = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.element_size()
-        for tensor in [*saved, *live_tensors()]
-    }
-    loss.backward()
-    return sum(size for pointer, size in sizes.items() if pointer not in before)
+    before, meter = live_tensors(), Meter(model.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda packed: packed[0]):
+        y = end(model, years, mode)
+        kept, saved = live_tensors(), meter.held
+        torch.autograd.grad(y.square().mean(), list(model.parameters()))
+    return sum(size for pointer, size in kept.items() if pointer not in before) + meter.peak - saved
 
 
-def gradient_and_seconds(model: Model, t: Tensor, y: Tensor, gradient: str) -> tuple[Tensor, float]:
-    """All gradients as one vector, and the shortest of three times for forward and backward."""
-    seconds = []
-    for _ in range(3):
-        model.zero_grad()
-        start = time.perf_counter()
-        mean_square(model, t, y, gradient).backward()
-        seconds.append(time.perf_counter() - start)
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), min(seconds)
+@dataclass(frozen=True)
+class Result:
+    """One way to a gradient over one horizon; the error is relative to backpropagation through the same steps."""
+
+    years: int
+    mode: str
+    error: float
+    numbers: int
+    seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        return round(self.years / STEP)
 
 
-def print_comparison(model: Model, t: Tensor, y: Tensor) -> None:
-    reference, _ = gradient_and_seconds(model, t, y, "direct")
-    for mode in ("reversible", "checkpoint", "direct"):
-        found, seconds = gradient_and_seconds(model, t, y, mode)
-        difference = ((found - reference).norm() / reference.norm()).item()
-        num_steps = round((t[-1] - t[0]).item() / model.step)
-        print(f"{num_steps:>5}  {mode:<12}{difference:>12.1e}{numbers_kept(model, t, y, mode):>16,}{seconds:>10.3f}")
+def compare(model: Model, horizons: tuple[int, ...] = HORIZONS) -> list[Result]:
+    results = []
+    for years in horizons:
+        exact = {mode: gradient(model, years, mode) for mode in ("direct", "torchdiffeq, direct")}
+        for mode in MODES:
+            start = time.perf_counter()
+            found = gradient(model, years, mode)
+            seconds = time.perf_counter() - start
+            wanted = exact["torchdiffeq, direct" if mode == "continuous adjoint" else "direct"]
+            error = float((found - wanted).norm() / wanted.norm())
+            results.append(Result(years, mode, error, numbers_held(model, years, mode), seconds))
+    return results
 
 
-def save_plot(years: Tensor, pelts: Tensor, fit_years: Tensor, fit: Tensor, losses: list[float]) -> None:
+def print_table(results: list[Result]) -> None:
+    print(f"\n{'steps':>5}  {'gradient':<20}{'its error':>10}{'numbers held':>14}{'seconds':>9}")
+    for result in results:
+        if result.years in SHOWN:
+            print(
+                f"{result.num_steps:>5}  {result.mode:<20}{result.error:>10.0e}{result.numbers:>14,}{result.seconds:>9.2f}"
+            )
+    print("error relative to backpropagation through the same steps; numbers held at most, parameters left out")
+
+
+def save_plot(years: Tensor, pelts: Tensor, fit_years: Tensor, fit: Tensor, results: list[Result]) -> None:
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot as plt  # the backend has to be chosen first
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[3, 2], layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for column, (name, colour) in enumerate([("hare", "tab:blue"), ("lynx", "tab:orange")]):
-        left.plot(years, pelts[:, column], "o", color=colour, label=f"{name}, record")
-        left.plot(fit_years, fit[:, column], color=colour, label=f"{name}, neural ODE")
-    left.set(xlabel="year", ylabel="pelts (thousands)", title="Hudson Bay Company", xticks=range(1900, 1921, 5))
-    left.legend(fontsize="small")
-    right.semilogy(losses, color="black", linewidth=1)
-    right.set(
-        xlabel="iteration", ylabel="mean square error (standardised log)", title="Loss, fitting 10, then 20 years"
-    )
+        left.plot(years, pelts[:, column], "o", color=colour)
+        left.plot(fit_years, fit[:, column], color=colour)
+        left.text(20.3 + years[0], fit[-1, column], name, color=colour, va="center")
+    left.set(xlabel="year", title="pelts, thousands: record and neural ODE", xticks=range(1900, 1921, 5))
+    for mode, colour in zip(MODES, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True):
+        found = [result for result in results if result.mode == mode]
+        steps = [result.num_steps for result in found]
+        middle.loglog(steps, [result.numbers for result in found], "o-", color=colour, markersize=3)
+        middle.text(1.15 * steps[-1], found[-1].numbers, mode.replace(" ", "\n"), color=colour, va="center")
+        if mode in ("reversible", "continuous adjoint"):
+            right.loglog(steps, [result.error for result in found], "o-", color=colour, markersize=3)
+            right.text(1.15 * steps[-1], found[-1].error, mode.replace(" ", "\n"), color=colour, va="center")
+    middle.set(xlabel="steps", title="numbers held for one gradient")
+    right.set(xlabel="steps", title="relative error of the gradient")
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=150)
 
 
-def main() -> None:
+def trained() -> tuple[Model, list[float], tuple[Tensor, Tensor]]:
+    """The model, its losses, and mean and deviation of the logarithms."""
     torch.manual_seed(0)
     years, pelts = load_record()
-    t = years - years[0]
     mean, deviation = pelts.log().mean(0), pelts.log().std(0)
     y = (pelts.log() - mean) / deviation
-
-    start = time.perf_counter()
     model = Model(y[0])
-    losses = train(model, t, y)
-    print(
-        f"mean square error of the standardised log: {y.square().mean():.3f} (predicting the mean) -> {losses[-1]:.3f}"
-    )
-    print(f"\n{'steps':>5}  {'gradient':<12}{'difference':>12}{'numbers kept':>16}{'seconds':>10}")
-    for model.step in (STEP, STEP / 10):
-        print_comparison(model, t, y)
-    print("difference of the gradient, relative to direct; numbers kept for backward, besides parameters and data")
+    return model, train(model, years - years[0], y), (mean, deviation)
 
+
+def main() -> None:
+    start = time.perf_counter()
+    model, losses, (mean, deviation) = trained()
+    years, pelts = load_record()
+    print(f"trained for {len(losses)} iterations: mean square error {losses[0]:.2f} -> {losses[-1]:.2f}")
+    results = compare(model)
+    print_table(results)
     t_fine = torch.linspace(0, 20, 201, dtype=torch.float64)
     with torch.no_grad():
         fit = (model(t_fine) * deviation + mean).exp()
-    save_plot(years, pelts, t_fine + years[0], fit, losses)
+    save_plot(years, pelts, t_fine + years[0], fit, results)
     print(f"\nThe plot is {PLOT.relative_to(ROOT)}; all of it took {time.perf_counter() - start:.0f} s.")
 
 

@@ -10,7 +10,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 NAMES = runpy.run_path(str(FOLDER / "run.py"))["NAMES"]
-SHARED = {"contest", "sizes", "curves", "run"}
+SHARED = {"contest", "sizes", "run"}
 PEERS_ENVIRONMENT = {"diffrax_peer"}  # JAX, which is not installed beside the package
 
 

@@ -1,5 +1,7 @@
 """The python blocks of README and docs run as they stand, page by page, in order."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -11,11 +13,17 @@ from tests.pages import PAGES, fences, page_name
 NOT_RUN = {"text", "console", "bibtex"}
 
 
+def is_run(info: str, body: str) -> bool:
+    """A block that begins with `# needs PACKAGE` runs where that package, which no test requires, is installed."""
+    needed = re.match(r"# needs (\w+)\n", body)
+    return info == "python" and (needed is None or find_spec(needed[1]) is not None)
+
+
 def run_blocks(page: Path) -> None:
     """Run the page's python blocks in one namespace; a traceback shows the page's own line numbers."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for info, line, body in fences(page):
-        if info == "python":
+        if is_run(info, body):
             exec(compile("\n" * line + body, str(page), "exec"), namespace)
 
 
@@ -30,3 +38,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_block_says_what_it_holds(page: Path) -> None:
     unknown = {info for info, _, _ in fences(page) if not info.startswith("{")} - NOT_RUN - {"python"}
     assert not unknown, f"name each fence python (it is run) or one of {sorted(NOT_RUN)} (it is not)"
+
+
+def test_what_the_recipes_need_is_no_requirement() -> None:
+    needed = {name for page in PAGES for name in re.findall(r"^# needs (\w+)$", page.read_text("utf-8"), re.MULTILINE)}
+    assert needed == {"flow_matching", "zuko", "lightning"}

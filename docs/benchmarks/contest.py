@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, the sizes of the problems, their field, and where results go.
+"""What the benchmarks share: contenders that take turns, the sizes of the problems and their field.
 
 Every script runs on one thread of one processor and takes `--tiny`, with which it shrinks to a second or so: its numbers mean
 nothing then.
@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +17,6 @@ from sizes import Size
 from torch import Tensor, nn
 
 Name = TypeVar("Name", bound=Hashable)
-RESULTS = Path(__file__).parent / "results"
 
 
 def tiny() -> bool:

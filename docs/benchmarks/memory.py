@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torchdiffeq
-from contest import RESULTS, start, tiny
+from contest import start, tiny
 from torch import Tensor, nn
 
 from revsolve import HermitePath, cdeint, odeint
@@ -134,18 +134,6 @@ def curves_of(net: nn.Module, counts: list[int]) -> dict[str, list[int]]:
     return found
 
 
-def draw(found: dict[str, list[int]], counts: list[int]) -> None:
-    from curves import save, subplots
-
-    figure, (axes,) = subplots(1, width=6.0)
-    for (name, kept), style in zip(found.items(), ("--", ":", "-", "-"), strict=True):
-        axes.loglog(counts[: len(kept)], kept, style, marker="o", markersize=3, label=name)
-    axes.set(xlabel="steps", ylabel="numbers kept for the backward pass", title="two layers of width 32, state 16 x 8")
-    axes.grid(visible=True)
-    axes.legend()
-    save(figure, RESULTS / "memory.svg")
-
-
 def main() -> None:
     start()
     print("| | direct | checkpoint | reversible | direct / reversible |\n|---|---|---|---|---|")
@@ -160,8 +148,6 @@ def main() -> None:
     for name, kept in found.items():
         cells = [f"{number:,}" for number in kept] + [""] * (len(COUNTS) - len(kept))
         print(f"| {name} | " + " | ".join(cells) + " |")
-    if not tiny():
-        draw(found, COUNTS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torchdiffeq
-from contest import RESULTS, Field, medians, start, timed, tiny
+from contest import Field, medians, start, timed, tiny
 from sizes import SIZES, Size
 
 import revsolve
@@ -103,23 +103,6 @@ def table(taken: dict[str, dict[str, float]], sizes: dict[str, Size]) -> None:
         print(f"| {name} | " + " | ".join(f"{row[label]:.{1 if row[label] < 100 else 0}f}" for label in sizes) + " |")
 
 
-def draw(taken: dict[str, dict[str, float]], sizes: dict[str, Size]) -> None:
-    """Time against the width of the network."""
-    from curves import colours, save, subplots
-
-    figure, (axes,) = subplots(1)
-    widths = [size.width for size in sizes.values()]
-    for (name, row), colour in zip(taken.items(), colours(len(taken)), strict=True):
-        style = "-" if name.startswith("revsolve") else "--" if name.startswith("torch") else ":"
-        axes.loglog(widths, [row[label] for label in sizes], style, marker=".", color=colour, label=name)
-    axes.set(xlabel="width of the network", ylabel="milliseconds a gradient", title="batch 128, dimension 16, 30 steps")
-    axes.minorticks_off()
-    axes.set_xticks(widths, [str(width) for width in widths])
-    axes.grid(visible=True)
-    axes.legend(bbox_to_anchor=(1.0, 0.5), loc="center left")
-    save(figure, RESULTS / "peers.svg")
-
-
 def main() -> None:
     start()
     sizes = {"tiny": Size(1, 2, 4, 5)} if tiny() else SIZES
@@ -136,10 +119,7 @@ def main() -> None:
     print()
     table(measured(sizes, jax, compiles), sizes)
     print("\nbatch 128, dimension 16, 30 steps, by width:\n")
-    taken = measured(widths, jax)
-    table(taken, widths)
-    if not tiny():
-        draw(taken, widths)
+    table(measured(widths, jax), widths)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run every benchmark of this folder and keep what it prints: `make bench`, or `python docs/benchmarks/run.py NAME ...`.
 
 Each script is a program of its own, run on one thread of one processor; its table is written to `results/NAME.txt` below a line
-that says when, on what and with which versions, and plots beside it. Ratios within a table were measured in turns; for times,
-keep the machine quiet. The load before each script is written down too, for one that was not quiet.
+that says when, on what and with which versions; `docs/figures/measured.py` draws some of them. Ratios within a table were
+measured in turns; for times, keep the machine quiet. The load before each script is written down too, for one that was not quiet.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMES = (
     *("overhead", "peers", "compiled", "work_precision", "large_batch", "memory", "sde_speed", "cde_speed", "deq_cost"),
-    *("cuda_graphs", "gpu_adaptive", "restarts"),
+    *("cuda_graphs", "gpu_adaptive", "restarts", "horizon"),
 )
 PEERS = ("torch", "torchdiffeq", "torchsde", "torchcde", "torchdeq")
 

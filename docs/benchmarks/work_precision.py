@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torchdiffeq
-from contest import RESULTS, Field, milliseconds, start, tiny
+from contest import Field, milliseconds, start, tiny
 from sizes import Size
 from torch import Tensor
 
@@ -147,28 +147,6 @@ def table(points: dict[Contender, list[Point]], held: dict[Contender, int]) -> N
         print(f"| {c.name} | {' | '.join(cells)} |")
 
 
-def draw(points: dict[Contender, list[Point]], held: dict[Contender, int]) -> None:
-    """Time against both errors, and time against memory at equal accuracy."""
-    from curves import colours, save, subplots
-
-    figure, (left, middle, right) = subplots(3, width=12.6)
-    for (c, rungs), colour in zip(points.items(), colours(len(points)), strict=True):
-        style = "-" if c in BOUNDED else "--" if c.method.startswith("torchdiffeq") else ":"
-        ms = [p.ms for p in rungs]
-        left.loglog([p.error for p in rungs], ms, style, marker=".", color=colour)
-        middle.loglog([p.grad_error for p in rungs], ms, style, marker=".", color=colour)
-        mark = "o" if c in BOUNDED else "s"
-        right.loglog(held[c], time_at(rungs, TARGET, lambda p: p.error), mark, color=colour, label=c.name)
-    left.set(xlabel="relative error of the state", ylabel="milliseconds a gradient")
-    middle.set(xlabel="relative error of the gradient")
-    right.set(xlabel="numbers held by autograd, at most", title=f"at an error of {TARGET:.0e}")
-    for axes in (left, middle):
-        axes.invert_xaxis()
-        axes.grid(visible=True)
-    figure.legend(loc="outside right center")
-    save(figure, RESULTS / "work_precision.svg")
-
-
 def main() -> None:
     start()
     problem = Problem()
@@ -178,8 +156,6 @@ def main() -> None:
         reached = next((p.num_steps for p in rungs if p.error <= TARGET), rungs[-1].num_steps)
         held[c] = problem.held(c, reached)
     table(points, held)
-    if not tiny():
-        draw(points, held)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The figure of the page on events; it asserts what its caption says."""
 
 import torch
-from matplotlib import pyplot as plt
-from style import BLUE, GREEN, INK, ORANGE, RED, save
+from style import BLUE, GREEN, INK, ORANGE, RED, key, panels, save
 from torch import Tensor
 
 from revsolve import odeint, odeint_event
@@ -31,18 +30,18 @@ def flight(guess: Tensor, count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor
 
 def bouncing_ball() -> None:
     """Height over time for the guesses of a Gauss-Newton iteration that fits the times of four bounces."""
-    figure, axes = plt.subplots(figsize=(9, 3.4))
+    figure, (axes,) = panels(1, 3.6)
     guess = torch.tensor([1.0, 0.6], dtype=torch.float64)
     for number, colour in enumerate((INK, ORANGE, GREEN, BLUE)):
         times, flights = flight(guess, len(HEARD))
         for s, heights in flights:
             axes.plot(s, heights, color=colour, linewidth=2 if number == 3 else 1.2)
-        axes.plot([], [], color=colour, label=f"step {number}" if number else "first guess")
         slope = torch.autograd.functional.jacobian(lambda x: flight(x, len(HEARD))[0], guess)
         guess = guess + torch.linalg.lstsq(slope, HEARD - times).solution
-    axes.plot(HEARD, torch.zeros(4), "v", color=RED, label="bounces heard", zorder=5)
-    axes.set(xlabel="time (s)", ylabel="height (m)", ylim=(-0.05, None))
-    axes.legend(loc="upper right")
+    axes.plot(HEARD, torch.zeros(4), "v", color=RED, zorder=5)
+    axes.set(xlabel="time (s)", title="height (m)", ylim=(-0.05, None))
+    names = {"first guess": INK, "step 1": ORANGE, "step 2": GREEN, "step 3": BLUE, "bounces heard": RED}
+    key(axes, names, 0.68, 1.0, 0.09)
     assert float((times - HEARD).abs().max()) < 1e-3
     save(figure, "bouncing_ball")
 

@@ -2,6 +2,7 @@
 
 import bouncing_ball
 import diagrams
+import measured
 import plots
 import restarts
 import states_stored
@@ -10,9 +11,11 @@ if __name__ == "__main__":
     plots.stability_regions()
     plots.parasitic_growth()
     plots.reconstruction()
-    plots.memory_and_stability()
+    measured.horizon()
+    measured.work_precision()
+    measured.width()
+    measured.memory()
     restarts.restarts()
     states_stored.states_stored()
     bouncing_ball.bouncing_ball()
     diagrams.layers()
-    diagrams.choice()

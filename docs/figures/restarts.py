@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from matplotlib import pyplot as plt
-from style import BLUE, INK, ORANGE, save
+from style import BLUE, INK, ORANGE, key, panels, save
 from torch import Tensor
 
 from revsolve import odeint
@@ -37,21 +36,18 @@ def restarts() -> None:
     y0, t = torch.tensor([2.0, 0.0], dtype=torch.float64), torch.linspace(0.0, END, 241, dtype=torch.float64)
     with watched(seen):
         ys = odeint(van_der_pol, y0, t, method="rev_rk4", options={"step_size": STEP})
-    figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True, height_ratios=(1, 2))
+    figure, (top, below) = panels(2, 5.2, sharex=True, height_ratios=(1, 2))
     top.plot(t, ys[:, 0], color=INK)
-    top.set(ylabel="y")
+    top.set(title="y")
     starts = sorted({start for start, *_ in seen})
     for start in starts:
         looks = [look for look in seen if look[0] == start]
         steps = [STEP * (start + taken) for _, taken, *_ in looks]
-        below.semilogy(
-            steps, [look[2] for look in looks], "o-", color=BLUE, markersize=3, label="gap, of the largest y"
-        )
-        below.semilogy(steps, [look[3] for look in looks], color=ORANGE, linewidth=1, label="what it may be")
+        below.semilogy(steps, [look[2] for look in looks], "o-", color=BLUE, markersize=3)
+        below.semilogy(steps, [look[3] for look in looks], color=ORANGE, linewidth=1)
         below.axvline(STEP * start, color=INK, linewidth=0.4, alpha=0.6)
-    below.set(xlabel="t; a line where a segment begins", ylabel="gap")
-    handles, labels = below.get_legend_handles_labels()
-    below.legend(handles[:2], labels[:2], loc="lower right", ncols=2)
+    below.set(xlabel="t; a line where a segment begins", title="gap, in units of the largest y")
+    key(below, {"gap": BLUE, "its limit": ORANGE}, 0.25, 0.98)
     save(figure, "restarts")
 
 

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
-from style import BLUE, GREEN, INK, ORANGE, save
+from style import BLUE, GREEN, INK, ORANGE, key, panels, save
 from torch import Tensor
 
 from revsolve import Solution, odeint
@@ -28,8 +27,8 @@ def error(problem: Classical, ys: Tensor) -> float:
 
 
 def states_stored() -> None:
-    """Left the share of steps before which a pair is stored, right the error over that of the base method."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 5.4), sharey=True)
+    """Above the error over that of the base method, below the share of steps before which a pair is stored."""
+    figure, (above, below) = panels(2, 12.0)
     for method, base, colour, marker in SCHEMES:
         stored, ratios = [], []
         for problem in CLASSICAL.values():
@@ -38,14 +37,13 @@ def states_stored() -> None:
             ratios.append(error(problem, own.ys) / error(problem, solved(problem, base).ys))
         assert max(ratios) < 3
         assert sorted(stored)[len(stored) // 2] < 0.15
-        left.semilogx(stored, list(CLASSICAL), marker, color=colour, label=method, markersize=5, alpha=0.8)
-        right.semilogx(ratios, list(CLASSICAL), marker, color=colour, markersize=5, alpha=0.8, label=f"over {base}")
-    left.set(xlabel="pairs stored per step", xlim=(0.02, 1.2))
-    left.axvline(1, color=INK, linewidth=0.8)
-    right.set(xlabel="error over that of the base method", xlim=(0.05, 5))
-    right.axvline(1, color=INK, linewidth=0.8)
-    for axes in (left, right):
+        above.semilogx(ratios, list(CLASSICAL), marker, color=colour, markersize=5, alpha=0.8)
+        below.semilogx(stored, list(CLASSICAL), marker, color=colour, markersize=5, alpha=0.8)
+    above.set(title="error, over that of the base method", xlim=(0.05, 5))
+    below.set(title="pairs stored per step", xlim=(0.02, 1.2))
+    for axes in (above, below):
+        axes.axvline(1, color=INK, linewidth=0.8)
         axes.grid(axis="y")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="x-small")
-    left.invert_yaxis()
+        axes.invert_yaxis()
+    key(above, {f"{method} over {base}": colour for method, base, colour, _ in SCHEMES}, 0.02, 0.98, 0.045)
     save(figure, "states_stored")

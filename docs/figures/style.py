@@ -1,11 +1,17 @@
-"""How figures look: no background and middle tones, so that one file is readable on light and on dark pages."""
+"""How figures look: no background and middle tones, so that one file is readable on light and on dark pages.
+
+They are 5.2 inches wide with text of 11 points, which is 10 pixels on a telephone 400 pixels wide. Curves are labelled where they
+end, in their own colour.
+"""
 
 from pathlib import Path
 
 import matplotlib
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+WIDTH = 5.2
 
 INK = "#7d8590"
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3b82c4", "#d9822b", "#3a9d6a", "#d04a4a", "#9467bd"
@@ -16,16 +22,14 @@ matplotlib.rcParams.update(
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
         "axes.titlecolor": INK,
+        "axes.titlelocation": "left",
         "axes.titlesize": "medium",
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
-        "font.size": 10,
+        "font.size": 11,
         "grid.color": INK,
         "grid.alpha": 0.25,
-        "legend.frameon": False,
-        "legend.fontsize": "small",
-        "legend.labelcolor": INK,
         "savefig.transparent": True,
         "svg.hashsalt": "revsolve",
         "text.color": INK,
@@ -35,6 +39,34 @@ matplotlib.rcParams.update(
 )
 
 
+def panels(rows: int, height: float, **settings: object) -> tuple[Figure, list[plt.Axes]]:
+    """Panels one below the other, as they fit on a telephone."""
+    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), squeeze=False, **settings)
+    return figure, list(axes[:, 0])
+
+
+def label(axes: plt.Axes, text: str, colour: str, dy: float = 0.0) -> None:
+    """Write a label at the end of the curve that was drawn last, dy points higher."""
+    x, y = axes.lines[-1].get_xydata()[-1]
+    axes.annotate(
+        text,
+        (x, y),
+        (6, dy),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+        linespacing=0.95,
+        annotation_clip=False,
+    )
+
+
+def key(axes: plt.Axes, names: dict[str, str], x: float, y: float, step: float = 0.1) -> None:
+    """Names in their colours, one below the other from (x, y) of the panel, where curves have no free end."""
+    for i, (name, colour) in enumerate(names.items()):
+        axes.text(x, y - i * step, name, color=colour, transform=axes.transAxes, va="top")
+
+
 def save(figure: Figure, name: str) -> None:
     """Write docs/figures/<name>.svg; the same numbers give the same file, whatever the day."""
     figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
