@@ -19,6 +19,7 @@ from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.fixed_points.precision import computed_dtype
 from revsolve.fixed_points.term import ValueTerm
 from revsolve.prepare.problem import prepare
+from revsolve.schemes.increment import Given
 from revsolve.schemes.reversible import starting_from
 
 REMEDY = "store the pair more often (anchor_every=1), {}use pair_dtype=torch.float64"
@@ -89,7 +90,7 @@ class Iteration:
             None,
             (float(first), float(first)),
             (*self.owners, second),
-            self.scheme if second is None else starting_from(second, self.scheme),
+            self.scheme if second is None else starting_from(Given(second), self.scheme),
             watched(make, False, self.callback, unpack=self.term.unpack),
             gradient,
             None,

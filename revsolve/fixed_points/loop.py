@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from revsolve.fixed_points.implicit import LAST_STEPS
 from revsolve.fixed_points.iteration import Iteration, check_whole, output_steps, steps
 from revsolve.fixed_points.precision import anchor_spacing, pair_dtype_of, steps_undone
 from revsolve.fixed_points.solve import FixedPoint
-from revsolve.fixed_points.term import ValueTerm
+from revsolve.fixed_points.term import ValueTerm, takes_step
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.problem import GRADIENTS
 from revsolve.prepare.state import Packing
-from revsolve.schemes.reversible import relaxation, two_step
+from revsolve.schemes.increment import OneEvaluation
+from revsolve.schemes.reversible import relaxation, starting_from, two_step
 
 SCHEMES = ("coupling", "midpoint", "momentum", "relaxation")
 TRUNCATED = {"truncated": LAST_STEPS, "one_step": 1}  # gradients of the last steps
@@ -44,6 +45,7 @@ def reversible_loop(
     save_at: int | Sequence[int] | None = None,
     pair_dtype: torch.dtype | None = None,
     anchor_every: int | None = None,
+    compile: bool | Mapping[str, Any] = False,  # noqa: A002
     full_output: bool = False,
 ) -> Any:
     """The state after num_steps applications of one block, or one of each of a list of blocks, by steps that can be undone.
@@ -77,6 +79,7 @@ def reversible_loop(
         save_at: return the states after these steps, stacked in front; a number k stands for every k-th step and the last one.
         pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
         anchor_every: keep the pair after so many steps; by default 32, or fewer where the dtypes, momentum or beta ask for it.
+        compile: make machine code of the steps, as in `odeint`: for one block without a `step`.
         full_output: return a `FixedPoint`, whose z is the state, instead of the state alone.
 
     Returns:
@@ -95,6 +98,11 @@ def reversible_loop(
     """
     each = _checked(blocks, scheme, num_steps, momentum, residual, previous)
     check_choice("noise", noise, ("step", "solve"))
+    if compile and (len(each) > 1 or takes_step(each[0])):
+        raise ValueError(
+            "compile= is for one block without a parameter `step`, as all steps of a program are alike: leave it out, or compile "
+            "the blocks themselves by torch.compile."
+        )
     packing, outputs = Packing(x, "x"), output_steps(save_at, num_steps or len(each))
     last, gradient = _truncation(gradient, last_steps, outputs)
     wide, x0 = pair_dtype_of(packing, pair_dtype), packing.pack(x)
@@ -110,13 +118,14 @@ def reversible_loop(
         residual=residual,
     )
     iteration = Iteration(
-        _scheme(scheme, momentum, beta, previous is not None),
+        _scheme(scheme, momentum, beta, previous is not None, bool(compile)),
         term,
         (blocks, args),
         wide,
         check_whole("anchor_every", anchor_every),
         spacing=functools.partial(_spacing, scheme, momentum, beta),
         explain=lambda t, y: f"the state is not finite after step {int(t)}: make what the blocks add smaller.",
+        compile=compile,
     )
     second = None if previous is None else x0.to(wide) - packing.pack(previous)
     if last is None:
@@ -174,11 +183,15 @@ def _truncation(gradient: str | None, last_steps: int | None, outputs: Sequence[
     return last, None if gradient in TRUNCATED else gradient
 
 
-def _scheme(scheme: str, momentum: float, beta: float, moving: bool) -> Scheme:
+def _scheme(scheme: str, momentum: float, beta: float, moving: bool, compiled: bool) -> Scheme:
     if scheme == "relaxation":
         return relaxation(beta)
     keep, gain = {"coupling": (-1.0, 1.0), "midpoint": (-1.0, 2.0), "momentum": (momentum, 1.0 - momentum)}[scheme]
-    return two_step(scheme, keep, gain, first_gain=1.0 if scheme == "midpoint" and not moving else gain)
+    if scheme != "midpoint" or moving:
+        return two_step(scheme, keep, gain, first_gain=gain)
+    if compiled:  # all steps are alike: from v = f(y), which costs an evaluation more, 2 f(y) - v is f(y) as well
+        return starting_from(OneEvaluation(0.0), two_step(scheme, keep, gain, first_gain=gain))
+    return two_step(scheme, keep, gain, first_gain=1.0)
 
 
 def _spacing(

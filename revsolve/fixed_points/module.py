@@ -17,6 +17,7 @@ from revsolve.fixed_points.solve import FixedPoint, fixed_point
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)
+PROGRAMS = {"compile": "programs"}  # the attribute, for a module's `compile` is a method
 
 
 def keywords(door: Callable[..., Any], *own: str) -> dict[str, Any]:
@@ -34,14 +35,15 @@ class Layer(nn.Module):
         for name in given.keys() - defaults.keys():
             close = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
             raise TypeError(f"{type(self).__name__} has no keyword {name!r}: did you mean {close[0]!r}?")
+        self.passed_on = {name: PROGRAMS.get(name, name) for name in defaults}
         for name, value in {**defaults, **given}.items():
-            setattr(self, name, value)
-        self.passed_on, self.shown = tuple(defaults), tuple(given)
+            setattr(self, self.passed_on[name], value)
+        self.shown = tuple(given)
         self.last: FixedPoint | None = None
 
     def solve(self, door: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
         """The state that the door gives."""
-        options = {name: getattr(self, name) for name in self.passed_on}
+        options = {name: getattr(self, attribute) for name, attribute in self.passed_on.items()}
         solution = door(*inputs, full_output=True, **{**options, **more})
         self.last = replace(solution, z=tree_map(torch.Tensor.detach, solution.z))
         return solution.z
@@ -85,10 +87,9 @@ class RevDEQ(Layer):
         learn_beta: bool = False,
         eval_max_steps: int | None = None,
         init: Callable[[Any], Any] | None = None,
-        compile: Any = False,  # noqa: A002
         **options: Any,
     ) -> None:
-        super().__init__(keywords(fixed_point, "beta", "compile"), options)
+        super().__init__(keywords(fixed_point, "beta"), options)
         if callable(self.max_steps) and eval_max_steps is None:
             raise ValueError(
                 "eval_max_steps must be a number where max_steps is a function, which may draw another one in every call: say "
@@ -96,7 +97,6 @@ class RevDEQ(Layer):
             )
         self.f, self.init, self.eval_max_steps = f, init, eval_max_steps
         self.learnable, self.fixed_beta = Bounded(beta) if learn_beta else None, beta
-        self.programs = compile  # a module's `compile` is a method
 
     @property
     def beta(self) -> Any:
@@ -111,7 +111,7 @@ class RevDEQ(Layer):
         if z0 is None:
             z0 = tree_map(torch.zeros_like, x) if self.init is None else self.init(x)
         more = {} if self.training or self.eval_max_steps is None else {"max_steps": self.eval_max_steps}
-        return self.solve(fixed_point, self.f, z0, args=(x, *args), beta=self.beta, compile=self.programs, **more)
+        return self.solve(fixed_point, self.f, z0, args=(x, *args), beta=self.beta, **more)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, tol={self.tol}, max_steps={self.max_steps}, method={self.method!r}"
@@ -169,4 +169,4 @@ class RevLoop(Layer):
         return self.solve(reversible_loop, self.blocks, x, args=args, num_steps=num_steps or self.num_steps)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+        return ", ".join(f"{name}={getattr(self, self.passed_on[name])!r}" for name in self.shown)

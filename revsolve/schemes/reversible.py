@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, moment
-from revsolve.core.coupling import CouplingUpdate, Move, Scheme
+from revsolve.core.coupling import CouplingUpdate, Increment, Move, Scheme
 from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, is_halved, partial_sums
 from revsolve.schemes.increment import Given, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau, as_tableau
 
 Y, Z = 0, 1
+ZERO = Given()
 COPY = CouplingUpdate(target=Z, source=Y, keep=0.0, mix=1.0)
 HALF_KICK = CouplingUpdate(target=Y, source=Z, gain=0.5, increment=OneEvaluation(0.0))
 REFLECT = CouplingUpdate(target=Z, source=Y, keep=-1.0, mix=2.0)
@@ -198,13 +199,15 @@ class _Started(CouplingUpdate):
 
 def two_step(name: str, keep: float, gain: float, first_gain: float) -> Scheme:
     """y_{n+1} = y_n + v_{n+1} with v_{n+1} = keep v_n + gain f(y_n), from v_0 = 0; in the step from time 0 with `first_gain`."""
-    kick = _Started(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), first_gain=first_gain)
-    return starting_from(None, Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (COPY,), order=1))
+    kick = CouplingUpdate(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0))
+    if first_gain != gain:
+        kick = _Started(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), first_gain=first_gain)
+    return starting_from(ZERO, Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (COPY,), order=1))
 
 
-def starting_from(z: Tensor | None, scheme: Scheme) -> Scheme:
-    """The scheme with this z at its start, None for zero."""
-    return replace(scheme, restart=(CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=Given(z)),))
+def starting_from(increment: Increment, scheme: Scheme) -> Scheme:
+    """The scheme with this increment as its z at the start."""
+    return replace(scheme, restart=(CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=increment),))
 
 
 def _composed_name(name: str, order: int) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revsolve import ReconstructionWarning, RevLoop, reversible_loop
+from revsolve.backends.inductor.programs import PROGRAMS
 from tests.fixed_points.cells import difference
 from tests.memory import most_held
 
@@ -214,6 +215,58 @@ def test_memory_does_not_grow_with_the_number_of_blocks(scheme: str, most: float
     assert peak(64) < most * peak(4)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiled_steps_are_the_eager_ones(scheme: str) -> None:
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    x, made = torch.randn(3, 6, requires_grad=True), len(PROGRAMS.known)
+    loops = [RevLoop(block, 9, scheme=scheme, compile=how) for how in ({"backend": "eager"}, False)]
+    found, eager = (torch.autograd.grad(loop(x).square().sum(), [x, *block.parameters()]) for loop in loops)
+    assert difference(found, eager) < EXACT
+    assert len(PROGRAMS.known) > made
+
+
+def trained(model: nn.Module, x: Tensor, target: Tensor, iterations: int) -> list[float]:
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * self.branch(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "last"),
+    [({}, 40.0, 2.5), ({"scheme": "momentum", "momentum": 0.1}, 2.0, 1.0)],
+    ids=["midpoint", "momentum"],
+)
+def test_a_pretrained_stack_is_fine_tuned(options: dict[str, Any], first: float, last: float) -> None:
+    """Bounds of the loss, in multiples of what the plain stack had reached, when it is wrapped and 150 iterations later.
+
+    Blocks that differ make the midpoint form, y[n-1] + 2 f(y[n]) for y[n] + f(y[n]), another function; with little momentum the
+    stack remains nearly what it was, and is soon better than before.
+    """
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(Residual() for _ in range(6)))
+    x = torch.randn(256, 8)
+    target = torch.roll(torch.sin(2 * x), 1, 1)
+    before = trained(stack, x, target, 300)
+    after = trained(RevLoop([*stack], residual=True, **options), x, target, 150)
+    assert before[-1] < 0.2 * before[0]
+    assert after[0] < first * before[-1]
+    assert after[-1] < last * before[-1]
+
+
 def test_pytrees() -> None:
     x = {"a": torch.randn(2, 3, requires_grad=True), "b": torch.randn(2, requires_grad=True)}
     f = lambda x: {"a": 0.1 * torch.tanh(x["a"] + x["b"][:, None]), "b": 0.1 * x["a"].mean(1)}  # noqa: E731
@@ -254,6 +307,8 @@ def plain(x: Tensor) -> Tensor:
         (lambda x: reversible_loop([plain, plain], x, num_steps=3), ValueError, "num_steps=3 does not match 2 blocks"),
         (lambda x: reversible_loop(plain, x), ValueError, "num_steps must say how often"),
         (lambda x: reversible_loop(plain, x, num_steps=0), ValueError, "num_steps must be a whole number"),
+        (lambda x: reversible_loop([plain, plain], x, compile=True), ValueError, "compile= is for one block without"),
+        (lambda x: reversible_loop(Block(), x, num_steps=2, compile=True), ValueError, "compile= is for one block"),
         (lambda x: reversible_loop([], x), TypeError, "blocks must be callable"),
         (lambda x: reversible_loop([plain, 3], x), TypeError, "blocks must be callable"),
         (lambda x: reversible_loop(3, x, num_steps=2), TypeError, "blocks must be callable"),
