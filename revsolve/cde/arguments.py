@@ -61,18 +61,20 @@ def warn_of_few_knots(knots: Sequence[float], times: Sequence[float]) -> None:
 
 
 def choose_form(options: SolverOptions) -> SolverOptions:
-    """How to step, settled; with increments the scheme's error estimate is given up: it does not see what the path does within
-    a step.
+    """How to step, settled, and the tolerances that adaptive steps cannot do without.
 
-    By default, methods of order 2 with one evaluation take increments, for they resolve no more than the ends of a step.
+    By default, methods of order 2 with one evaluation take increments, for they resolve no more than the ends of a step. With
+    increments the scheme's error estimate is given up: it does not see what the path does within a step.
     """
-    form, scheme = options.form, options.scheme
+    form, scheme, rtol, atol = options.form, options.scheme, options.rtol, options.atol
     if form is None:
         once = all(isinstance(update.increment, (OneEvaluation, type(None))) for update in scheme.updates)
         form = "increment" if once and scheme.order <= 2 and not options.adaptive else "derivative"
     check_choice("option form", form, FORMS)
     if form == "derivative":
-        return replace(options, form=form)
+        if not options.adaptive:
+            return replace(options, form=form)
+        return replace(options, form=form, rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol)
     if options.tolerances_given:
         raise ValueError(
             "form='increment' takes fixed steps, but rtol or atol ask for adaptive ones: leave them out, or use "
@@ -81,18 +83,10 @@ def choose_form(options: SolverOptions) -> SolverOptions:
     return replace(options, form=form, scheme=replace(scheme, error_order=None))
 
 
-def choose_tolerances(options: SolverOptions) -> SolverOptions:
-    """The tolerances, which adaptive steps cannot do without."""
-    if not options.adaptive:
-        return options
-    rtol, atol = options.rtol, options.atol
-    return replace(options, rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol)
-
-
 def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
     """The gradient mode, which adjoint=False sets."""
-    if adjoint:
+    if adjoint or gradient == "direct":
         return gradient
-    if gradient not in (None, "direct"):
+    if gradient is not None:
         raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
     return "direct"

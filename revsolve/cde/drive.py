@@ -1,4 +1,4 @@
-"""What the path does over a span of time, said in two ways.
+"""The control of a CDE over a span of time, in two forms.
 
 `Slopes` takes dX/dt at the time of the evaluation: f dX/dt is the right-hand side of an ODE, which every tableau solves at its
 own order. `Increments` takes X(t1) - X(t0): one evaluation then covers all that the path does in between, exactly where it is
@@ -28,52 +28,74 @@ Key = tuple[Any, ...]  # times
 class Drive(ABC):
     """What the path does over the span t0 -> t1 in which the field was evaluated at t: (dX, scale) means scale * dX.
 
-    The path is asked for times that are later by `shift`, a tensor that is zero.
+    `tensors` are all that dX is read from. The path is asked for times that are later by `shift`, a tensor that is zero.
     """
 
     adds_up = False
 
-    def __init__(self, control: Control | PathOfEach, table: Table | None = None, shift: Tensor | None = None) -> None:
-        self.control, self.table = control, table
+    def __init__(self, control: Control | PathOfEach, shift: Tensor | None = None) -> None:
+        self.control, self.tensors = control, control.tensors
         self.shift = None if shift is None else shift.to("cpu", torch.float64)
+        self.lone = True  # whether dX is one tensor
+        self.known: dict[Key, tuple[list[Any], int]] = {}  # blocks of rows, one for each path of a tuple, and which row
+
+    def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
+        if (found := self.known.get((t, t0, t1))) is not None:
+            blocks, row = found
+            return blocks[0][row] if self.lone else tuple(block[row] for block in blocks), self.scale(t0, t1)
+        key = self.key(t, t0, t1)
+        return self.ask(*(key if self.shift is None else [s + self.shift for s in key])), self.scale(t0, t1)
 
     @abstractmethod
-    def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]: ...
+    def key(self, t: Time, t0: Time, t1: Time) -> Key:
+        """The times that dX depends on."""
+
+    @abstractmethod
+    def scale(self, t0: Time, t1: Time) -> Time: ...
+    @abstractmethod
+    def ask(self, *key: Time) -> Any:
+        """dX for a key."""
 
     @abstractmethod
     def rows(self, keys: list[Key]) -> Any:
         """dX for every key, in one call: (len(keys), ..., channels), or a tuple of such."""
 
-    @abstractmethod
-    def keys(self, asked: list[Key]) -> list[Key]:
-        """What has to be known to answer for every (t, t0, t1)."""
-
     def tabulated(self, scheme: Scheme, times: list[float], most: int) -> Drive:
-        """This, but with all that the steps between `times` ask for computed beforehand, unless it is more than `most` rows."""
-        if (len(times) - 1) * len(self.keys(asked_for(scheme, times[:2]))) > most:
-            return self
-        keys = self.keys(asked_for(scheme, times, self.adds_up))
-        return type(self)(self.control, Table(keys, self.rows(keys)))
+        """This, but with all that the steps between `times` ask for computed beforehand, unless it is more than `most` rows.
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that dX is read from."""
-        return self.control.tensors if self.table is None else self.table.tensors
+        Rows lie in about as many blocks as a block has rows: the gradient of a row is as large as the tensor that it is taken
+        from, and every tensor that the engine differentiates by costs something in every step; the square root is both.
+        """
+        if (len(times) - 1) * len({self.key(*asked) for asked in asked_for(scheme, times[:2])}) > most:
+            return self
+        asked = {each: self.key(*each) for each in asked_for(scheme, times, self.adds_up)}
+        keys = sorted(set(asked.values()))
+        table, rows, length = type(self)(self.control), self.rows(keys), math.isqrt(len(keys) - 1) + 1
+        table.lone = isinstance(rows, Tensor)
+        columns = [column.split(length) for column in ([rows] if table.lone else rows)]
+        table.tensors = tuple(itertools.chain(*columns))
+        followed = [[x if x.requires_grad or wrapped(x) else x.unbind() for x in column] for column in columns]
+        blocks = [*map(list, zip(*followed, strict=True))]
+        place = {key: (blocks[i // length], i % length) for i, key in enumerate(keys)}
+        table.known = {each: place[key] for each, key in asked.items()}
+        return table
 
 
 class Slopes(Drive):
     """dX/dt at the time of the evaluation, times the length of the span."""
 
-    def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
-        if self.table is not None:
-            return self.table((t, *_ordered(t, t0, t1))), t1 - t0
-        low, high = _ordered(t, t0, t1)
-        if self.shift is None:
-            return self.control.derivative(t, span=(low, high)), t1 - t0
-        return self.control.derivative(t + self.shift, span=(low + self.shift, high + self.shift)), t1 - t0
+    def key(self, t: Time, t0: Time, t1: Time) -> Key:
+        return (
+            t,
+            min(t, t0, t1),
+            max(t, t0, t1),
+        )  # a composed method may evaluate outside the span that it uses the value for
 
-    def keys(self, asked: list[Key]) -> list[Key]:
-        return list(dict.fromkeys((t, *_ordered(t, t0, t1)) for t, t0, t1 in asked))
+    def scale(self, t0: Time, t1: Time) -> Time:
+        return t1 - t0
+
+    def ask(self, *key: Time) -> Any:
+        return self.control.derivative(key[0], span=(key[1], key[2]))
 
     def rows(self, keys: list[Key]) -> Any:
         assert isinstance(self.control, Control)
@@ -86,21 +108,20 @@ class Increments(Drive):
 
     adds_up = True
 
-    def __call__(self, t: Time, t0: Time, t1: Time) -> tuple[Any, Time]:
-        if self.table is not None:
-            return self.table(_ordered(t0, t1)), 1.0 if t1 > t0 else -1.0
-        if self.shift is not None:
-            t0, t1 = t0 + self.shift, t1 + self.shift
-        return self.control.increment(t0, t1), 1.0
+    def key(self, t: Time, t0: Time, t1: Time) -> Key:
+        return min(t0, t1), max(t0, t1)
 
-    def keys(self, asked: list[Key]) -> list[Key]:
-        return sorted({_ordered(t0, t1) for _, t0, t1 in asked})
+    def scale(self, t0: Time, t1: Time) -> Time:
+        return 1.0 if t1 > t0 else -1.0
+
+    def ask(self, *key: Time) -> Any:
+        return self.control.increment(*key)
 
     def rows(self, keys: list[Key]) -> Any:
         assert isinstance(self.control, Control)
         points = sorted({t for key in keys for t in key})
         place = {t: i for i, t in enumerate(points)}
-        first, last = ([place[key[i]] - i for key in keys] for i in (0, 1))
+        first, last = [place[start] for start, _ in keys], [place[end] - 1 for _, end in keys]
         if all(b - a in (0, 1) for a, b in zip(first, last, strict=True)):  # steps, and two of them joined
             pieces = self.control.increments(points)
             return pieces if first == last else tree_map(lambda x: _one_or_two(x, first, last), pieces)
@@ -115,42 +136,8 @@ def _one_or_two(pieces: Tensor, first: list[int], last: list[int]) -> Tensor:
     return torch.addcmul(pieces[first], pieces[last], joined.view(-1, *[1] * (pieces.ndim - 1)))
 
 
-class Table:
-    """Rows found by key. They lie in about as many blocks as a block has rows.
-
-    The gradient of a row is as large as the tensor that it is taken from, and every tensor that the engine differentiates with
-    respect to costs something in every step: blocks keep both at the square root of the number of rows.
-    """
-
-    def __init__(self, keys: list[Key], rows: Any) -> None:
-        length = math.isqrt(len(keys) - 1) + 1
-        self.place = {key: divmod(i, length) for i, key in enumerate(keys)}
-        self.lone = isinstance(rows, Tensor)
-        self.columns = [column.split(length) for column in ([rows] if self.lone else rows)]
-        self.rows = [[block if _followed(block) else block.unbind() for block in blocks] for blocks in self.columns]
-
-    def __call__(self, key: Key) -> Any:
-        block, row = self.place[key]
-        if self.lone:
-            return self.rows[0][block][row]
-        return tuple(blocks[block][row] for blocks in self.rows)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(block for blocks in self.columns for block in blocks)
-
-
-def _followed(x: Tensor) -> bool:
-    return x.requires_grad or wrapped(x)
-
-
 def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:
     """The (t, t0, t1) for which the steps between these times ask the term: its evaluations, and the spans they are used for."""
     alone = [over(update, *step) for step in itertools.pairwise(times) for update in (*scheme.restart, *scheme.updates)]
     joined = [move for move in moves(scheme, times, adds_up) if move[3] is not None]
     return list(evaluations([*alone, *joined]))
-
-
-def _ordered(*times: Time) -> Key:
-    """The earliest and the latest. A composed method may evaluate outside the span that it uses the value for."""
-    return min(times), max(times)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, choose_gradient, choose_tolerances, warn_of_few_knots
+from revsolve.cde.arguments import check_path, choose_form, choose_gradient, warn_of_few_knots
 from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
 from revsolve.cde.each import PathOfEach
-from revsolve.cde.term import cde_term, source_of
+from revsolve.cde.term import MatrixTerm, ProductTerm, source_of
 from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
 from revsolve.extras.event_steps import EVENT_OPTIONS
@@ -114,21 +114,24 @@ def cdeint(
         callback=callback,
         compile=compile,
     )
-    read, control, packing = choose_tolerances(choose_form(read)), as_control(X), Packing(z0, "z0")
+    read, control, packing = choose_form(read), as_control(X), Packing(z0, "z0")
     each = isinstance(t, Tensor) and t.ndim == 2
     times = [*map(float, t.detach().aminmax())] if each and t.numel() else check_times(t)
     check_path(control, packing, times[:1] if event_fn is not None else times, t)
     if event_fn is None and len(times) > 1:
         warn_of_few_knots(control.knots, times)
     drive: type[Drive] = Increments if read.form == "increment" else Slopes
+    term = ProductTerm if hasattr(func, "prod") else MatrixTerm
 
     def pose(clock: Any, steps: list[float] | None) -> Posed:
-        path = PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control
-        driven, span = drive(path, shift=clock.shift), None
+        driven, span = (
+            drive(PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control, clock.shift),
+            None,
+        )
         if steps is not None:
             low, high = asked_for(read.scheme, steps[:2])[0][1:]
-            driven, span = driven.tabulated(read.scheme, steps, ROWS_PER_KNOT * len(control.grid_points)), (low, high)
-        return Posed(cde_term(func, packing, driven, clock), (func, *driven.tensors), span)
+            driven, span = driven.tabulated(read.scheme, steps, ROWS_PER_KNOT * len(control.knots)), (low, high)
+        return Posed(term(func, packing, driven, clock), (func, *driven.tensors), span)
 
     def results(xs: Tensor, num_dims: int) -> Any:
         front, back = tuple(range(num_dims)), tuple(range(-1 - num_dims, -1))
@@ -143,7 +146,7 @@ def cdeint(
         pose,
         (func, z0),
         results,
-        rates=cde_term(func, packing, Slopes(control)),
+        rates=term(func, packing, Slopes(control)),
         knots=knots if len(knots) > 2 else (),
         discontinuities=control.jumps if read.form == "derivative" else (),
         straight=read.form == "increment",

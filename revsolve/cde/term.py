@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,35 +14,36 @@ from revsolve.prepare.state import Packing, form
 from revsolve.prepare.times import Clock
 
 
-class MatrixTerm:
-    """f(t, z) dX for a field whose value is the matrix f(t, z), or one for every state of a tuple."""
+class CDETerm:
+    """f(t, z) dX, whose control is what the path does over a span."""
 
-    def __init__(self, func: Callable[..., Any], packing: Packing, drive: Drive, clock: Any) -> None:
-        self.func, self.packing, self.control, self.clock = func, packing, drive, clock
+    def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any = None) -> None:
+        self.func, self.packing, self.control = func, packing, drive
+        self.clock = clock or Clock(packing.real_dtype, packing.device)
         self.adds_up = drive.adds_up
         self.form: Any = None
+
+
+class MatrixTerm(CDETerm):
+    """For a field whose value is the matrix f(t, z), or one for every state of a tuple."""
 
     def value(self, t: Time, x: Tensor) -> Any:
         return self.func(self.clock(t), self.packing.unpack(x))
 
     def product(self, value: Any, control: tuple[Any, Time]) -> tuple[Tensor, Time]:
         dx, scale = control
-        if form(value) != self.form:
+        if (found := form(value)) != self.form:
             check_field(self.packing, value, dx)
-            self.form = form(value)
+            self.form = found
         if self.packing.lone:
             return applied(value, dx), scale
         return self.packing.pack([applied(*pair) for pair in zip(value, dx, strict=True)]), scale
 
 
-class ProductTerm:
-    """f(t, z) dX for a field with a method `prod(t, z, dX)`, of which the value is but the place (t, x)."""
+class ProductTerm(CDETerm):
+    """For a field with a method `prod(t, z, dX)`, of which the value is but the place (t, x)."""
 
     late = True
-
-    def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
-        self.func, self.packing, self.control, self.clock = func, packing, drive, clock
-        self.adds_up = drive.adds_up
 
     def value(self, t: Time, x: Tensor) -> tuple[Time, Tensor]:
         return t, x
@@ -56,13 +56,7 @@ class ProductTerm:
         return self.packing.pack(k), scale
 
 
-def cde_term(func: Any, packing: Packing, drive: Drive, clock: Any = None) -> MatrixTerm | ProductTerm:
-    """The term of the field: its own products where it has them."""
-    clock = clock or Clock(packing.real_dtype, packing.device)
-    return (ProductTerm if hasattr(func, "prod") else MatrixTerm)(func, packing, drive, clock)
-
-
-def source_of(term: MatrixTerm | ProductTerm) -> TensorControl:
+def source_of(term: CDETerm) -> TensorControl:
     """The path as what drives the term in programs. Raises ValueError where programs cannot take it."""
     drive = term.control
     if isinstance(term, ProductTerm) or not term.packing.lone or any(x.requires_grad for x in drive.tensors):
