@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.field.autograd import boundary, edge_of, leaf_at
-from revsolve.field.functorch import made_before, num_nodes
+from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product
 
 KEPT = (
     "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
@@ -36,10 +37,15 @@ class Audit:
         self.known = set(map(id, tensors))
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
+        unpacked = not all(
+            map(operator.is_, tensors, field.tensors)
+        )  # perhaps by a hook, so that others stand for the leaves
         self.made: dict[int, weakref.ref[Tensor]] = {}  # leaves of which the field makes others in every call, it seems
         for x in tensors:
             if not x.is_leaf:
                 self.some.add(edge_of(x))
+            elif x.requires_grad and unpacked:
+                self.known.add(id(leaf_at(edge_of(x)[0])))
         cached = torch.is_autocast_cache_enabled() and (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
@@ -113,6 +119,16 @@ class Audit:
                 "functions, or say gradient='direct'."
             )
         return lost(leaf)
+
+
+def products(*given: Any) -> tuple[Tensor | None, ...]:
+    """The products of cotangents, as `vector_jacobian_product` gives them, or the reason why there are none."""
+    try:
+        return vector_jacobian_product(*given)
+    except RuntimeError as error:
+        if "through the graph a second time" in str(error):
+            raise RuntimeError(KEPT.format("the graph of which is gone")) from error
+        raise
 
 
 def lost(x: Tensor) -> RuntimeError:

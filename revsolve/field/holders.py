@@ -9,7 +9,8 @@ from __future__ import annotations
 import dis
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from types import CellType, CodeType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
@@ -89,6 +90,37 @@ class Remembered:
             return None
         self.function.cache_clear()
         return self.function.cache_clear
+
+
+class Memory:
+    """What a field found and kept, to be found again whenever it is called for its gradient."""
+
+    def __init__(self, places: Sequence[Place] = (), keepers: Iterable[Any] = ()) -> None:
+        self.places = places
+        self.contents = [(Remembered if hasattr(x, "cache_clear") else Contents)(x) for x in keepers]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        moved = changed(self.places)
+        back = [put_back for contents in self.contents if (put_back := contents.take_out()) is not None]
+        try:
+            for place, _ in moved:
+                place.put(place.value)
+            yield
+        finally:
+            for put_back in back:
+                put_back()
+            for place, now in moved:
+                if now is not MISSING:
+                    place.put(now)
+
+    def forget(self) -> None:
+        """Take out for good what was kept since."""
+        for contents in self.contents:
+            contents.take_out()
+        for place, now in changed(self.places):
+            if isinstance(now, Tensor):
+                place.put(place.value)
 
 
 def _entries(holder: Any) -> dict[Any, Any]:

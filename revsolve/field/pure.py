@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term, leaf_of
-from revsolve.field.audit import KEPT, Audit, lost
+from revsolve.field.audit import Audit, lost, products
 from revsolve.field.autograd import boundary, depend_on_each_other, drawing, inputs_of
 from revsolve.field.discover import Found, discover, refusing_sharded_calls
-from revsolve.field.functorch import has_hooks, is_borrowed, vector_jacobian_product, version
-from revsolve.field.holders import MISSING, Contents, Holdings, Place, Remembered, changed
+from revsolve.field.functorch import has_hooks, is_borrowed, version
+from revsolve.field.holders import Holdings, Memory
 from revsolve.field.repeat import (
     Buffers,
     Repeatable,
@@ -44,10 +44,10 @@ NO_BUFFERS = Buffers()
 class Pure:
     """What the engine knows of a field: `term`, the tensors outside that it depends on, and the first value."""
 
+    differentiate = staticmethod(products)
     own_leaves: frozenset[Any] = frozenset()  # shapes and dtypes of leaves that the field makes itself
     constants: Sequence[tuple[Tensor, int]] = ()  # what it may use besides, with versions
-    places: Sequence[Place] = ()  # where it finds things, with what it found there
-    contents: Sequence[Contents | Remembered] = ()  # of what may keep its values
+    memory = Memory()  # where it finds and keeps things, with what it found there
     coefficients: Sequence[Tensor] = ()  # of the scheme
     random: tuple[Tensor, ...] = ()  # the state of the generators, where it draws nothing
     late = lent = NO_BUFFERS  # of modules that train: those the first call left alone; those lent to later calls
@@ -59,16 +59,6 @@ class Pure:
         self.term, self.tensors = term, tuple(tensors)
         self.autocast = autocast_state()
         self.stand_ins_needed = not all(x.is_leaf for x in tensors) and depend_on_each_other(tensors)
-
-    @staticmethod
-    def differentiate(*given: Any) -> tuple[Tensor | None, ...]:
-        """The products of cotangents, see `vector_jacobian_product`."""
-        try:
-            return vector_jacobian_product(*given)
-        except RuntimeError as error:
-            if "through the graph a second time" in str(error):
-                raise RuntimeError(KEPT.format("the graph of which is gone")) from error
-            raise
 
     def take_first(self) -> tuple[Time, Any] | None:
         """Time and value of an evaluation at the start that has been made; once, for it is not kept."""
@@ -104,19 +94,8 @@ class Pure:
     def as_solved(self) -> Iterator[None]:
         """The state of Python and PyTorch in which the forward pass ran. Raises RuntimeError where it cannot be had."""
         self._check_tensors()
-        moved = changed(self.places)
-        back = [put_back for contents in self.contents if (put_back := contents.take_out()) is not None]
-        try:
-            for place, _ in moved:
-                place.put(place.value)
-            with self.autocast(), self.lent:
-                yield
-        finally:
-            for put_back in back:
-                put_back()
-            for place, now in moved:
-                if now is not MISSING:
-                    place.put(now)
+        with self.memory.restored(), self.autocast(), self.lent:
+            yield
 
     def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise RuntimeError if the field began late with what its first call did not do. `again` repeats the forward pass."""
@@ -240,7 +219,7 @@ def pure(
     first = partial(discover, opening, holdings, opening.x, buffers) if held else opening
     before = () if captured else random_state(device)
     with refusing_sharded_calls() if held else nullcontext():
-        found, draws = drawing(first) if captured else (first(), _drew(before, opening, buffers))
+        found, draws = drawing(first) if captured else _watched(first, before, opening, buffers)
     if captured and draws:
         raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
     changing = buffers.changed() if buffers else buffers
@@ -263,8 +242,7 @@ def pure(
     if not repeats and not changing:
         field.first = (span[0], tree_map_only(Tensor, partial(_own, held), value))
     if held and wanted and isinstance(found, Found):
-        field.own_leaves, field.places = found.own_leaves, found.places
-        field.contents = [(Remembered if hasattr(x, "cache_clear") else Contents)(x) for x in holdings.keepers]
+        field.own_leaves, field.memory = found.own_leaves, Memory(found.places, holdings.keepers)
         field.random = () if draws else before
         field.constants = versions and [
             (x, number) for x, number in versions if version(x) == number and x not in buffers
@@ -275,16 +253,22 @@ def pure(
     return field
 
 
-def _drew(before: tuple[Tensor, ...], opening: Opening, buffers: Buffers) -> bool:
-    """Whether the first call drew random numbers; if so, the state of the generators is put back."""
-    device = opening.x.device
-    if same_random_state(before, random_state(device)):
-        return False
-    with buffers, torch.no_grad():  # it may have been another thread
-        _, draws = drawing(opening)
-    if draws:
-        set_random_state(before, device)
-    return draws
+def _watched(
+    first: Callable[[], Any], before: tuple[Tensor, ...], opening: Opening, buffers: Buffers
+) -> tuple[Any, bool]:
+    """The first call's findings, and whether it drew random numbers; if so, the state of the generators is put back."""
+    device, found, draws = opening.x.device, None, True
+    try:
+        found = first()
+    finally:  # also where the field raises
+        if same_random_state(before, random_state(device)):
+            draws = False
+        elif found is not None:
+            with buffers, torch.no_grad():  # it may have been another thread
+                _, draws = drawing(opening)
+        if draws:
+            set_random_state(before, device)
+    return found, draws
 
 
 def _in_one_memory(opening: Opening, buffers: Buffers) -> bool:

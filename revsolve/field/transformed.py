@@ -23,6 +23,7 @@ from revsolve.core.gradient import Differentiable, Solve, keep_in
 from revsolve.core.integrate import march, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Term
+from revsolve.field.audit import products
 from revsolve.field.batch import Batch
 from revsolve.field.functorch import (
     core,
@@ -30,11 +31,10 @@ from revsolve.field.functorch import (
     outside,
     stray,
     transforms,
-    vector_jacobian_product,
     version,
     wrapped,
 )
-from revsolve.field.holders import Holdings
+from revsolve.field.holders import Holdings, Memory
 from revsolve.field.repeat import Repeatable, autocast_state, random_state, same_random_state, set_random_state
 from revsolve.field.substitute import Substitution
 
@@ -44,10 +44,10 @@ PLAIN = (Tensor, float, int, type(None))
 class Transformed:
     """A field inside torch.func: its term, whose tensors are replaced by what they are at each level."""
 
-    stand_ins_needed, differentiate = False, staticmethod(vector_jacobian_product)
+    stand_ins_needed, differentiate = False, staticmethod(products)
 
-    def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
-        self.term, self.tensors = term, tuple(tensors)
+    def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor], memory: Memory) -> None:
+        self.term, self.tensors, self.memory = term, tuple(tensors), memory
         self.constants = [(x, version(x)) for x in constants]
         self.autocast = autocast_state()
 
@@ -67,7 +67,7 @@ class Transformed:
                     f"a tensor of shape {tuple(x.shape)} that the field uses was modified by an inplace operation between the "
                     "solve and its gradient, which needs it as it was: change it later, or give the field a copy."
                 )
-        with self.autocast():
+        with self.memory.restored(), self.autocast():
             yield
 
     def stand_ins(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -90,7 +90,10 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
     if torch.compiler.is_compiling() or not have_rules():
         return None
     before = random_state(x0.device)
-    free = _taken_from_outside(call, x0, list(Holdings(owners).tensors.values()))
+    holdings = Holdings(owners)
+    memory = Memory(holdings.places, holdings.keepers)
+    free = _taken_from_outside(call, x0, list(holdings.tensors.values()))
+    memory.forget()  # what was kept was computed without derivatives
     draws = not same_random_state(before, random_state(x0.device))
     if draws:
         set_random_state(before, x0.device)
@@ -100,7 +103,7 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
         with outside():
             seed = int(torch.randint(2**62, (), device="cpu"))
         term = Repeatable(term, seed, x0.device, None)
-    return Transformed(term, *free)
+    return Transformed(term, *free, memory)
 
 
 def _taken_from_outside(

@@ -8,9 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad, vjp
 
+from revsolve import odeint
 from tests.front_doors import DOORS, difference
-from tests.hostile import BUFFERS, KEEPERS, KEEPERS_LATE, LATE, OTHERS, Hostile, caching, made, start_of
+from tests.hostile import (
+    BUFFERS,
+    KEEPERS,
+    KEEPERS_LATE,
+    LATE,
+    OTHERS,
+    Hostile,
+    LateLayer,
+    caching,
+    made,
+    start_of,
+)
 
 REASONS = r"kept|did not use|random numbers|buffers|same memory|computed outside"
 # Undoing 5 relaxations by half, or 10 steps, multiplies roundings by some hundreds.
@@ -68,3 +81,62 @@ def test_states_are_those_of_new_tensors(door: str, kind: type[Hostile], mode: b
             found.append(DOORS[door](field, y0, **({} if door == "fixed_point" else {"restarts": 4})))
         assert not field.memory[0].requires_grad
     assert torch.equal(*found)
+
+
+def by_functorch(door: Callable[..., Tensor], field: Hostile) -> list[Tensor]:
+    inputs = {"y0": start_of(4), **{name: p.detach() for name, p in field.named_parameters()}}
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        weights = {name: x for name, x in inputs.items() if name != "y0"}
+        settings = {} if door is DOORS["fixed_point"] else {"restarts": 4}
+        with caching(field):
+            return door(lambda y: functional_call(field, weights, (y,)), inputs["y0"], **settings).square().sum()
+
+    torch.manual_seed(1)
+    return list(grad(loss)(inputs).values())
+
+
+@pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_LATE, LateLayer], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("door", ["odeint", "cdeint", "fixed_point"])
+def test_the_gradient_of_torch_func_is_right_or_refused(door: str, kind: type[Hostile]) -> None:
+    if kind.__name__.startswith("InSlot"):
+        pytest.xfail(
+            "a slot so far from the door, in an object of a module of a function of a function, is not looked at"
+        )
+    wanted = by_functorch(DOORS[door], made(kind, start_of(4), plain=True))
+    field = made(kind, start_of(4), plain=False)
+    try:
+        found = by_functorch(DOORS[door], field)
+    except RuntimeError as refusal:
+        with pytest.raises(RuntimeError, match=REASONS):
+            raise refusal
+    else:
+        assert difference(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["rev_rk4", "rk4"])
+def test_an_attribute_set_before_the_product_of_torch_func_is_that_of_the_solve(method: str) -> None:
+    class Driven(torch.nn.Module):
+        drive: Any = 1.0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.drive * torch.sin(y)
+
+    field, found = Driven(), []
+    for later in (1.0, 5.0):
+        field.drive = 1.0
+        solve = lambda y: odeint(field, y, [0.0, 1.0], method=method, options={"step_size": 0.1})[-1]  # noqa: E731
+        y, pull = vjp(solve, start_of(4))
+        field.drive = later
+        found.append(pull(torch.ones_like(y))[0])
+    assert torch.equal(*found)
+
+
+def test_a_field_that_changes_its_state_in_place_is_refused() -> None:
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            y.mul_(2.0)
+        return -y
+
+    with pytest.raises(ValueError, match="changes its state in place"):
+        odeint(field, torch.ones(2), [0.0, 1.0])

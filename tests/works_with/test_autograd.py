@@ -164,3 +164,15 @@ def test_vectorized_jacobians(method: str, gradient: str) -> None:
 
     found, wanted = (torch.autograd.functional.jacobian(final, (y0, t), vectorize=way) for way in (True, False))
     assert difference(list(found), list(wanted)) < EXACT
+
+
+@pytest.mark.parametrize("method", ["rev_rk4", "rk4", "alf"])
+def test_saved_tensors_may_come_back_as_other_tensors(method: str) -> None:
+    """As from another device, torch.autograd.graph.save_on_cpu say."""
+    net = torch.nn.Linear(2, 2).double()
+    y0, found = torch.ones(3, 2, dtype=torch.float64, requires_grad=True), []
+    for pack in (lambda x: x, torch.clone):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = odeint(lambda t, y: torch.tanh(net(y)), y0, [0.0, 1.0], method=method, options={"step_size": 0.1})
+        found.append(torch.autograd.grad(y[-1].sum(), [y0, *net.parameters()]))
+    assert all(map(torch.equal, *found))
