@@ -10,7 +10,6 @@ All three give the gradient of the same discrete map. `Solve.gradient` is the si
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import math
@@ -159,8 +158,7 @@ class Solve:
             del rest
             ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
             leaves = field.stand_ins(tensors, lambda x: x.detach().requires_grad_())
-            found = iter(self.gradient(needed, grad_ys, t, leaves, marks))
-        return tuple(next(found) if needs else None for needs in needed)
+            return self.gradient(needed, grad_ys, t, leaves, marks)
 
     def marks(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, State]:
         """The states that were kept, by the steps after which."""
@@ -174,25 +172,25 @@ class Solve:
         t: Tensor | None,
         leaves: Sequence[Tensor],
         marks: dict[int, State],
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
-        problem, grid = self.problem, self.grid
+        problem, field, grid, moving = self.problem, self.problem.field, self.grid, bool(needed[1])
         assert grid is not None
-        undoes, backend = problem.gradient == "reversible", problem.backend
-        undoing, repeating = (undo, recompute) if backend is None else (backend.undo, backend.recompute)
-        sweep = undoing if undoes else repeating
-        wanted = [x for x, needs in zip(leaves, needed[2:], strict=True) if needs]
-        moving = bool(needed[1])
-        with problem.field.at(leaves) as term:
-            field = problem.field
+        undoing, repeating = (
+            (undo, recompute) if problem.backend is None else (problem.backend.undo, problem.backend.recompute)
+        )
+        sweep = undoing if problem.gradient == "reversible" else repeating
+        wanted = list(itertools.compress(leaves, needed[2:]))
+        with field.at(leaves) as term:
             tape = Tape(term, wanted, field.audit(leaves), problem.state_dtype, field.differentiate)
             grad_y0, grad_times = sweep(problem, grid, marks, grad_ys, tape, moving)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
-        found = [grad_y0] if needed[0] else []
-        if moving:
-            assert t is not None
-            found.append(time_gradient(grid, t, grad_times))
-        return [*found, *(total.to(p.dtype) for total, p in zip(tape.sums, wanted, strict=True))]
+        found: list[Tensor | None] = [grad_y0 if needed[0] else None]
+        found.append(time_gradient(grid, t, grad_times) if moving and t is not None else None)
+        sums = iter(tape.sums)
+        for x, needs in zip(leaves, needed[2:], strict=True):
+            found.append(next(sums).to(x.dtype) if needs else None)
+        return tuple(found)
 
     def differentiable_gradient(
         self, grad_ys: Tensor, y0: Tensor, t: Tensor | None, tensors: Sequence[Tensor]
@@ -249,7 +247,7 @@ class _Gated(torch.autograd.Function):
 @torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
 def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
-    scheme, clock = problem.scheme, _Clock(grid, tape, moving)
+    scheme, clock = problem.scheme, _MovingTimes(grid, tape) if moving else None
     scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
     stop, state = grid.num_steps, marks.pop(grid.num_steps)
     grads = Grads(*[None] * len(state))
@@ -263,7 +261,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
         for first, last in reversed(list(grid.runs(start, stop, range(stop) if moving else ()))):
             if (i := grid.output(last)) is not None:
                 grads.add(0, grad_ys[i])
-            times = grid.seen(first, last, clock(first, last))
+            times = grid.seen(first, last, grid.times[first : last + 1] if clock is None else clock(first, last))
             path = moves(scheme, times, tape.memo.adds_up)
             for move in reversed(path[1:]):
                 state = pull_back(move, state, grads, tape)
@@ -288,7 +286,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
     certify(problem, distances, sizes)
-    return grads[0], clock.close()
+    return grads[0], clock.close() if clock else {}
 
 
 def repeat(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:
@@ -324,8 +322,11 @@ def widened(problem: Problem, state: State) -> State:
 
 def amplitude(problem: Problem, states: Iterable[State]) -> Tensor:
     """The largest size of each entry of y in any of the states, never zero."""
-    sizes = [problem.narrowed(state[0]).abs() for state in states]
-    return functools.reduce(torch.maximum, sizes) + torch.finfo(sizes[0].dtype).tiny
+    largest: Any = None
+    for state in states:
+        size = problem.narrowed(state[0]).abs()
+        largest = size if largest is None else torch.maximum(largest, size)
+    return largest + torch.finfo(largest.dtype).tiny
 
 
 def mean_size(x: Tensor) -> Tensor:
@@ -369,17 +370,17 @@ def recompute(
     return grad_y0, grad_times
 
 
-class _Clock:
-    """The recorded times; where gradients with respect to them are wanted, as leaves that the tape watches."""
+class _MovingTimes:
+    """The recorded times as leaves that the tape watches, where gradients with respect to them are wanted."""
 
-    def __init__(self, grid: Grid, tape: Tape, moving: bool) -> None:
-        self.times, self.tape, self.moving = grid.times, tape, moving
+    def __init__(self, grid: Grid, tape: Tape) -> None:
+        self.times, self.tape = grid.times, tape
         self.leaves: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor | None] = {}
 
     def __call__(self, start: int, stop: int) -> Sequence[Time]:
         """The times of the steps start..stop."""
-        return [self._leaf(n) for n in range(start, stop + 1)] if self.moving else self.times[start : stop + 1]
+        return [self._leaf(n) for n in range(start, stop + 1)]
 
     def _leaf(self, n: int) -> Tensor:
         if n not in self.leaves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -182,9 +183,9 @@ class Tape:
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self.dtypes = {x.dtype for x in self.tensors}
+        self.dtypes = set(map(attrgetter("dtype"), self.tensors))
         self.audit = audit
-        self._sums: list[Tensor | None] = [None for _ in self.tensors]
+        self._sums: list[Tensor | None] = [None] * len(self.tensors)
         self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
         self.source: Tensor | None = None
@@ -193,7 +194,7 @@ class Tape:
 
     @property
     def sums(self) -> list[Tensor]:
-        return [self._sum(i) for i in range(len(self.tensors))]
+        return list(map(self._sum, range(len(self.tensors))))
 
     def _sum(self, i: int) -> Tensor:
         total, x = self._sums[i], self.tensors[i]
@@ -229,8 +230,9 @@ class Tape:
             self.weight = weight
         else:
             cotangent = scaled_add(None, cotangent, weight)
-            self.cotangents = [scaled_add(None, x, self.weight) for x in self.cotangents]
-            self.weight = 1.0
+            if self.weight != 1.0:
+                self.cotangents = [x.mul(self.weight) for x in self.cotangents]
+                self.weight = 1.0
         if self.outputs and self.outputs[-1] is output:
             self.cotangents[-1] = self.cotangents[-1] + cotangent
         elif output.requires_grad:

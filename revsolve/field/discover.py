@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import filterfalse
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +21,7 @@ from revsolve.field.autograd import Edge, boundary, edge_of, inputs_of
 from revsolve.field.functorch import num_nodes
 from revsolve.field.holders import Holdings, Place, changed
 
-REQUIRES_GRAD = attrgetter("requires_grad")
+REQUIRES_GRAD, SHAPE_AND_DTYPE = attrgetter("requires_grad"), attrgetter("shape", "dtype")
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 
 
@@ -41,7 +42,7 @@ def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Tens
     """Record `call()`, whose results are differentiable; `own` is the solver's leaf. Further calls are made in the context
     `again`."""
     held = holdings.tensors.values()
-    plain = [x for x in held if not x.requires_grad]
+    plain = list(filterfalse(REQUIRES_GRAD, held))
     birthday, outputs = num_nodes(), call()
     if any(map(REQUIRES_GRAD, plain)):
         _refuse_written(plain)
@@ -51,11 +52,16 @@ def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Tens
         with again:
             birthday, outputs = num_nodes(), call()
     leaves, outside = boundary(outputs, since=birthday)
-    found, unused = {}, holdings.listed.union(id(place.value) for place, _ in moved)
+    found, unused = {}, holdings.listed
+    if moved:
+        unused = unused.union(id(place.value) for place, _ in moved)
     for x in held:
         if x.requires_grad and (x.is_leaf or id(x) not in unused):  # unless the call's graph ends there
             found[id(x)] = x
-    unheld = {id(x): x for x in leaves if x is not own and id(x) not in found}
+    unheld = {}
+    for x in leaves:
+        if x is not own and id(x) not in found:
+            unheld[id(x)] = x
     if unheld:  # is it there when the field is called again, or does the field make it?
         with again:
             there = unheld.keys() & map(id, boundary(call())[0])
@@ -64,7 +70,7 @@ def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Tens
         found |= {id(x): x for x in _intermediate(outside, [*held, *kept], call, again)}
     gone = {id(place) for place, _ in moved} if moved else ()
     places = [place for place in holdings.places if id(place) not in gone] if moved else holdings.places
-    return Found(list(found.values()), frozenset((x.shape, x.dtype) for x in unheld.values()), places)
+    return Found(list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), places)
 
 
 def _intermediate(

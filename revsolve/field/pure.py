@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term, leaf_of
 from revsolve.field.audit import Audit, lost, products
 from revsolve.field.autograd import boundary, depend_on_each_other, drawing, inputs_of
-from revsolve.field.discover import Found, discover, refusing_sharded_calls
+from revsolve.field.discover import REQUIRES_GRAD, Found, discover, refusing_sharded_calls
 from revsolve.field.functorch import has_hooks, is_borrowed, version
 from revsolve.field.holders import Holdings, Memory
 from revsolve.field.repeat import (
@@ -39,6 +40,7 @@ from revsolve.field.substitute import Substitution
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
 NUDGE = 2.0**-10  # how far from the start, relative to it, a field is asked whether its buffers matter
 NO_BUFFERS = Buffers()
+IS_LEAF = operator.attrgetter("is_leaf")
 
 
 class Pure:
@@ -58,7 +60,7 @@ class Pure:
     def __init__(self, term: Term, tensors: Sequence[Tensor] = ()) -> None:
         self.term, self.tensors = term, tuple(tensors)
         self.autocast = autocast_state()
-        self.stand_ins_needed = not all(x.is_leaf for x in tensors) and depend_on_each_other(tensors)
+        self.stand_ins_needed = not all(map(IS_LEAF, tensors)) and depend_on_each_other(tensors)
 
     def take_first(self) -> tuple[Time, Any] | None:
         """Time and value of an evaluation at the start that has been made; once, for it is not kept."""
@@ -214,7 +216,8 @@ def pure(
     torch.clear_autocast_cache()  # before torch 2.13 it may hold casts of parameters made under no_grad
     records = torch.is_grad_enabled()
     held = differentiates and records
-    versions = [(x, version(x)) for x in holdings.tensors.values() if not x.requires_grad] if held else []
+    plain = list(filterfalse(REQUIRES_GRAD, holdings.tensors.values())) if held else []
+    versions = list(zip(plain, map(version, plain), strict=True))
     opening = Opening(term, span, leaf_of(x0) if held else x0 if records else x0.detach())
     first = partial(discover, opening, holdings, opening.x, buffers) if held else opening
     before = () if captured else random_state(device)

@@ -224,7 +224,7 @@ class _Gradient:
         leaves = [x.detach().requires_grad_() if n else x.detach() for x, n in zip(rest[:split], needs, strict=True)]
         with solve.problem.field.as_solved():
             found = solve.gradient(self.needed, grad_ys, t, leaves, solve.marks(y0, rest[split:]))
-        return tuple(torch.zeros_like(y0) if x is None else x for x in found)
+        return tuple(torch.zeros_like(y0) if x is None else x for x in _chosen(found, self.needed))
 
     def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The derivative of a derivative: of the replayed solve, by torch.func itself."""

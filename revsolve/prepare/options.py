@@ -121,9 +121,9 @@ def read_options(
     told = options or {}
     if not isinstance(told, Mapping):
         raise TypeError(f"options must be a dict, such as {{'step_size': 0.1}}, but it is {told!r:.80}.")
-    scheme = named_scheme(method, _number(told.get("coupling")), _number(told.get("eta")))
+    scheme = named_scheme(method, *map(_number, map(told.get, SCHEME_OPTIONS)))
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    given = check_options(options, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
+    given = check_options(told, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
     for name in SCHEME_OPTIONS:
         given.pop(name, None)
     return SolverOptions(scheme, given=frozenset(given), **keywords, **given)

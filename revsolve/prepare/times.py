@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import OneSided, Time
 from revsolve.core.caller import warn
-from revsolve.field.functorch import numbers, version_of, wrapped
+from revsolve.field.functorch import numbers, transformed, version_of
 from revsolve.field.repeat import capturing
 
 REMEMBERED_TIMES = 4096  # the backward pass asks for those of the forward pass again
@@ -67,6 +67,7 @@ class Clock:
         self.shift = None if shift is None else shift.to(device, dtype)
         self.recent: dict[float, Tensor] = {}
         self.traced = torch.compiler.is_compiling()
+        self.within = transformed()  # what is made there ends with the transform
 
     def __call__(self, t: Time) -> Tensor:
         now: Tensor | None
@@ -89,8 +90,8 @@ class Clock:
             self.recent.clear()
         made = torch.full((), t, dtype=self.dtype, device=self.device)
         made = next_to(made, t.side) if isinstance(t, OneSided) else made
-        # That of a transform ends before the solve does, and one of inference mode does not tell whether a field changed it.
-        if self.traced or not (made.is_inference() or wrapped(made)):
+        # One of inference mode does not tell whether a field changed it.
+        if self.traced or not (self.within or made.is_inference()):
             self.recent[t] = made
         return made
 

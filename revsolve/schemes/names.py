@@ -59,8 +59,11 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
             return reversible(TABLEAUS[name], coupling)
         if eta is not None and method == "alf":
             return alf(eta)
-    _refuse_parameter("coupling", coupling, method, "rev_ methods given by name")
-    _refuse_parameter("eta", eta, method, "alf")
+    for parameter, value, owner in (("coupling", coupling, "rev_ methods given by name"), ("eta", eta, "alf")):
+        if value is not None:
+            raise ValueError(
+                f"{parameter}={value!r} is a parameter of {owner}, and has no meaning for method={method!r}."
+            )
     if isinstance(method, Scheme):
         return method
     if isinstance(method, Tableau):
@@ -89,8 +92,3 @@ def _named(method: str) -> Scheme:
         else:
             MADE[method] = plain(tableau) if method in TABLEAUS else reversible(tableau)
     return MADE[method]
-
-
-def _refuse_parameter(name: str, value: float | None, method: object, owner: str) -> None:
-    if value is not None:
-        raise ValueError(f"{name}={value!r} is a parameter of {owner}, and has no meaning for method={method!r}.")
