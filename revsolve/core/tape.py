@@ -266,8 +266,9 @@ class Tape:
         """Add weight * gradients of `tensors` to their sums."""
         for i, grad in enumerate(grads):
             if grad is not None:
+                total = self._sums[i]
                 try:
-                    self._sum(i).add_(grad, alpha=weight)
+                    (self._sum(i) if total is None else total).add_(grad, alpha=weight)
                 except RuntimeError:  # a batch of cotangents (is_grads_batched=True) fits into no sum of one
                     self._sums[i] = scaled_add(self._sum(i), grad, weight)
 

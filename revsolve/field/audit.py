@@ -35,6 +35,7 @@ class Audit:
     def __init__(self, tensors: Sequence[Tensor], field: Expected) -> None:
         self.field = field
         self.known = set(map(id, tensors))
+        self.ends: set[Any] = set()  # the nodes of those that are leaves, as they are met
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
         unpacked = not all(
@@ -59,8 +60,7 @@ class Audit:
         """
         state = own[0] if own else None
         strangers: list[Any] = []
-        done: set[Any] = set()
-        known, some = self.known, self.some
+        done, known, some = self.ends.copy(), self.known, self.some
         stack: list[Any] = []
         for x in outputs:
             stack.append(x.grad_fn)
@@ -76,7 +76,9 @@ class Audit:
                         stack.append(edge[0])
             else:
                 leaf = getattr(node, "variable", None)
-                if id(leaf) not in known and (leaf is None or leaf is not state):
+                if id(leaf) in known:
+                    self.ends.add(node)
+                elif leaf is None or leaf is not state:
                     strangers.append(node)
         if self.since >= 0:
             now = num_nodes()
