@@ -48,6 +48,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 autodoc_typehints = "signature"
 # One argument a line.
 maximum_signature_line_length = 60
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
