@@ -30,7 +30,8 @@ def with_divergence(
 
     Returns:
         The extended field, and its initial state `(x, zeros of shape (batch,))`: the first two arguments of `odeint`. Estimates
-        draw their noise here, so call this anew before each solve. Hooks on saved tensors (`save_on_cpu`) are refused by torch.func.
+        draw their noise here, so call this anew before each solve. torch.func, which it uses, refuses
+        hooks on saved tensors (`save_on_cpu`).
 
     Raises:
         ValueError: for an x without a batch, or complex; for an unknown trace; for samples of an exact trace.
