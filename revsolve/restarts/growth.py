@@ -2,7 +2,7 @@
 
 A coupled pair carries, beside the solution, a parasitic mode that grows where the solution decays. A restart stores the pair and
 resets z; the discrete map stays exactly differentiable. The gap between z and what a restart would make of it is compared with
-what the segment's first step left, at every few steps of the segment.
+what the segment's first step left, after some of the segment's steps, which come the further apart the longer it lasts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ TOLERATED = 0.1  # of the tolerance of adaptive steps is no reason to restart, e
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
 FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
+LATER = 0.75  # of the steps of the segment so far: no look is further from the one before, however small the gap
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Growth:
             return 0
         self.before = taken, excess
         per_step = math.log(excess / before) / (taken - steps) if excess > 0.0 < before else 0.0
-        further = self.stride if per_step <= 0.0 else min(self.stride, int(-math.log(excess) / per_step))
+        most = max(self.stride, int(LATER * taken))
+        further = most if per_step <= 0.0 else min(most, int(-math.log(excess) / per_step))
         return self._even(min(taken + further, self.bound)) - taken
 
     def _allowed(self, taken: int) -> float:

@@ -26,11 +26,11 @@ MARGIN = 1.2  # power iteration sees the fastest mode from below
 LASTING = 1.1  # how far the parasitic part may carry a mode that the method itself lets last
 AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that costs accuracy (docs/exactness.md)
 TRIPLED = 3.0  # how far, where z is of lower order than y
-OFTEN, SELDOM = (
+OFTEN, SELDOM = 4, 64  # steps from one look to the next
+STEADY, PATIENCE = (
+    0.2,
     4,
-    64,
-)  # steps from one look to the next, each pause being twice the last while what is found stays the same
-STEADY = 0.2
+)  # a pause is so many times the last one where what was found has changed by less than this share
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
 
 
@@ -79,7 +79,7 @@ class Spectrum:
             fastest = self._fastest()
             self.look(t, y)
             steady = abs(self._fastest() - fastest) <= STEADY * fastest
-            self.pause = min(2 * self.pause, SELDOM) if steady else OFTEN
+            self.pause = min(PATIENCE * self.pause, SELDOM) if steady else OFTEN
             self.due = n + self.pause
 
     def reach(self, h: float) -> int:
