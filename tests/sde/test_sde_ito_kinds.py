@@ -1,4 +1,4 @@
-"""Whatever a diffusion turns out to depend on, and when: the Ito solution is that of the corrected equation, or there is an error."""
+"""Whatever a diffusion depends on, and when: the Ito solution is that of the corrected equation, or there is an error."""
 
 from __future__ import annotations
 
