@@ -106,11 +106,11 @@ class GridIncrements:
 
     @torch.inference_mode(False)
     def _draw(self, number: int) -> Block:
-        steps = list(pairwise(self._knots_of(number)))
-        lengths = [end - start for start, end in steps]
+        knots = self._knots_of(number)
+        lengths = [end - start for start, end in pairwise(knots)]
         increments = independent(lengths, *self._rng.normal(len(lengths), number, 0))
-        W = dict(zip(steps, increments.W.unbind(), strict=True))
-        W.update(zip(((end, start) for start, end in steps), (-increments.W).unbind(), strict=True))
+        W = dict(zip(pairwise(knots), increments.W.unbind(), strict=True))
+        W.update(zip(zip(knots[1:], knots, strict=False), (-increments.W).unbind(), strict=True))
         block = Block(number, increments, W, () if increments.H is None else increments.H.unbind())
         nearest = sorted(self._cache.latest, key=lambda kept: abs(kept.number - number))[:1]
         self._cache.keep(increments.W, block, *nearest)

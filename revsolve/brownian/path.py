@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, SupportsIndex, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from revsolve.brownian.tree import BrownianTree
 from revsolve.field.functorch import exported, outside, transformed
 
 _ROUNDINGS = 4  # a solver's first and last times may miss ours by so much
+_FINEST = 2**-50  # relative to times, the length that their rounding leaves a meaning
 
 
 class BrownianPath:
@@ -95,11 +96,16 @@ class BrownianPath:
         self.t0, self.t1 = knots[0], knots[-1]
         self.shape, self.dtype, self.device = torch.Size(size), dtype, torch.device(device)
         self.levy_area = levy_area
-        self.tol = _tolerance(tol, self.t0, self.t1)
-        self.seed = _integer(seed)
+        finest = _FINEST * max(abs(self.t0), abs(self.t1))
+        self.tol = max(finest, 2**-24 * (self.t1 - self.t0)) if tol is None else tol
+        if not finest <= self.tol < math.inf:
+            raise ValueError(f"tol must be finite and at least {finest} (rounding of times), but is {tol}: raise it.")
+        if seed is not None and not hasattr(seed, "__index__"):
+            raise TypeError(f"seed must be an integer, but is {seed!r}: pass one, or None to draw it from torch.")
+        drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if seed is None else seed
+        self.seed = operator.index(drawn)
         source = self.device if noise_device is None else torch.device(noise_device)
-        areas = levy_area == "space-time"
-        rng = CounterRNG(self.seed, self.shape, dtype, self.device, source, areas)
+        rng = CounterRNG(self.seed, self.shape, dtype, self.device, source, levy_area == "space-time")
         self._grid = GridIncrements(rng, knots)
         self._tree = BrownianTree(rng, self.tol)
         self._cache = ThreadCache()  # of one interval, as a reversible step asks for both of its directions
@@ -138,7 +144,7 @@ class BrownianPath:
             if (kept_low, kept_high) == (low, high):
                 return kept
         start, end = self._grid.locate(low), self._grid.locate(high)
-        total = self._empty() if start == end else self._join(start, end)
+        total = self._join(start, end)
         self._cache.keep(total.W, (low, high, total))
         return total
 
@@ -146,6 +152,9 @@ class BrownianPath:
         """Return the increments between two places: the end of a step, whole steps, the start of a step."""
         grid, tree = self._grid, self._tree
         (first, x), (last, y) = start, end
+        if start == end:
+            zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
+            return Increments([0.0], zero, None if self.levy_area == "none" else zero)
         if first == last and x > 0:
             return concatenate(tree.between(first, grid.step(first), x, y)).total()
         groups = []
@@ -156,10 +165,6 @@ class BrownianPath:
         if y > 0:
             groups += tree.before(last, grid.step(last), y)
         return concatenate(groups).total()
-
-    def _empty(self) -> Increments:
-        zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
-        return Increments([0.0], zero, None if self.levy_area == "none" else zero)
 
 
 def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> float:
@@ -176,35 +181,21 @@ def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> floa
     return min(max(value, t0), t1)
 
 
-def _integer(seed: SupportsIndex | None) -> int:
-    """Return the seed as an integer; None draws one from torch's default generator."""
-    if seed is None:
-        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-    try:
-        return operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, but is {seed!r}: pass one, or None to draw it from torch.") from None
-
-
 def _knots(t0: float, t1: float, grid: Sequence[float] | Tensor | None, dt: float | None) -> list[float]:
     """Return the knots t0 < ... < t1 that `grid` or `dt` describe; without either, t0 and t1."""
     if not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 < t1 is needed, but t0 = {t0} and t1 = {t1}: a path is made forward and read both ways.")
     if grid is not None and dt is not None:
         raise ValueError(f"grid and dt = {dt} were both given: pass one of them.")
-    if grid is not None:
-        return _checked(torch.as_tensor(grid, dtype=torch.float64, device="cpu").tolist(), t0, t1)
-    if dt is None:
+    if dt is not None:
+        if not 0 < dt < math.inf:
+            raise ValueError(f"dt must be positive, but is {dt}: pass a step size in units of time.")
+        rounding = 2**-40 * (t1 - t0) + _FINEST * max(abs(t0), abs(t1))
+        num_steps = max(1, math.ceil((t1 - t0 - rounding) / dt))  # no sliver of a last step
+        return [t0 + n * dt for n in range(num_steps)] + [t1]
+    if grid is None:
         return [t0, t1]
-    if not 0 < dt < math.inf:
-        raise ValueError(f"dt must be positive, but is {dt}: pass a step size in units of time.")
-    rounding = 2**-40 * (t1 - t0) + _finest(t0, t1)
-    num_steps = max(1, math.ceil((t1 - t0 - rounding) / dt))  # no sliver of a last step
-    return [t0 + n * dt for n in range(num_steps)] + [t1]
-
-
-def _checked(knots: list[float], t0: float, t1: float) -> list[float]:
-    """Return the knots if they increase strictly from t0 to t1."""
+    knots: list[float] = torch.as_tensor(grid, dtype=torch.float64, device="cpu").tolist()
     if len(knots) < 2 or (knots[0], knots[-1]) != (t0, t1):
         ends = f"from {knots[0]} to {knots[-1]}" if knots else "nowhere"
         raise ValueError(f"grid must run from t0 = {t0} to t1 = {t1}, but runs {ends}: start and end it there.")
@@ -214,18 +205,3 @@ def _checked(knots: list[float], t0: float, t1: float) -> list[float]:
                 f"grid must increase, but grid[{n + 1}] = {after} follows grid[{n}] = {before}: sort it, drop repeats."
             )
     return knots
-
-
-def _finest(t0: float, t1: float) -> float:
-    """Return the length that rounding of times leaves a meaning."""
-    return 2**-50 * max(abs(t0), abs(t1))
-
-
-def _tolerance(tol: float | None, t0: float, t1: float) -> float:
-    """Return the width at which the tree ends."""
-    finest = _finest(t0, t1)
-    if tol is None:
-        return max(finest, 2**-24 * (t1 - t0))
-    if not finest <= tol < math.inf:
-        raise ValueError(f"tol must be finite and at least {finest} (rounding of times), but is {tol}: raise it.")
-    return tol

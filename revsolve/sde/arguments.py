@@ -35,18 +35,20 @@ def check_ts(ts: Any, y0: Tensor, bm: Any) -> list[float]:
     return times
 
 
-def check_state(y0: Any) -> None:
-    """Raise unless y0 is a real tensor with at least one dimension."""
+def check_arguments(y0: Any, dt: Any, dt_min: Any, adaptive: bool, event_fn: Any) -> tuple[float, float]:
+    """The step lengths as floats. Raises unless y0 is a real tensor with at least one dimension, and steps are positive."""
+    if event_fn is not None:
+        raise ValueError(
+            "sdeint has no events: a Brownian path that meets a level crosses it infinitely often at once, so that steps see "
+            "the first crossing late, by about the square root of their length, and in which step they see it jumps with every "
+            "parameter, which a gradient would not know. Look for the crossing in the states at many times ts."
+        )
     if not isinstance(y0, Tensor):
         raise TypeError(f"y0 must be a tensor, but it is a {type(y0).__name__}: pack the parts of a state into one.")
     if not y0.is_floating_point():
         raise TypeError(f"y0 must be real and floating point, but it has dtype {y0.dtype}: cast it, say with .float().")
     if y0.ndim == 0 or y0.numel() == 0:
         raise ValueError(f"y0 has shape {tuple(y0.shape)}, but a state of shape (..., d) is needed: reshape it.")
-
-
-def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) -> tuple[float, float]:
-    """The step lengths as floats. Raises unless they are positive, and the shortest is no longer than the first."""
     for name, value in (("dt", dt), ("dt_min", dt_min)):
         if isinstance(value, Tensor) and followed(value):
             raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
@@ -59,26 +61,15 @@ def checked_steps(dt: float | Tensor, dt_min: float | Tensor, adaptive: bool) ->
     return float(dt), float(dt_min)
 
 
-def refuse_events(event_fn: Any) -> None:
-    """Raise if there is an event function."""
-    if event_fn is not None:
-        raise ValueError(
-            "sdeint has no events: a Brownian path that meets a level crosses it infinitely often at once, so that steps see "
-            "the first crossing late, by about the square root of their length, and in which step they see it jumps with every "
-            "parameter, which a gradient would not know. Look for the crossing in the states at many times ts."
-        )
-
-
-def noise_shape(parts: Coefficients, f: Any, g: Any, y0: Tensor, path: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape of W, from the values of f and g at y0, which are checked against y0 and each other."""
-    check_value("drift", f, y0, tuple(y0.shape))
+def noise_shape(parts: Coefficients, g: Any, y0: Tensor, path: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of W, from the value of g at y0, which is checked."""
     if parts.product_only:
         assert path is not None
         channels = path[-1]
         g = g(torch.zeros(*y0.shape[:-1], channels, dtype=y0.dtype, device=y0.device))
         check_value("product of diffusion and noise", g, y0, tuple(y0.shape))
         return *y0.shape[:-1], channels
-    if parts.diagonal:
+    if parts.noise_type == "diagonal":
         check_value("diffusion (diagonal noise)", g, y0, tuple(y0.shape))
         return tuple(y0.shape)
     channels = g.shape[-1] if isinstance(g, Tensor) and g.ndim else 1

@@ -69,10 +69,6 @@ class Coefficients:
     product_only: bool = False  # g is then a function v -> g . v
     joint: bool = False  # whether f and g share work
 
-    @property
-    def diagonal(self) -> bool:
-        return self.noise_type == "diagonal"
-
     def product(self, g: Any, v: Tensor) -> Tensor:
         """g . v"""
         if self.product_only:
@@ -99,8 +95,8 @@ def check_types(sde: Any) -> None:
 def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | None) -> Coefficients:
     """What `sde` offers, under other `names` where given: f and g together, apart, or only their products with noise."""
     check_types(sde)
-    spelt = _spelling(sde, names)
-    found = {ours: getattr(sde, name) for ours, name in spelt.items() if getattr(sde, name, None) is not None}
+    found = {name: getattr(sde, name) for name in NAMES.values() if getattr(sde, name, None) is not None}
+    found |= _renamed(sde, names) if names else {}
     f, g, both = found.get("f"), found.get("g"), found.get("f_and_g")
     kind = (found.get("h"), sde.noise_type, sde.sde_type)
     if both is not None:
@@ -154,17 +150,16 @@ def check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> No
         raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")
 
 
-def _spelling(sde: Any, names: Mapping[str, str] | None) -> dict[str, str]:
-    spelt = {ours: ours for ours in NAMES.values()}
-    for key, name in (names or {}).items():
+def _renamed(sde: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """The methods of an SDE that have other names, by ours."""
+    for key, name in names.items():
         if key not in NAMES:
             raise ValueError(f"names has the unknown key {key!r}: its keys are {', '.join(map(repr, NAMES))}.")
         if not hasattr(sde, name):
             raise ValueError(
                 f"names says that the {key} is called {name!r}, but the {type(sde).__name__} has none such."
             )
-        spelt[NAMES[key]] = name
-    return spelt
+    return {NAMES[key]: getattr(sde, name) for key, name in names.items()}
 
 
 class Product:

@@ -28,12 +28,12 @@ from revsolve.prepare.problem import prepare, values_hidden
 from revsolve.prepare.state import form
 from revsolve.prepare.times import Clock, as_tensor, resolution
 from revsolve.schemes.tableau import Tableau
-from revsolve.sde.arguments import check_state, check_ts, checked_steps, noise_shape, refuse_events
+from revsolve.sde.arguments import check_arguments, check_ts, noise_shape
 from revsolve.sde.coefficients import SDE, Coefficients, check_value, coefficients
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
 from revsolve.sde.noise import Path, brownian, of_each_sample
-from revsolve.sde.term import UNKNOWN, LogRatioTerm, SDETerm
+from revsolve.sde.term import LogRatioTerm, SDETerm
 from revsolve.solution import Solution
 
 LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
@@ -117,9 +117,7 @@ def sdeint(
         >>> sdeint((f, g), torch.ones(64, 2), torch.linspace(0.0, 1.0, 5), dt=0.05).shape
         torch.Size([5, 64, 2])
     """
-    refuse_events(event_fn)
-    check_state(y0)
-    dt, dt_min = checked_steps(dt, dt_min, adaptive)
+    dt, dt_min = check_arguments(y0, dt, dt_min, adaptive, event_fn)
     compiling = torch.compiler.is_dynamo_compiling()
     inference = not compiling and torch.is_inference_mode_enabled()  # in which g would have no derivative
     with torch.inference_mode(False) if inference else nullcontext(), torch.no_grad() if inference else nullcontext():
@@ -156,7 +154,7 @@ def sdeint(
             default_restarts(scheme)
             if scheme.reversible and isinstance(restarts, str) and restarts == "auto"
             else restarts,
-            explain=_explain(equation.rates),
+            explain=partial(_explain, equation.rates),
             compile=compile,
             source=equation.source(path) if compile else None,
         )
@@ -193,7 +191,8 @@ class _Equation:
         if self.logqp and parts.prior is None:
             raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
         f0, g0 = parts.f_and_g(now, y0)
-        self.size = noise_shape(parts, f0, g0, self.y0, self.path_shape)
+        check_value("drift", f0, y0, tuple(y0.shape))
+        self.size = noise_shape(parts, g0, y0, self.path_shape)
         self.forms, self.area, self.shift, self.weights = (form(f0), form(g0)), needs_area(scheme), None, None
         self.always = gradient == "direct" or values_hidden() or dual_numbers()
         # Reading a number from the GPU in every step would wait for it; transforms do so anyway.
@@ -217,7 +216,7 @@ class _Equation:
         noise = of_each_sample(path, self.clock) if isinstance(self.clock, BatchedTime) else path
         on_demand = area and not (self.logqp or values_hidden())
         check = partial(
-            _check_values, self.parts, self.path_shape, self.size
+            _check_value, self.parts, self.path_shape, self.size
         )  # a method would be a cycle: terms are kept
         term = SDETerm(
             parts,
@@ -269,25 +268,23 @@ def _fixed_steps(clock: Any, times: list[float], dt: float, name: str, rounding:
     return fixed_grid(times, dt, name, rounding, longer=LONGER)
 
 
-def _check_values(parts: Coefficients, path_shape: Any, wanted: tuple[int, ...], f: Any, g: Any, y: Tensor) -> None:
-    """Raise unless later values of f and g, where these are known, are of the shapes of the first ones."""
-    if f is not UNKNOWN:
-        check_value("drift", f, y, tuple(y.shape))
-    if g is not UNKNOWN and (size := noise_shape(parts, y, g, y, path_shape)) != wanted:
+def _check_value(
+    parts: Coefficients, path_shape: Any, wanted: tuple[int, ...], which: int, value: Any, y: Tensor
+) -> None:
+    """Raise unless a later value of f (0) or g (1) is of the shape of the first one."""
+    if which == 0:
+        check_value("drift", value, y, tuple(y.shape))
+    elif (size := noise_shape(parts, value, y, path_shape)) != wanted:
         raise ValueError(f"the diffusion must keep its {wanted[-1]} noise channels, but later it has {size[-1]}.")
 
 
-def _explain(rates: Term) -> Callable[[float, Tensor], str]:
+def _explain(rates: Term, t: float, x: Tensor) -> str:
     """Why the state stopped being finite, in words."""
-
-    def explain(t: float, x: Tensor) -> str:
-        with torch.no_grad():
-            k, _ = rates.product(rates.value(t, x), rates.control(t, t, t + 1.0))
-        if not bool(torch.isfinite(k).all()):
-            return explain_field(t, x, k)
-        return (
-            f"the state stopped being finite in the step from t = {t}, where its largest entry is {float(x.abs().max()):.3g}: "
-            "lower dt, or check that drift and diffusion grow no faster than the state."
-        )
-
-    return explain
+    with torch.no_grad():
+        k, _ = rates.product(rates.value(t, x), rates.control(t, t, t + 1.0))
+    if not bool(torch.isfinite(k).all()):
+        return explain_field(t, x, k)
+    return (
+        f"the state stopped being finite in the step from t = {t}, where its largest entry is {float(x.abs().max()):.3g}: "
+        "lower dt, or check that drift and diffusion grow no faster than the state."
+    )

@@ -96,8 +96,9 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
             raise ValueError(f"method {method!r} does not exist here: {ELSEWHERE[name]}.")
         if name in STOCHASTIC and coupling is None:
             return reversible_stochastic(STOCHASTIC[name]) if method != name else stochastic(STOCHASTIC[name])
-        known = sde_method_names()
-        if method not in known and not method.startswith(("alf", "leapfrog", "reversible_heun")):
+        if not method.startswith(("alf", "leapfrog", "reversible_heun")) and method not in (
+            known := sde_method_names()
+        ):
             close = difflib.get_close_matches(method, known, n=1, cutoff=0.0)
             raise ValueError(
                 f"unknown method {method!r} of sdeint: did you mean {close[0]!r}? It has {', '.join(known)}."
@@ -108,11 +109,12 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
 def _check_convergence(scheme: Scheme, noise_type: str, sde_type: str) -> None:
     """Refuse what does not converge to the solution; velocities and compositions need a path that can be differentiated."""
     name = scheme.name
-    if any(update.rate for update in scheme.updates):
+    composed = [update for update in scheme.updates if not {update.start, update.end} <= {0.0, 1.0}]
+    if [update for update in scheme.updates if update.rate]:
         raise ValueError(
             f"{name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
         )
-    if any(end not in (0.0, 1.0) for update in scheme.updates for end in (update.start, update.end)):
+    if composed:
         raise ValueError(
             f"{name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
             "'reversible_heun', or 'rev_slowrk' for strong order 1.5."

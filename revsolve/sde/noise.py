@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revsolve.brownian.path import BrownianPath, clamped
-from revsolve.brownian.presampled import PresampledPath
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.arithmetic import Time
 from revsolve.extras.per_sample import BatchedTime
@@ -68,7 +68,20 @@ def _followed(bm: Any, size: tuple[int, ...], y0: Tensor, area: bool, grid: Sequ
             "methods with space-time area need noise that torch.compile cannot follow: use another, say 'reversible_heun', or "
             "solve outside of what is compiled."
         )
-    return PresampledPath(grid, size, y0.dtype, y0.device)
+    return _Presampled(grid, size, y0)
+
+
+class _Presampled:
+    """A Brownian motion known at the knots alone, sampled at once by torch's default generator."""
+
+    def __init__(self, knots: Sequence[float], size: tuple[int, ...], y0: Tensor) -> None:
+        self.position = {t: n for n, t in enumerate(knots)}
+        normal = torch.randn(len(knots) - 1, *size, dtype=y0.dtype, device=y0.device)
+        self.increments = [(b - a) ** 0.5 * x for (a, b), x in zip(pairwise(knots), normal.unbind(), strict=True)]
+
+    def __call__(self, ta: float, tb: float) -> Tensor:
+        start, stop = self.position[ta], self.position[tb]
+        return self.increments[start] if start < stop else -self.increments[stop]
 
 
 def of_each_sample(path: Path, clock: BatchedTime) -> Path:

@@ -18,15 +18,14 @@ from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
 from revsolve.sde.noise import Path
 
-UNKNOWN: Any = object()  # a value that was not asked for
-
 
 @dataclass
 class SDETerm:
     """Field values are pairs (f, g), controls (h, dW), or (h, W, H) with `area`; either of the two may be None for zero.
 
-    With `on_demand`, f and g are evaluated only where asked for. `check(f, g, y)` raises unless values are of shapes and dtypes
-    that the equation can have; it is asked where these are not the `forms` that the solve began with. Dependences of g that the
+    With `on_demand`, f and g are evaluated only where asked for. `check(which, value, y)` raises unless a value of f (0) or g (1)
+    is of a shape and dtype that the equation can have; it is asked where these are not the `forms` that the solve began with.
+    Dependences of g that the
     shift does not know are looked for where no gradient by the state is recorded, or `always`; they raise where a number may be
     read from a tensor (`readable`), else give NaN.
     """
@@ -35,7 +34,7 @@ class SDETerm:
     path: Path
     clock: Any
     shift: Shift | None
-    check: Callable[[Any, Any, Tensor], None]
+    check: Callable[[int, Any, Tensor], None]
     forms: tuple[Any, ...]
     always: bool
     readable: bool
@@ -55,27 +54,29 @@ class SDETerm:
     def value(self, t: Time, x: Tensor) -> Any:
         if self.on_demand:
             return OnDemand(self, self.clock(t), x)
-        return (
-            self.checked(*self.parts.f_and_g(self.clock(t), x), x) if self.shift is None else self.converted(t, x)[:2]
-        )
+        return self.evaluated(self.clock(t), x) if self.shift is None else self.converted(t, x)[:2]
 
-    def checked(self, f: Any, g: Any, x: Tensor) -> tuple[Any, Any]:
-        """The values of f and g, or one of them and `UNKNOWN`."""
-        if (f is not UNKNOWN and form(f) != self.forms[0]) or (g is not UNKNOWN and form(g) != self.forms[1]):
-            self.check(f, g, x)
-        return f, g
+    def evaluated(self, now: Tensor, x: Tensor) -> tuple[Any, Any]:
+        f, g = self.parts.f_and_g(now, x)
+        return self.checked(0, f, x), self.checked(1, g, x)
+
+    def checked(self, which: int, value: Any, x: Tensor) -> Any:
+        """A value of f or g."""
+        if form(value) != self.forms[which]:
+            self.check(which, value, x)
+        return value
 
     def converted(self, t: Time, x: Tensor) -> tuple[Tensor, Any, Tensor | None]:
         """(f + shift, g, shift): the shift of an Ito equation differentiates g by y."""
         parts, record, now = self.parts, torch.is_grad_enabled(), self.clock(t)
         if self.shift is None:
-            return *self.checked(*parts.f_and_g(now, x), x), None
+            return *self.evaluated(now, x), None
         if record or parts.apart is None or parts.joint:
-            f, at = differentiated(lambda y: self.checked(*parts.f_and_g(now, y), y), x, record)
+            f, at = differentiated(lambda y: self.evaluated(now, y), x, record)
         else:  # with no derivative of f prepared
             drift, diffusion = parts.apart
-            f, _ = self.checked(drift(now, x), UNKNOWN, x)
-            at = differentiated(lambda y: (y, self.checked(UNKNOWN, diffusion(now, y), y)[1]), x, record)[1]
+            f = self.checked(0, drift(now, x), x)
+            at = differentiated(lambda y: (y, self.checked(1, diffusion(now, y), y)), x, record)[1]
         check = self.always or not (record and x.requires_grad)
         shift = self.shift(at, check, float(t) if self.readable else None)
         return f if shift is None else f + shift, at.g, shift
@@ -104,21 +105,21 @@ class SDETerm:
 class OnDemand:
     """The pair (f, g) at one point, each evaluated when it is first asked for."""
 
-    def __init__(self, term: SDETerm, t: Tensor, x: Tensor, known: tuple[Any, Any] = (UNKNOWN, UNKNOWN)) -> None:
-        self.term, self.t, self.x, self.known = term, t, x, [*known]
+    def __init__(self, term: SDETerm, t: Tensor, x: Tensor) -> None:
+        self.term, self.t, self.x = term, t, x
+        self.known: list[Any] = [None, None]
 
     def __getitem__(self, which: int) -> Any:
-        if self.known[which] is UNKNOWN:
+        if self.known[which] is None:
             assert self.term.parts.apart is not None
-            value = self.term.parts.apart[which](self.t, self.x)
-            self.term.checked(*((UNKNOWN, value) if which else (value, UNKNOWN)), self.x)
-            self.known[which] = value
+            self.known[which] = self.term.checked(which, self.term.parts.apart[which](self.t, self.x), self.x)
         return self.known[which]
 
     def detach(self) -> OnDemand:
         """The same point, cut off from how it was computed."""
-        f, g = (x if x is UNKNOWN else x.detach() for x in self.known)
-        return OnDemand(self.term, self.t, self.x.detach(), (f, g))
+        other = OnDemand(self.term, self.t, self.x.detach())
+        other.known = [x if x is None else x.detach() for x in self.known]
+        return other
 
 
 class LogRatioTerm:
@@ -136,7 +137,7 @@ class LogRatioTerm:
         f, g, shift = self.term.converted(t, y)
         assert parts.prior is not None
         excess = (f if shift is None else f - shift) - parts.prior(self.term.clock(t), y)
-        u = excess / g if parts.diagonal else (torch.linalg.pinv(g) @ excess.unsqueeze(-1)).squeeze(-1)
+        u = excess / g if parts.noise_type == "diagonal" else (torch.linalg.pinv(g) @ excess.unsqueeze(-1)).squeeze(-1)
         return (f, g), 0.5 * u.square().sum(-1, keepdim=True)
 
     def product(self, value: Any, control: tuple[Any, ...]) -> tuple[Tensor, Time]:
