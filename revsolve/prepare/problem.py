@@ -57,36 +57,30 @@ def prepare(
         compile: what `compile=` says; `source` is what drives the term, such as noise.
         num_steps: the number of steps, where it is known beforehand.
     """
-    chosen, gradient = gradient, _gradient(gradient, scheme)
-    if chosen is None and gradient == "checkpoint" and (num_steps or FEW + 1) <= FEW and t is None and not compile:
-        gradient = "direct"
-    if not scheme.reversible and restarts not in ("auto", None):
-        raise ValueError(
-            f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
-        )
-    restarts, readable, followed = check_restarts(restarts), not capturing(), False
+    how = _way_of_gradient(gradient, scheme)
+    if gradient is None and how == "checkpoint" and (num_steps or FEW + 1) <= FEW and t is None and not compile:
+        how = "direct"
+    restarts = check_restarts(restarts, scheme)
     pair_dtype = None if pair_dtype == x0.dtype else pair_dtype
     x = x0 if pair_dtype is None else x0.to(pair_dtype)
-    field: Any = None
-    operation: Any = None
-    if values_hidden():
-        if gradient != "direct" and not scheme.tensors and (field := transformed_field(term, x, span, owners)):
-            operation = TransformedSolve
-        else:
-            _refuse_all_but_direct(chosen)
-            field, gradient, readable, followed = Pure(term), "direct", False, True
-    elif dual_numbers():  # looking at values would cut them off from their tangents
-        _refuse_all_but_direct(chosen)
-        gradient, followed = "direct", True
+    hidden = values_hidden()
+    handed_down = hidden and how != "direct" and not scheme.tensors
+    field: Any = transformed_field(term, x, span, owners) if handed_down else None
+    operation = None if field is None else TransformedSolve
+    traced = hidden and field is None
+    followed = traced or (not hidden and dual_numbers())  # looking at values would cut them off from their tangents
+    if followed:
+        _refuse_all_but_direct(gradient)
+        how = "direct"
     if field is None:
-        field = pure(term, x, span, owners, gradient != "direct", t is not None, scheme.tensors)
-    undoes = gradient == "reversible"
+        field = Pure(term) if traced else pure(term, x, span, owners, how != "direct", t is not None, scheme.tensors)
+    readable, undoes = not (traced or capturing()), how == "reversible"
     problem = Problem(
         scheme,
         field,
         make_stepper,
-        gradient,
-        _blind(restarts) if followed or not readable else restarts,
+        how,
+        restarts if readable and not followed else _blind(restarts),
         Stats(),
         explain or not_finite,
         anchor_every=anchor_every() if undoes and anchor_every else None,
@@ -98,8 +92,10 @@ def prepare(
         followed=followed,
         operation=operation,
     )
-    if not compile:
-        return problem
+    return _compiled(problem, compile, x0, t, source) if compile else problem
+
+
+def _compiled(problem: Problem, compile: Any, x0: Tensor, t: Tensor | None, source: Any) -> Problem:  # noqa: A002
     from revsolve.backends.inductor.backend import compiled  # importing what compiles takes longer than many solves
 
     return compiled(problem, compile, x0, t, source)
@@ -115,7 +111,7 @@ def values_hidden() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
-def _gradient(gradient: str | None, scheme: Scheme) -> str:
+def _way_of_gradient(gradient: str | None, scheme: Scheme) -> str:
     if gradient is None:
         return "reversible" if scheme.reversible else "checkpoint"
     check_choice("gradient", gradient, GRADIENTS)
@@ -142,8 +138,12 @@ def _blind(restarts: Restarts | None) -> Restarts | None:
     return Restarts(interval=restarts.longest or BLIND_INTERVAL)
 
 
-def check_restarts(restarts: Any) -> Restarts | None:
-    """'auto', a number of steps, a `Restarts`, or None for none."""
+def check_restarts(restarts: Any, scheme: Scheme) -> Restarts | None:
+    """'auto', a number of steps, a `Restarts`, or None for none; a scheme whose steps are not undone has none."""
+    if not scheme.reversible and restarts not in ("auto", None):
+        raise ValueError(
+            f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
+        )
     if restarts is None or isinstance(restarts, Restarts):
         return restarts
     if restarts == "auto":
