@@ -11,7 +11,8 @@ TORCHES ?= 2.6.0 2.9.1 2.13.0 2.14.1 2.15.0
 COMPAT_DIR ?= build/compat
 # What `make quick` runs: of each test the cases that show it every kind of scheme and door, but for the tests that take long.
 QUICK := --quick tests $(patsubst %,--ignore=tests/%,fuzz backends ode/test_ode_stability.py ode/test_ode_orders.py sde/test_sde_orders.py \
-  works_with/test_distributed.py works_with/test_cleanup.py works_with/test_functional_adaptive.py test_benchmarks.py test_docs_code.py)
+  works_with/test_distributed.py works_with/test_cleanup.py works_with/test_functional_adaptive.py works_with/test_modules.py \
+  cde/test_cde_outputs.py fixed_points/test_recipes.py test_benchmarks.py test_docs_code.py)
 # One thread a process: the same numbers on every machine, and workers that do not fight over cores.
 export OMP_NUM_THREADS ?= 1
 
