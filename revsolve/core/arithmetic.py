@@ -13,8 +13,8 @@ Time = float | Tensor
 
 
 class OneSided(float):
-    """A time at which the field jumps, as it is seen from one side: the field receives the next time on that side, later where
-    `side` is 1, earlier where it is -1. Spans of time are those to the jump itself."""
+    """A time at which the field jumps, seen from one side: the field receives the next representable time on that side, later
+    where `side` is 1, earlier where it is -1. Spans of time are those to the jump itself."""
 
     side: float
 

@@ -80,11 +80,11 @@ class Scheme:
     """A method as data: the updates of one step, and those that make z follow from y at the start and at every restart.
 
     order is that of the solution, error_order that of the embedded solution (None: no error estimate). A scheme whose
-    `restart` is empty is a plain method: its z is not used and its steps cannot be undone. `staggered` says that z is a
-    velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. In one
-    step from a restart that measure grows to the order h ** gap_order. `run` gives the moves of consecutive steps between the
-    given times, fewer than their updates, where the update that ends a step and the one that begins the next differ in their
-    spans alone and ask for the same evaluation, if any. `longest` bounds the steps between restarts by default.
+    `restart` is empty is a plain method: its state is y alone, and its steps cannot be undone. `staggered` says that z is a
+    velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. One step
+    after a restart that measure is of order h ** gap_order. `run(times)`, if given, is an equivalent shorter list of moves for
+    the steps between these times: neighbours at the end of one step and the start of the next are merged. `longest` bounds the
+    steps between restarts by default.
     """
 
     name: str
@@ -107,8 +107,13 @@ class Scheme:
         object.__setattr__(self, "reversible", bool(self.restart))
 
     @property
+    def num_evaluations(self) -> int:
+        """In a step, but for those that are the same as the latest one."""
+        return sum(len(update.increment.nodes) for update in self.updates if update.increment is not None)
+
+    @property
     def alternates(self) -> bool:
-        """Whether what z carries of its own changes sign with every step."""
+        """Whether z's parasitic part changes sign with every step."""
         return bool(math.prod(value_of(update.keep) for update in self.updates if update.target == 1) < 0)
 
 
@@ -125,7 +130,7 @@ def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
 
 
 def _jump(scheme: Scheme, times: Sequence[Time]) -> list[Move]:
-    """Where the field jumps at the end of the steps, the velocity does as well: it would alternate about the new field else."""
+    """Where the field jumps at the end of the steps, so does the velocity; otherwise it would oscillate about the new field."""
     before = times[-1]
     assert isinstance(before, OneSided)
     follow = next(update for update in scheme.updates if update.increment is not None)
@@ -146,9 +151,9 @@ def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
     return update, moment(t0, t1, update.start), moment(t0, t1, update.end), None
 
 
-def frozen(term: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
+def frozen(memo: Memo, x: Tensor, at: Time, t0: Time, t1: Time) -> Combination:
     """The increment of the term over t0 -> t1 with the field frozen at one time."""
-    return term.parts(term.value(at, x), term.control(at, t0, t1))
+    return memo.parts(memo.value(at, x), memo.control(at, t0, t1))
 
 
 def written(state: State, member: int, x: Tensor) -> State:

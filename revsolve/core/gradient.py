@@ -1,11 +1,11 @@
 """The gradient of a discrete solve, in three ways.
 
     reversible   undo the steps one by one, differentiating each as it is undone     keeps the last state and the restarts
-    checkpoint   recompute segments of about sqrt(N) steps from stored states        keeps about 2 sqrt(N) states
+    checkpoint   recompute segments of at most sqrt(N) steps from stored states      keeps so many states, and a segment's record
     direct       plain automatic differentiation through the steps                   keeps everything
 
-All three give the gradient of the same discrete map. `Solve.gradient` is the single place where gradients are computed, and
-`Differentiable` the one node that a solve is in the graph of autograd.
+All three give the gradient of the same discrete map. `Solve.gradient` is the single place where the engine takes gradients;
+higher derivatives, and `direct`, are autograd's own. `Differentiable` is the one node that a solve is in its graph.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
     while stop > 0:
         start = max(marks)
         if missing and missing[-1] > start:
-            tape.memo.num_evaluations += repeat(problem, tape.memo.term, grid, marks, missing)
+            tape.memo.num_evaluations += refill(problem, tape.memo.term, grid, marks, missing)
             continue
         stored = marks.pop(start)
         for first, last in reversed(list(grid.runs(start, stop, range(stop) if moving else ()))):
@@ -289,7 +289,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
     return grads[0], clock.close() if clock else {}
 
 
-def repeat(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:
+def refill(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:
     """Take the recorded steps from the last of the pairs in `marks` on again, to add some at the restarts `missing` after it:
     as many as there is room for, the last included. The number of evaluations."""
     assert problem.restarts is not None
@@ -345,14 +345,16 @@ def recompute(
     scale, stop, end = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)[0]
     distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        leaves, times = tuple(map(leaf_of, marks[start])), grid.times[start : stop + 1]
-        moments = [torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True) for s in times if moving]
+        leaves, numbers, time_leaves = tuple(map(leaf_of, marks[start])), grid.times[start : stop + 1], []
+        if moving:
+            time_leaves = [torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True) for s in numbers]
+        times: Sequence[Time] = time_leaves if moving else numbers
         with torch.enable_grad():
             walk = Walk(problem.scheme, tape.memo)
-            after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, moments or times, walk)
+            after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, times, walk)
         distances.append(mean_size((after[0].detach() - end) / scale))
         sizes.append(mean_size(marks[start][0] / scale))
-        results, cotangents, sources = [], [], [*leaves, *moments, *tape.tensors]
+        results, cotangents, sources = [], [], [*leaves, *time_leaves, *tape.tensors]
         for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
             if x.requires_grad and grad is not None:
                 results.append(x)
@@ -361,9 +363,9 @@ def recompute(
             tape.audit(results, sources)
         got = tape.differentiate(results, sources, cotangents)
         grads = got[: len(leaves)]
-        for n, grad in enumerate(got[len(leaves) : len(leaves) + len(moments)]):
+        for n, grad in enumerate(got[len(leaves) : len(leaves) + len(time_leaves)]):
             grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
-        tape.add_up(got[len(leaves) + len(moments) :])
+        tape.add_up(got[len(leaves) + len(time_leaves) :])
         stop, end = start, marks[start][0]
     certify(problem, distances, sizes)
     grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
@@ -400,14 +402,14 @@ class _MovingTimes:
 
 
 def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, State], None]:
-    """Keep the state at every restart and anchor, or at every 2nd, 4th, ... where these, with those between two of them, were
-    too many; a checkpointed gradient keeps every sqrt(n)-th only."""
+    """Keep the state at the start of every segment; or of every 2nd, 4th, ... so that what is kept, and what the backward pass
+    adds between two of these, fits in the capacity. A checkpointed gradient keeps as many as `checkpoint_spacing` says."""
     seen, spacing = 0, 1
 
     def store(n: int, state: State) -> None:
         nonlocal seen, spacing
         if problem.gradient != "reversible":
-            if not marks or n - marks[-1][0] >= math.isqrt(n):
+            if not marks or n - marks[-1][0] >= (problem.anchor_every or problem.checkpoint_spacing(n)):
                 marks.append((n, state))
             return
         if seen % spacing == 0:

@@ -1,4 +1,4 @@
-"""The march: carry a state over a grid, step by step and segment by segment. It never hears of gradients."""
+"""The march: carry a state over a grid, step by step and segment by segment. It takes no gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from revsolve.core.arithmetic import Time, widest
 from revsolve.core.coupling import Scheme, State, advance, moves, over
@@ -73,24 +72,25 @@ def march(
     walk, grid = walking(problem.scheme, memo), stepper.grid
     policy, scheme = policy_of(problem, stepper, memo), problem.scheme
     ys = [y0] if grid.outputs[0] == 0 else []
-    ask = 0
+    next_decision = 0
     while not stepper.done:
-        n = stepper.num_steps
-        if begins := ask == n:
-            if restart := scheme.reversible and (problem.restarts is not None or n == 0):
+        n, restart = stepper.num_steps, False
+        if next_decision == n:  # a segment begins
+            restart = scheme.reversible and (problem.restarts is not None or n == 0)
+            if restart:
                 grid.restarts.add(n)
             if store is not None:
                 store(n, state if n else (y0,))
-            ask = policy.begin(stepper, state[0])
-        limit = ask
-        if scheme.staggered and problem.restarts is not None and ask > n + 1:
-            limit -= 1  # the gap is what one step changes
-        state = stepper.advance(walk, state, begins and restart, min(limit, stepper.num_total or limit))
+            next_decision = policy.begin(stepper, state[0])
+        limit = next_decision
+        if scheme.staggered and problem.restarts is not None and limit > n + 1:
+            limit -= 1  # the last step is taken alone, so that its change of the velocity can be measured
+        state = stepper.advance(walk, state, restart, min(limit, stepper.num_total or limit))
         if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
             ys.append(problem.narrowed(state[0]))
-        if stepper.num_steps == ask and not stepper.done:
-            h = grid.times[ask] - grid.times[ask - 1]
-            ask = policy.extend(stepper, functools.partial(walk.gap, state, h))
+        if stepper.num_steps == next_decision and not stepper.done:
+            h = grid.times[next_decision] - grid.times[next_decision - 1]
+            next_decision = policy.extend(stepper, functools.partial(walk.gap, state, h))
     conclude(problem, term, stepper, state[0], y0, memo.num_evaluations)
     return ys, state, grid
 
@@ -129,14 +129,14 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
     """The recorded times as functions of the output times t: each keeps its relative place between the nearest outputs or
     pinned times."""
     pinned = sorted(set(grid.pinned) - set(grid.outputs))
-    anchors = sorted((n, i) for i, n in enumerate([*grid.outputs, *pinned]))
+    knots = sorted((n, i) for i, n in enumerate([*grid.outputs, *pinned]))
     left, right, place = [], [], []
-    for (a, i), (b, j) in itertools.pairwise(anchors):
+    for (a, i), (b, j) in itertools.pairwise(knots):
         t0, t1 = grid.times[a], grid.times[b]
         left += [i] * (b - a)
         right += [j] * (b - a)
         place += [(s - t0) / (t1 - t0) for s in grid.times[a:b]]
-    last = anchors[-1][1]
+    last = knots[-1][1]
     dtype = widest(t.device)
     fraction = torch.tensor([*place, 1.0], dtype=dtype, device=t.device)
     exact = torch.cat([t.to(dtype), t.new_tensor([grid.times[n] for n in pinned], dtype=dtype)])
@@ -144,13 +144,13 @@ def moments(grid: Grid, t: Tensor) -> Tensor:
 
 
 def policy_of(problem: Problem, stepper: Stepper, memo: Memo) -> RestartPolicy:
-    """The ends of the segments, as restarts and anchors ask for."""
+    """The ends of the segments, as restarts and checkpoints ask for."""
     if problem.restarts is not None and problem.scheme.reversible:
         return problem.restarts.policy(problem.scheme, memo)
-    every = problem.anchor_every
-    if problem.gradient == "checkpoint" and every is None and stepper.num_total is not None:
-        every = max(1, math.isqrt(stepper.num_total))
-    return FixedInterval(every or stepper.num_total)
+    if problem.gradient != "checkpoint" or problem.anchor_every is not None:
+        return FixedInterval(problem.anchor_every or stepper.num_total)
+    total = stepper.num_total
+    return FixedInterval(None if total is None else problem.checkpoint_spacing(total), problem.checkpoint_spacing)
 
 
 def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeError:
@@ -178,7 +178,7 @@ class _Watch:
 
     def value(self, t: Time, x: Tensor) -> Any:
         value = self.term.value(t, x)
-        parts = [value] if isinstance(value, Tensor) else tree_leaves([*value])  # those evaluated on demand, too
+        parts = [value] if isinstance(value, Tensor) else [*value]  # those evaluated on demand, too
         finite = (_finite(part) for part in parts if isinstance(part, Tensor))
         if self.lost is None and _finite(x) and not all(finite):
             self.lost = float(t), x

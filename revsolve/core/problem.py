@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme, State
-from revsolve.core.restart import Restarting
+from revsolve.core.restart import Restarting, checkpoint_spacing
 from revsolve.core.stepper import Grid, Stepper
 from revsolve.core.tape import Audit, Differentiate, Tape, Term
 
@@ -27,7 +27,7 @@ class Stats:
     num_restarts: int = 0
     num_evaluations: int = 0
     num_backward_evaluations: int = 0
-    num_stored_states: int = 0
+    num_stored_states: int = 0  # tensors of the size of a state: a pair counts as two
     reconstruction_error: float | None = None
     times: list[float] = field(default_factory=list, repr=False, compare=False)
 
@@ -44,6 +44,8 @@ class Field(Protocol):
     tensors: tuple[Tensor, ...]
     differentiate: Differentiate  # what takes vector-Jacobian products
     stand_ins_needed: bool  # whether one of the tensors was computed from another one
+    state_size: int  # bytes of a state, and those that a recorded evaluation keeps, 0 where that is not known
+    tape_size: int
 
     def take_first(self) -> tuple[Time, Any] | None:
         """Time and value of an evaluation at the start, if one has been made that no one took."""
@@ -122,6 +124,11 @@ class Problem:
     followed: bool = False
     operation: Callable[[Problem], Any] | None = None
     backend: Backend | None = None
+
+    def checkpoint_spacing(self, num_steps: int) -> int:
+        """The number of steps between checkpoints, of so many."""
+        tape = self.field.tape_size * self.scheme.num_evaluations
+        return checkpoint_spacing(num_steps, self.field.state_size, tape)
 
     def widened(self, y: Tensor) -> Tensor:
         return y if self.pair_dtype is None else y.to(self.pair_dtype)

@@ -50,16 +50,32 @@ class Restarting(Protocol):
         ...
 
 
+SMALL = 2**18  # bytes of which nobody asks for fewer
+SPARE = 1.25  # times the least memory may be taken, so that there are half as many segments
+
+
+def checkpoint_spacing(num_steps: int, state: int, tape: int) -> int:
+    """The number of steps between checkpoints, where a state takes `state` bytes and the record of a step `tape` (0: unknown).
+
+    With k steps between them, num_steps / k * state + k * tape bytes are kept: least at k = sqrt(num_steps * state / tape). It is
+    the largest k up to sqrt(num_steps) with which they are SPARE times as many, or SMALL, at most.
+    """
+    product = num_steps * state * tape
+    most = max(2 * SPARE * math.sqrt(product), SMALL)
+    largest = (most + math.sqrt(most**2 - 4 * product)) / (2 * tape) if tape else math.inf
+    return max(1, int(min(math.sqrt(num_steps), largest)))
+
+
 class FixedInterval:
-    """Segments of so many steps each; None: of as many steps as there are segments, about."""
+    """Segments of so many steps each; or as many as `spacing` says of the number of all steps."""
 
     scale = None
 
-    def __init__(self, interval: int | None) -> None:
-        self.interval = interval
+    def __init__(self, interval: int | None, spacing: Callable[[int], int] = math.isqrt) -> None:
+        self.interval, self.spacing = interval, spacing
 
     def longest(self, num_steps: int) -> int:
-        return self.interval or max(1, math.isqrt(num_steps))
+        return self.interval or max(1, self.spacing(num_steps))
 
     def foreseen(self, num_steps: int) -> int:
         return num_steps + self.longest(num_steps)

@@ -150,7 +150,7 @@ class FixedGrid:
 
 
 @dataclass(frozen=True)
-class Control:
+class ErrorControl:
     """How steps follow the error: it is accepted where norm(error / (atol + rtol max(|y0|, |y1|))) <= 1, and a PI controller
     (Gustafsson 1991) scales the next step by safety * error**-(0.7/k) * previous**(0.4/k), k = error_order + 1."""
 
@@ -180,7 +180,7 @@ class Adaptive:
         self,
         targets: list[float],
         is_output: list[bool],
-        control: Control,
+        control: ErrorControl,
         explain: Callable[..., str],
         jumps: Container[float] = (),
     ) -> None:

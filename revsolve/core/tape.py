@@ -33,7 +33,7 @@ class Term(Protocol):
 
 
 class Wrapped:
-    """What a term is besides its values, for those that are terms around another one."""
+    """A term around another one: all but `value` is that of the other."""
 
     def __init__(self, term: Term) -> None:
         self.term, self.control, self.product = term, term.control, term.product
@@ -115,7 +115,7 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 class Grads:
-    """The cotangents of a state's members, None for zero. A factor of one waits until something is added to it: a pass less."""
+    """The cotangents of a state's members, None for zero. Scaling is lazy: a factor is applied when something is added."""
 
     def __init__(self, *totals: Tensor | None) -> None:
         self.totals, self.factors = list(totals), [1.0] * len(totals)
@@ -127,7 +127,7 @@ class Grads:
         return total
 
     def signed(self, member: int) -> tuple[Tensor | None, float]:
-        """A cotangent but for its sign, which goes on waiting, and the sign."""
+        """A cotangent and its sign, which has not been applied."""
         factor = self.factors[member]
         return (self.totals[member], -1.0) if factor == -1.0 else (self[member], 1.0)
 
@@ -165,8 +165,8 @@ Differentiate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
 class Tape:
     """Recorded evaluations of one member of the pair, waiting to be differentiated together.
 
-    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32. There is
-    none before the first gradient: those of 64 layers, each used once, are not all needed when memory is at its peak.
+    `sums` accumulates the gradients of `tensors` (everything else the field depends on); half precision ones in float32. They are
+    allocated with the first gradient, which lowers the peak of memory where 64 layers are used once each.
     Leaves are of the dtype `narrow`, where the pair's is wider. `differentiate` takes the products.
     """
 
@@ -223,8 +223,8 @@ class Tape:
     def add(self, output: Tensor, cotangent: Tensor, weight: Scalar = 1.0) -> None:
         """Record that weight * cotangent belongs to `output`.
 
-        A lone one is weighted when its products are added up: a kernel less. Where the field may compute in fewer digits it is
-        weighted before, as autograd would, so that both round alike.
+        The weight of a single cotangent is applied to its products, which saves a kernel. Where the field may compute in fewer
+        digits it is applied to the cotangent, as autograd would, so that both round alike.
         """
         if not self.outputs and weight.__class__ is float and self.one_dtype and self.dtypes <= {cotangent.dtype}:
             self.weight = weight

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import State
-from revsolve.core.stepper import SHORTEST, Adaptive, Control, Grid, Step, Stepper
+from revsolve.core.stepper import SHORTEST, Adaptive, ErrorControl, Grid, Step, Stepper
 from revsolve.field.functorch import batching
 from revsolve.prepare.options import SolverOptions
 
@@ -56,7 +56,7 @@ class PerSampleSteps:
 
     num_total = None
 
-    def __init__(self, clock: Batched, control: Control) -> None:
+    def __init__(self, clock: Batched, control: ErrorControl) -> None:
         self.clock, self.control = clock, control
         self.fractions = clock.fractions = []
         self.grid = Grid([0.0], [0])

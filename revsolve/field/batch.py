@@ -25,6 +25,7 @@ class Batch:
     `own`."""
 
     stand_ins_needed, differentiate = False, staticmethod(vector_jacobian_product)
+    state_size = tape_size = 0
 
     def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:
         self.sample, self.own, self.size, self.randomness = sample, own, size, randomness

@@ -8,7 +8,7 @@ is held to it, and a difference is an error that says what it is, never another 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from revsolve.core.arithmetic import Time
@@ -55,6 +57,7 @@ class Pure:
     late = lent = NO_BUFFERS  # of modules that train: those the first call left alone; those lent to later calls
     repeats = False  # whether evaluations are made to repeat: the field draws random numbers, or its buffers matter
     first: tuple[Time, Any] | None = None  # an evaluation at the start
+    state_size = tape_size = 0  # bytes
     opening: Opening  # which may be made again
 
     def __init__(self, term: Term, tensors: Sequence[Tensor] = ()) -> None:
@@ -167,6 +170,30 @@ class Opening:
         return self.at(self.span[0], self.x.detach())
 
 
+class Saved:
+    """The memory that autograd keeps for the gradient of a call, without that of tensors which are there anyhow."""
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        self.counted = set(map(address_of, others))
+        self.num_bytes = 0
+
+    def during(self, call: Callable[[], Any]) -> Any:
+        """The call, measured unless it uses torch.func, which allows no hooks."""
+        try:
+            with saved_tensors_hooks(self._add, torch.Tensor.detach):
+                return call()
+        except RuntimeError:
+            self.num_bytes = 0
+            return call()  # raises what it raised, if it was not that
+
+    def _add(self, x: Tensor) -> Tensor:
+        address = address_of(x)
+        if address not in self.counted:
+            self.counted.add(address)
+            self.num_bytes += x.nbytes
+        return x.detach()  # x itself would be a cycle, where it is a result
+
+
 class Constant(Guarded):
     """A term that nothing found asks for a gradient of. Raises RuntimeError if its values depend on something that does."""
 
@@ -199,15 +226,15 @@ def pure(
     x0: Tensor,
     span: tuple[float, float],
     owners: Sequence[Any],
-    differentiates: bool,
+    gradient: str,
     moving: bool,
     coefficients: Sequence[Tensor] = (),
 ) -> Pure:
     """Call the term once at the start, and find all that it depends on.
 
     `owners` are the callables and objects whose tensors the term may use; leaves that they hold without being found by the
-    recorded call get zero gradients if they stay unused. `differentiates`: the engine takes the gradient, not autograd, also
-    with respect to the times if they are `moving`, and to the scheme's `coefficients`.
+    recorded call get zero gradients if they stay unused. The engine takes the gradient, unless it is "direct", also with
+    respect to the times if they are `moving`, and to the scheme's `coefficients`.
     """
     holdings, captured, device = Holdings(owners), capturing(), x0.device
     buffers = Buffers(holdings.modules.values())
@@ -215,11 +242,13 @@ def pure(
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
     torch.clear_autocast_cache()  # before torch 2.13 it may hold casts of parameters made under no_grad
     records = torch.is_grad_enabled()
-    held = differentiates and records
+    held = gradient != "direct" and records
     plain = list(filterfalse(REQUIRES_GRAD, holdings.tensors.values())) if held else []
     versions = list(zip(plain, map(version, plain), strict=True))
     opening = Opening(term, span, leaf_of(x0) if held else x0 if records else x0.detach())
-    first = partial(discover, opening, holdings, opening.x, buffers) if held else opening
+    saved = Saved((*holdings.tensors.values(), x0)) if held and gradient == "checkpoint" else None
+    call = opening if saved is None else partial(saved.during, opening)
+    first = partial(discover, call, holdings, opening.x, buffers) if held else opening
     before = () if captured else random_state(device)
     with refusing_sharded_calls() if held else nullcontext():
         found, draws = drawing(first) if captured else _watched(first, before, opening, buffers)
@@ -242,6 +271,8 @@ def pure(
     field = Pure(Constant(term) if held and not wanted else term, tensors)
     field.repeats, field.coefficients, field.opening = repeats, coefficients, opening
     field.lent = NO_BUFFERS if matters else changing
+    if saved is not None:
+        field.state_size, field.tape_size = x0.nbytes, saved.num_bytes
     if not repeats and not changing:
         field.first = (span[0], tree_map_only(Tensor, partial(_own, held), value))
     if held and wanted and isinstance(found, Found):
@@ -282,9 +313,14 @@ def _in_one_memory(opening: Opening, buffers: Buffers) -> bool:
     first = opening.value
     with buffers, torch.no_grad():
         opening()
-    there = {x.untyped_storage().data_ptr() for x in _tensors(opening.value)}
+    there = set(map(address_of, _tensors(opening.value)))
     opening.value = first
-    return any(x.untyped_storage().data_ptr() in there for x in written)
+    return any(address_of(x) in there for x in written)
+
+
+def address_of(x: Tensor) -> int:
+    """That of its memory, or of the object where it has none of its own."""
+    return x.untyped_storage().data_ptr() if type(x) in (Tensor, Parameter) and x.layout is torch.strided else id(x)
 
 
 def _own(held: bool, x: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from revsolve.core.caller import warn
-from revsolve.core.stepper import Adaptive, Control, FixedGrid, Stepper
+from revsolve.core.stepper import Adaptive, ErrorControl, FixedGrid, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
 from revsolve.prepare.options import FIXED_OPTIONS, TARGETS, SolverOptions, Tolerance
 from revsolve.prepare.times import check_times
 
-FIXED = {*FIXED_OPTIONS, *TARGETS, "dense", "steps_of_each", "event_direction", "form"}
+FIXED = {*FIXED_OPTIONS, *TARGETS, "checkpoint_every", "dense", "steps_of_each", "event_direction", "form"}
 MAX_NUM_STEPS = 100_000
 EXACT = torch.finfo(torch.float64).eps
 
@@ -184,7 +184,7 @@ def adaptive_grid(
 
     def make() -> Stepper:
         h = options.first_step or first_step(term, x0, smooth, rtol, atol, norm, order)
-        control = Control(
+        control = ErrorControl(
             rtol,
             atol,
             norm,

@@ -117,4 +117,5 @@ def problem_of(
         compile=options.compile,
         source=ivp.source(posed.term) if options.compile and ivp.source else None,
         num_steps=num_steps,
+        checkpoint_every=options.checkpoint_every,
     )

@@ -12,7 +12,15 @@ from revsolve.prepare.options import ADAPTIVE_OPTIONS, FIXED_OPTIONS, SCHEME_OPT
 Door = TypeVar("Door", bound=Callable[..., Any])
 
 _ONE_GRADIENT = "leave it out, the gradient is that of the steps themselves, and gradient= chooses how it is computed"
-_IN_OPTIONS = (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS, *SCHEME_OPTIONS, "dense", "steps_of_each", "event_direction")
+_IN_OPTIONS = (
+    *FIXED_OPTIONS,
+    *ADAPTIVE_OPTIONS,
+    *SCHEME_OPTIONS,
+    "checkpoint_every",
+    "dense",
+    "steps_of_each",
+    "event_direction",
+)
 ELSEWHERE = {
     **{name: f"write options={{{name!r}: ...}}" for name in _IN_OPTIONS},
     "adjoint_params": "leave it out, every tensor that the field touches has its gradient",

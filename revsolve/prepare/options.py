@@ -32,8 +32,9 @@ LIMITS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "max_step": ("be positive", lambda x: x > 0, ""),
     "max_num_steps": ("be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ""),
     "step_size": ("be a positive number", lambda x: 0 < x < math.inf, FROM_T),
+    "checkpoint_every": ("be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ""),
 }
-ADAPTIVE_OPTIONS = (*(name for name in LIMITS if name != "step_size"), *TARGETS, "norm")
+ADAPTIVE_OPTIONS = (*(name for name in LIMITS if name not in ("step_size", "checkpoint_every")), *TARGETS, "norm")
 EXPLAINED = {  # names that options have elsewhere
     "restart": "pass the keyword restarts=, a number of steps say",
     "perturb": "leave it out, jump_t alone says where a step sees one side of the field",
@@ -70,6 +71,7 @@ class SolverOptions:
     step_t: Sequence[float] = ()
     jump_t: Sequence[float] = ()
     norm: Callable[[Tensor], Tensor] | None = None
+    checkpoint_every: int | None = None
     dense: bool = False
     steps_of_each: bool = False
     event_direction: Any = 0
@@ -123,7 +125,7 @@ def read_options(
         raise TypeError(f"options must be a dict, such as {{'step_size': 0.1}}, but it is {told!r:.80}.")
     scheme = named_scheme(method, *map(_number, map(told.get, SCHEME_OPTIONS)))
     known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    given = check_options(told, (*known, *SCHEME_OPTIONS, *TARGETS, *extra), scheme.name)
+    given = check_options(told, (*known, *SCHEME_OPTIONS, *TARGETS, "checkpoint_every", *extra), scheme.name)
     for name in SCHEME_OPTIONS:
         given.pop(name, None)
     return SolverOptions(scheme, given=frozenset(given), **keywords, **given)

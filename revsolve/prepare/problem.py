@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revsolve.core.coupling import Scheme
 from revsolve.core.problem import Problem, Stats
+from revsolve.core.restart import Restarting
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import dual_numbers, transformed
@@ -44,6 +45,7 @@ def prepare(
     compile: Any = False,  # noqa: A002
     source: Any = None,
     num_steps: int | None = None,
+    checkpoint_every: int | None = None,
 ) -> Problem:
     """Everything the engine needs, found by a first call of the term over `span`.
 
@@ -55,11 +57,15 @@ def prepare(
         rounding: that of the field, where it is coarser than the state's.
         remedy: advice where undoing the steps is too inaccurate.
         compile: what `compile=` says; `source` is what drives the term, such as noise.
-        num_steps: the number of steps, where it is known beforehand.
+        num_steps: the number of steps, where it is known beforehand. checkpoint_every: those between checkpoints, if given.
     """
     how = _way_of_gradient(gradient, scheme)
     if gradient is None and how == "checkpoint" and (num_steps or FEW + 1) <= FEW and t is None and not compile:
         how = "direct"
+    elif checkpoint_every is not None and how != "checkpoint":
+        raise ValueError(
+            f"checkpoint_every = {checkpoint_every} goes with gradient='checkpoint', but it is {how!r} here."
+        )
     restarts = check_restarts(restarts, scheme)
     pair_dtype = None if pair_dtype == x0.dtype else pair_dtype
     x = x0 if pair_dtype is None else x0.to(pair_dtype)
@@ -73,7 +79,7 @@ def prepare(
         _refuse_all_but_direct(gradient)
         how = "direct"
     if field is None:
-        field = Pure(term) if traced else pure(term, x, span, owners, how != "direct", t is not None, scheme.tensors)
+        field = Pure(term) if traced else pure(term, x, span, owners, how, t is not None, scheme.tensors)
     readable, undoes = not (traced or capturing()), how == "reversible"
     problem = Problem(
         scheme,
@@ -83,7 +89,7 @@ def prepare(
         restarts if readable and not followed else _blind(restarts),
         Stats(),
         explain or not_finite,
-        anchor_every=anchor_every() if undoes and anchor_every else None,
+        anchor_every=anchor_every() if undoes and anchor_every else checkpoint_every,
         state_dtype=None if pair_dtype is None else x0.dtype,
         pair_dtype=pair_dtype,
         rounding=rounding if undoes else None,
@@ -131,20 +137,20 @@ def _refuse_all_but_direct(gradient: str | None) -> None:
         )
 
 
-def _blind(restarts: Restarts | None) -> Restarts | None:
+def _blind(restarts: Restarting | None) -> Restarting | None:
     """Restarts that do not look at values: at a fixed interval."""
-    if restarts is None or restarts.interval is not None:
+    if restarts is None or (isinstance(restarts, Restarts) and restarts.interval is not None):
         return restarts
-    return Restarts(interval=restarts.longest or BLIND_INTERVAL)
+    return Restarts(interval=getattr(restarts, "longest", None) or BLIND_INTERVAL)
 
 
-def check_restarts(restarts: Any, scheme: Scheme) -> Restarts | None:
-    """'auto', a number of steps, a `Restarts`, or None for none; a scheme whose steps are not undone has none."""
+def check_restarts(restarts: Any, scheme: Scheme) -> Restarting | None:
+    """'auto', a number of steps, a `Restarts` or what has its methods, or None; a scheme whose steps are not undone has none."""
     if not scheme.reversible and restarts not in ("auto", None):
         raise ValueError(
             f"restarts={restarts!r} has no meaning for {scheme.name!r}, whose steps are not undone: leave it out."
         )
-    if restarts is None or isinstance(restarts, Restarts):
+    if restarts is None or hasattr(restarts, "policy"):
         return restarts
     if restarts == "auto":
         return Restarts()

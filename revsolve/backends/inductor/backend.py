@@ -24,7 +24,7 @@ from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
 from revsolve.core.coupling import State, advance, over
-from revsolve.core.gradient import amplitude, certify, mean_size, repeat
+from revsolve.core.gradient import amplitude, certify, mean_size, refill
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
 from revsolve.core.restart import RestartPolicy
@@ -119,7 +119,7 @@ class InductorBackend:
         while stop > 0:
             start = max(marks)
             if missing and missing[-1] > start:
-                tape.memo.num_evaluations += repeat(problem, problem.field.term, grid, marks, missing)
+                tape.memo.num_evaluations += refill(problem, problem.field.term, grid, marks, missing)
                 continue
             stored = marks.pop(start)
             y = problem.widened(stored[0]).contiguous()
