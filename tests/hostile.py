@@ -23,6 +23,9 @@ SIZE = 3
 class Hostile(nn.Module):
     """A layer, and a symmetric weight derived from another one; `start` is where the solve begins."""
 
+    gain: float = 1.0  # set anew between solves
+    sizes: Any = 1.0  # of the entries of the state
+
     def __init__(self, start: Tensor, plain: bool) -> None:
         super().__init__()
         self.start, self.plain = start.detach(), plain
@@ -36,13 +39,13 @@ class Hostile(nn.Module):
         return self.other.weight + self.other.weight.T
 
     def first(self, y: Tensor) -> Tensor:
-        return torch.tanh(self.layer(y))
+        return self.gain * torch.tanh(self.layer(y))
 
     def second(self, y: Tensor, weight: Tensor) -> Tensor:
         return 0.5 * torch.tanh(y @ weight)
 
     def kept(self) -> Tensor:
-        raise NotImplementedError
+        return self.derived()
 
     def forward(self, y: Tensor) -> Tensor:
         return self.first(y) + self.second(y, self.derived() if self.plain else self.kept())
@@ -342,6 +345,10 @@ class NumpyBuffer(OneBuffer):
 
 
 BUFFERS = [OneBuffer, TwoBuffers, PartOfABuffer, LateBuffer, NumpyBuffer]
+
+
+EVERY = [Hostile, Scales, *KEEPERS, *KEEPERS_LATE, *LATE, *OTHERS]
+REASONS = r"kept|did not use|random numbers|buffers|same memory|computed outside"  # of refusals
 
 
 def start_of(batch: int, dtype: torch.dtype = torch.float64) -> Tensor:

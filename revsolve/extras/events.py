@@ -27,6 +27,7 @@ from revsolve.extras.event_steps import Crossing, Event, steps_until
 from revsolve.extras.progress import watched_steps
 from revsolve.field.autograd import boundary
 from revsolve.field.functorch import dual_numbers
+from revsolve.field.holders import Holdings, Memory
 from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of
 from revsolve.prepare.problem import values_hidden
 from revsolve.prepare.times import as_tensor, check_times, next_to, resolution
@@ -59,6 +60,8 @@ def solve_until_event(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., 
     event = Event(
         lambda s, x: event_fn(clock(s), packing.unpack(x)), direction, end, resolution(t), {*ivp.options.jump_t}
     )
+    holdings = Holdings(event_fn)
+    event.memory = Memory(holdings.places, holdings.keepers)
     with torch.no_grad():
         make = steps_until(event, ivp, times, posed.term, ivp.discontinuities)
     problem = problem_of(ivp, posed, [times[0], end], watched_steps(make, ivp, None))
@@ -82,7 +85,8 @@ def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Ten
             found, component = last.locate(event.crossing)
         time = torch.tensor(found, dtype=torch.float64, device="cpu")
         if torch.is_grad_enabled():
-            time = last.differentiable(found, component)
+            with event.memory.restored():  # what event_fn kept during the search was computed without a graph
+                time = last.differentiable(found, component)
         return time, torch.stack([x0, last.state(time, middle)])
 
 

@@ -51,8 +51,9 @@ class Contents:
     called again for its gradient, so that it computes them anew, and put back later.
     """
 
-    def __init__(self, holder: Any) -> None:
+    def __init__(self, holder: Any, size: int) -> None:
         self.holder, self.then = holder, _entries(holder)
+        self.grows = len(self.then) != size  # in the first call, as a log does
 
     def take_out(self) -> Callable[[], None] | None:
         """Take out tensors that were put there since. Returns what puts them back."""
@@ -82,7 +83,9 @@ class Contents:
 class Remembered:
     """The number of results that a function remembers by functools.lru_cache, which can but be forgotten."""
 
-    def __init__(self, function: Any) -> None:
+    grows = False
+
+    def __init__(self, function: Any, size: int) -> None:
         self.function, self.then = function, function.cache_info().currsize
 
     def take_out(self) -> Callable[[], None] | None:
@@ -93,11 +96,12 @@ class Remembered:
 
 
 class Memory:
-    """What a field found and kept, to be found again whenever it is called for its gradient."""
+    """What a field found and kept, to be found again whenever it is called for its gradient. `keepers` come with their sizes
+    before the first call."""
 
-    def __init__(self, places: Sequence[Place] = (), keepers: Iterable[Any] = ()) -> None:
+    def __init__(self, places: Sequence[Place] = (), keepers: Iterable[tuple[Any, int]] = ()) -> None:
         self.places = places
-        self.contents = [(Remembered if hasattr(x, "cache_clear") else Contents)(x) for x in keepers]
+        self.contents = [(Remembered if hasattr(x, "cache_clear") else Contents)(x, size) for x, size in keepers]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -115,12 +119,13 @@ class Memory:
                     place.put(now)
 
     def forget(self) -> None:
-        """Take out for good what was kept since."""
+        """Take out for good what was kept since, without a graph: who needs it later is to compute it anew."""
         for contents in self.contents:
-            contents.take_out()
+            if not contents.grows:
+                contents.take_out()
         for place, now in changed(self.places):
-            if isinstance(now, Tensor):
-                place.put(place.value)
+            if place.value is None and isinstance(now, Tensor):
+                place.put(None)
 
 
 def _entries(holder: Any) -> dict[Any, Any]:
@@ -143,7 +148,8 @@ class Holdings:
         self.listed: set[int] = set()
         self.modules: dict[int, nn.Module] = {}
         self.places: list[Place] = []
-        self.keepers: list[Any] = [cached_parametrizations()]
+        self.keepers: list[tuple[Any, int]] = []
+        self._keeps(cached_parametrizations())
         self.seen = seen = set[int]()
         # What is still to be looked into, how deep, and whether it is kept in a place.
         self.ahead: list[tuple[Any, int, bool]] = [(owners, DEPTH, False)]
@@ -159,13 +165,16 @@ class Holdings:
                     self._open_module(thing, max(depth, 2))
                 elif isinstance(thing, (list, tuple, set, frozenset)):
                     if isinstance(thing, list):
-                        self.keepers.append(thing)
+                        self._keeps(thing)
                     self._open_items(thing, depth, kept)
                 elif isinstance(thing, dict):
-                    self.keepers.append(thing)
+                    self._keeps(thing)
                     self._open_items(list(thing.values()), depth, kept)
                 else:
                     self._open_object(thing, depth)
+
+    def _keeps(self, thing: Any) -> None:
+        self.keepers.append((thing, 0 if hasattr(thing, "cache_clear") else len(thing)))
 
     def _open_items(self, items: Iterable[Any], depth: int, kept: bool) -> None:
         for item in items:
@@ -185,7 +194,7 @@ class Holdings:
             self.ahead.append((child, depth, False))
         self._open_entries(vars(module), vars(module).keys() - OF_MODULES, depth)
         if not type(module).__module__.startswith("torch."):
-            self.keepers.append(vars(module))
+            self._keeps(vars(module))
             self._open_class(module, depth)
 
     def _open_object(self, thing: Any, depth: int) -> None:
@@ -202,14 +211,14 @@ class Holdings:
         own = getattr(thing, "__dict__", None)
         if isinstance(own, dict) and depth:
             self._open_entries(own, own, depth)
-            self.keepers.append(own)
+            self._keeps(own)
         if depth and code is None:
             self._open_class(thing, depth)
 
     def _open_class(self, thing: Any, depth: int) -> None:
         """What a user's class keeps: slots, attributes of all its instances, and results that functions remember."""
         if hasattr(thing, "cache_clear"):
-            self.keepers.append(thing)
+            self._keeps(thing)
         for kind in type(thing).__mro__:
             if kind.__module__.partition(".")[0] in OF_OTHERS:
                 continue
@@ -219,7 +228,7 @@ class Holdings:
                 if isinstance(value, MemberDescriptorType):
                     self._open_place(thing, name, value_in(thing, name), depth)
                 elif new and hasattr(value, "cache_clear"):
-                    self.keepers.append(value)
+                    self._keeps(value)
                 elif new and isinstance(value, (Tensor, list, dict, type(None))) and not name.startswith("__"):
                     self._open_place(kind, name, value, depth)
 

@@ -110,6 +110,7 @@ class Pure:
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
             )
+        self.memory.forget()
         before, self.random = self.random, ()  # 5 kB that nobody asks for again
         if before and not same_random_state(before, random_state(y.device)):
             with self.lent, torch.no_grad():

@@ -223,3 +223,21 @@ def kept_numbers(step_size: float) -> int:
 
 def test_memory_does_not_grow_with_the_steps() -> None:
     assert kept_numbers(0.005) <= kept_numbers(0.05)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "variable"])
+def test_a_level_that_the_event_function_keeps_has_its_gradient(kind: str) -> None:
+    """exp(-t) = exp(-w) at t = w: what was kept during the search knows nothing of w."""
+    w, cache, variable = leaf(), {}, None  # type: Any, dict[str, Tensor], Tensor | None
+
+    def kept(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal variable
+        if kind == "dictionary":
+            return y - cache.setdefault("level", torch.exp(-w)) if "level" not in cache else y - cache["level"]
+        variable = torch.exp(-w) if variable is None else variable
+        return y - variable
+
+    y0, t0 = torch.ones(1, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    event_t, _ = odeint_event(lambda t, y: -y, y0, t0, event_fn=kept, rtol=1e-9, atol=1e-9)
+    (found,) = torch.autograd.grad(event_t, w)
+    assert abs(found.item() - 1.0) < 1e-6

@@ -18,6 +18,7 @@ from tests.hostile import (
     KEEPERS_LATE,
     LATE,
     OTHERS,
+    REASONS,
     Hostile,
     LateLayer,
     caching,
@@ -25,7 +26,6 @@ from tests.hostile import (
     start_of,
 )
 
-REASONS = r"kept|did not use|random numbers|buffers|same memory|computed outside"
 # Undoing 5 relaxations by half, or 10 steps, multiplies roundings by some hundreds.
 TOLERANCE = 1e-9
 MODES: dict[str, Any] = {

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,10 +17,12 @@ from revsolve import HermitePath, LinearPath, NaturalCubicPath, cdeint, fixed_po
 from revsolve.core.coupling import Scheme
 from revsolve.sde.coefficients import NOISE_TYPES, SDE_TYPES
 from revsolve.sde.methods import sde_scheme
+from tests.front_doors import DOORS
 from tests.fuzzing import LOOSE, TOLERANCE, assert_close, filled, leaves, parts, restarts, schemes, states, times
+from tests.hostile import EVERY, REASONS, Hostile, LateOfNormalization, Scales, caching, made, start_of
 from tests.sde_problems import DIM, NeuralSDE
 
-NUM_EXAMPLES = {"odeint": 500, "sdeint": 120, "cdeint": 150, "fixed_point": 150}
+NUM_EXAMPLES = {"odeint": 380, "hostile": 120, "sdeint": 120, "cdeint": 150, "fixed_point": 150}
 reals = st.sampled_from([torch.float64, torch.float32])
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 
@@ -244,3 +247,71 @@ def test_fixed_point(
     gradient, more = ("reversible", {"anchor_every": anchor_every}) if undone else ("checkpoint", {})
     found = of_fixed_point(shape, dtype, beta, tensor, gradient, **way, **more)
     assert_close(found, of_fixed_point(shape, dtype, beta, tensor, "direct", **way), TOLERANCE[dtype])
+
+
+def of_hostile(
+    kind: type[Hostile],
+    plain: bool,
+    door: str,
+    batch: int,
+    dtype: torch.dtype,
+    gains: list[float],
+    again: bool,
+    **way: Any,
+) -> list[Tensor]:
+    """By the start and all parameters, of one solve after another, with an attribute of the field set anew before each."""
+    field = made(kind, start_of(batch, dtype), plain)
+    start = start_of(batch, dtype).requires_grad_()
+    y, inputs = start * field.sizes, [start, *field.parameters()]
+    torch.manual_seed(1)
+    loss = torch.zeros((), dtype=dtype)
+    with caching(field):
+        for field.gain in gains:
+            ys = DOORS[door](field, y, **way)
+            y = ys if door == "fixed_point" else ys[-1]
+            loss = loss + (ys / field.sizes).square().sum()
+        if not again:
+            return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
+        first = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), inputs, materialize_grads=True))
+
+
+@settings(max_examples=NUM_EXAMPLES["hostile"])
+@given(
+    st.sampled_from(EVERY),
+    st.sampled_from(list(DOORS)),
+    schemes,
+    restarts,
+    st.integers(1, 3),
+    reals,
+    st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=1, max_size=2),
+    st.booleans(),
+    st.booleans(),
+)
+def test_hostile(
+    kind: type[Hostile],
+    door: str,
+    scheme: Scheme,
+    restarts: Any,
+    batch: int,
+    dtype: torch.dtype,
+    gains: list[float],
+    undone: bool,
+    again: bool,
+) -> None:
+    """A field that does what fields should not is solved like its plain twin, or refused."""
+    assume(kind is not LateOfNormalization or (batch > 1 and len(gains) == 1))  # else torch itself refuses
+    settings: dict[str, Any] = {"gradient": "reversible" if undone else "checkpoint"}
+    if door == "odeint":
+        settings |= {"method": scheme, "gradient": settings["gradient"] if scheme.reversible else "checkpoint"}
+    if door != "fixed_point" and (scheme.reversible or door != "odeint"):
+        settings["restarts"] = restarts
+    wanted = of_hostile(kind, True, door, batch, dtype, gains, again, **{**settings, "gradient": "direct"})
+    try:
+        found = of_hostile(kind, False, door, batch, dtype, gains, again, **settings)
+    except (RuntimeError, ValueError) as refusal:
+        with pytest.raises(type(refusal), match=REASONS):
+            raise
+        assert kind not in (Hostile, Scales)
+    else:
+        assert_close(found, wanted, 100 * TOLERANCE[dtype] if again else TOLERANCE[dtype])
