@@ -50,7 +50,7 @@ def solve_at(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
         refuse_discontinuities(ivp, times, grid)
     if len(times) == 1:
         return Solution(as_tensor(t), ivp.results(ivp.x0[None].clone(), 1), Stats(), times)
-    foreseen = None if grid is None or moving is not None or options.one_sided else grid.times
+    foreseen = None if grid is None or moving is not None or options.jump_t else grid.times
     posed = ivp.pose(ivp.clock(), foreseen)
     first = times if grid is None else grid.times
     if options.progress or options.callback is not None:

@@ -44,7 +44,7 @@ def choose_steps(
         assert term is not None
         return adaptive_grid(times, options, term, x0, discontinuities)
     check_fixed(options)
-    targets, jumps = (*options.step_t, *options.jump_t), options.one_sided
+    targets, jumps = (*options.step_t, *options.jump_t), options.jump_t
     if options.grid_constructor is not None:
         points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
         return given_grid(times, points, targets, jumps)
@@ -171,7 +171,7 @@ def adaptive_grid(
         )
     rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
     targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
-    outputs, jumps = set(times), set(options.one_sided)
+    outputs, jumps = set(times), set(options.jump_t)
     smooth = [
         *times[:1],
         *next(([s] for s in targets[1:] if s not in outputs), times[-1:]),

@@ -97,11 +97,6 @@ class SolverOptions:
         object.__setattr__(self, "tolerances_given", self.rtol is not None or self.atol is not None)
         object.__setattr__(self, "adaptive", not fixed and (embedded or self.tolerances_given))
 
-    @property
-    def one_sided(self) -> Sequence[float]:
-        """The jumps that steps see from one side; programs see both."""
-        return () if self.compile else self.jump_t
-
     def for_state(self, packing: Packing) -> SolverOptions:
         """These options for the packed state: tolerances and a norm are given for the parts of the user's."""
         if packing.lone and not isinstance(self.rtol, (list, tuple)) and not isinstance(self.atol, (list, tuple)):

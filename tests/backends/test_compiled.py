@@ -3,7 +3,10 @@
 Most tests run the recorded programs operation by operation (`"backend": "eager"`), as inductor compiles them; a few compile.
 """
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +128,47 @@ def test_own_tanh() -> None:
     assert got.nan_to_num().abs().max() == 1.0
 
 
+SOLVE = """
+import sys, torch
+from torch._dynamo.utils import counters
+from revsolve import odeint
+from revsolve.backends.inductor import programs
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, field, scale):
+        super().__init__()
+        self.field, self.scale = field, scale
+
+    def forward(self, t, y):
+        return self.scale * self.field(t, y)
+
+scale, last = map(float, sys.argv[1:])
+programs.ABOVE = (*programs.ABOVE[:-1], last)
+y0, settings = torch.linspace(-1, 1, 3), {"method": "rev_euler", "options": {"step_size": 0.125}}
+with torch.no_grad():
+    field = Wrapped(lambda t, y: torch.tanh(y), scale)
+    got, wanted = (odeint(field, y0, [0.0, 1.0], compile=how, **settings)[-1] for how in (True, False))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], float((got - wanted).abs().max()))
+"""
+
+
 @needs_compiler
-@quiet
 @pytest.mark.slow
-def test_the_cache_on_disk_knows_our_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of another tanh is another program, though the cache has one of the tanh before."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    x = torch.linspace(-1.0, 1.0, 7)
+def test_the_cache_on_disk_knows_our_code(tmp_path: Path) -> None:
+    """Each in a process of its own: the same program is found; that of another wrapper or another tanh is a new one."""
 
-    def compiled() -> Tensor:
-        (y,) = once(lambda x: (torch.tanh(x) * 2,), [x], Compiler())(x)
-        return y
+    def solved(scale: float, last: float) -> tuple[int, int, float]:
+        given = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-W", "ignore", "-c", SOLVE, str(scale), str(last)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
+        hits, misses, error = done.stdout.split()
+        return int(hits), int(misses), float(error)
 
-    before = compiled()
-    monkeypatch.setattr(programs, "ABOVE", (*programs.ABOVE[:-1], 1.0001))  # as a later version might have it
-    assert not torch.allclose(compiled(), before, rtol=1e-5)
+    ours = programs.ABOVE[-1]
+    first, again, wrapped, later = solved(1.0, ours), solved(1.0, ours), solved(0.5, ours), solved(1.0, 1.0001)
+    assert (first[:2], again[:2], wrapped[:2], later[:2]) == ((0, 1), (1, 0), (0, 1), (0, 1))
+    assert max(first[2], again[2], wrapped[2]) < 1e-6  # roundings of float32
+    assert 1e-5 < later[2] < 1e-4  # as a version might have it whose tanh is a little larger
 
 
 def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from revsolve.backends.inductor.context import TracedMemo
+from revsolve.backends.inductor.context import TracedMemo, as_seen
 from revsolve.backends.inductor.operation_trace import Substituted, autocast_state, operation_trace
 from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
@@ -29,8 +29,8 @@ class CompiledSteps:
     Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
     """
 
-    def __init__(self, compiler: Compiler, scheme: Scheme, memo: Memo) -> None:
-        self.compiler, self.scheme, self.memo = compiler, scheme, memo
+    def __init__(self, compiler: Compiler, time_dtype: torch.dtype, scheme: Scheme, memo: Memo) -> None:
+        self.compiler, self.time_dtype, self.scheme, self.memo = compiler, time_dtype, scheme, memo
         self.begins = next(update.source for update in scheme.updates if update.increment is not None)
         self.passes_on = _first_same_as_last(scheme, self.begins)
         self.program: Program | None = None
@@ -46,7 +46,8 @@ class CompiledSteps:
                 state = advance(over(update, t0, t1), state, memo)
         source = state[self.begins]
         value, form = tree_flatten(memo.value(t0, source) if self.passes_on else ())
-        moments = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in times]
+        seen = [as_seen(t, self.time_dtype) for t in times]
+        moments = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in seen]
         inputs = [*moments, *(x.contiguous() for x in (*state, *value))]
         if self.program is None:
             self._find(times, inputs, measure, form)

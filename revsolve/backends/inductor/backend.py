@@ -23,7 +23,7 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
-from revsolve.core.coupling import State, advance, over
+from revsolve.core.coupling import Scheme, State, advance, over
 from revsolve.core.gradient import amplitude, certify, mean_size, refill
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
@@ -55,7 +55,7 @@ class InductorBackend:
         self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=store is not None)
         ahead = Forward(self.context, grid, y0, most)
         while n < grid.num_steps:
-            begin, first_step = pair, grid.times[n : n + 2]
+            begin, first_step = pair, grid.seen(n, n + 1, grid.times[n : n + 2])
             if scheme.reversible and (problem.restarts is not None or n == 0):
                 grid.restarts.add(n)
                 for update in scheme.restart:
@@ -90,7 +90,8 @@ class InductorBackend:
         self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None
     ) -> tuple[Tensor, State, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
-        ys, pair, grid = march(problem, problem.field.term, y0, store, functools.partial(CompiledSteps, self.compiler))
+        walking = functools.partial(CompiledSteps, self.compiler, y0.real.dtype)
+        ys, pair, grid = march(problem, problem.field.term, y0, store, walking)
         if store is not None:
             table = Untabulated(problem.field.term)
             self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=True)
@@ -123,7 +124,7 @@ class InductorBackend:
                 continue
             stored = marks.pop(start)
             y = problem.widened(stored[0]).contiguous()
-            undone = back(pair, grads, start, stop, y, start in grid.restarts)
+            undone = back(pair, grads, start, stop, (y, *stored[1:]), start in grid.restarts)
             distances.append(mean_size((undone - y) / scale))
             sizes.append(mean_size(y / scale))
             pair, stop = stored, start
@@ -168,7 +169,7 @@ def compiled(
             "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
         )
     stepper = problem.make_stepper()
-    _check_steps(stepper, source)
+    _check_steps(stepper, source, problem.scheme)
     field: Any = problem.field
     return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, source))
 
@@ -191,9 +192,14 @@ def _check(problem: Problem, x0: Tensor, source: TensorControl | None) -> None:
         )
 
 
-def _check_steps(stepper: Any, source: TensorControl | None) -> None:
+def _check_steps(stepper: Any, source: TensorControl | None, scheme: Scheme) -> None:
     if not isinstance(stepper, FixedGrid if source else (FixedGrid, Adaptive)):
         raise ValueError(
             "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
             "options={'step_size': ...} or dt, no progress and no callback, or leave out compile=."
+        )
+    if scheme.staggered and (stepper.grid.jumps or getattr(stepper, "jumps", ())):
+        raise ValueError(
+            f"compile= takes no jump_t with method {scheme.name!r}, whose velocity jumps with the field: use one like "
+            "'reversible_heun' or 'rev_rk4', or leave out compile=."
         )

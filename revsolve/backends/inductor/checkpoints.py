@@ -14,7 +14,7 @@ from torch import Tensor
 from revsolve.backends.inductor.context import (
     CompileContext,
     SegmentSweep,
-    at,
+    around,
     cotangent,
     counter,
     detached_clones,
@@ -50,13 +50,13 @@ class Repeat(SegmentSweep):
         return detached_clones(*self.begun(n, tuple(given), constant))
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        context, times, controls, done = self.context, constant["times"], constant["controls"], n - constant["first"]
-        t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
+        context, controls, done = self.context, constant["controls"], n - constant["first"]
+        t0, t1, after, t2 = around(constant["times"], n, stop)
         for x, kept in zip(carried, changed, strict=True):
             kept.index_copy_(0, (n - constant["origin"]).reshape(1), x[None])
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, tuple(carried), t0, t1, row(controls, done), memo)
-            pair = context.advanced(context.lead, pair, t1, t2, row(controls, done + 1), memo)
+            pair = context.advanced(context.lead, pair, after, t2, row(controls, done + 1), memo)
         return detached_clones(*pair)
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
@@ -87,13 +87,13 @@ class Differentiate(SegmentSweep):
         return detached_clones(*given)
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        context, times, controls, first = self.context, constant["times"], constant["controls"], constant["first"]
-        t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, first)))
+        context, controls = self.context, constant["controls"]
+        t0, t1, after, t2 = around(constant["times"], n - 1, constant["first"])
         with self.differentiating("step", constant, changed) as tape:
             begun = [row(x, n - 1 - constant["origin"]).detach().requires_grad_() for x in constant["kept"]]
             pair = context.advanced(context.rest, tuple(begun), t0, t1, row(controls, n - 1 - stop), tape.memo)
             y = context.narrowed(pair[0])
-            pair = context.advanced(context.lead, pair, t1, t2, row(controls, n - stop), tape.memo)
+            pair = context.advanced(context.lead, pair, after, t2, row(controls, n - stop), tape.memo)
             outputs, inputs = [y, *(x for x in pair if x is not None)], (*begun, *tape.tensors)
             if tape.audit is not None:
                 tape.audit(outputs, inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import Any
@@ -22,8 +23,8 @@ from revsolve.backends.inductor.operation_trace import (
 from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
 from revsolve.backends.inductor.user_state import without_fakes
-from revsolve.core.arithmetic import Time, scaled_add
-from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, over, pull_back
+from revsolve.core.arithmetic import OneSided, Time, scaled_add
+from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, over, pull_back, written
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -47,8 +48,10 @@ class CompileContext:
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         if graded:
             check_found(self.outside, problem.field.tensors)
-        self.times, self.due = _over_steps(tuple(grid.times), tuple(grid.outputs))
-        states = (y.shape, y.stride(), y.dtype, problem.pair_dtype, len(self.times), len(grid.outputs), term.most)
+        self.times = [_padded(times) for times in _seen(grid, y.real.dtype)]
+        self.due = _due(tuple(grid.outputs), len(self.times[0]))
+        layout = y.shape, y.stride(), y.dtype, problem.pair_dtype
+        states = *layout, len(self.times), len(self.due), len(grid.outputs), term.most
         self.programs = PROGRAMS.made((problem.scheme, compiler, trace, *autocast_state(), *states))
 
     @cached_property
@@ -93,12 +96,27 @@ class CompileContext:
         return pair
 
     def pulled_back(
-        self, updates: Updates, pair: State, t0: Time, t1: Time, controls: Tensor, grads: Grads, tape: Tape
+        self,
+        updates: Updates,
+        pair: State,
+        t0: Time,
+        t1: Time,
+        controls: Tensor,
+        grads: Grads,
+        tape: Tape,
+        exactly: Callable[[Tensor], Tensor] | None = None,
     ) -> State:
-        """The pair before them, with the cotangents in `grads` carried there."""
+        """The pair before them, as undone, with the cotangents in `grads` carried there.
+
+        At a kink of the field, an undone member could lie on the other side: the first update sees `exactly(undone)` instead.
+        """
         for update in reversed(updates):
             self.term.turn_to(update, controls)
-            pair = pull_back(over(update, t0, t1), pair, grads, tape, restored=pair)
+            source, seen = pair[update.source], pair
+            if exactly is not None and update is updates[0]:
+                seen = written(pair, update.source, exactly(source))
+            before = pull_back(over(update, t0, t1), seen, grads, tape, restored=pair)
+            pair = written(before, update.source, source)
         return pair
 
     def narrowed(self, y: Tensor) -> Tensor:
@@ -148,13 +166,14 @@ class SegmentSweep(Sweep):
         context, times = self.context, constant["times"]
         updates = context.scheme.restart + context.lead if self.restart else context.lead
         with self.evaluating("begin", constant) as memo:
-            return context.advanced(updates, pair, at(times, n), at(times, n + 1), constant["controls"][0], memo)
+            return context.advanced(updates, pair, at(times[0], n), at(times[-1], n + 1), constant["controls"][0], memo)
 
     def ended(self, n: Tensor, pair: State, constant: Constants, grads: Grads, tape: Tape) -> Tensor:
         """Carry cotangents back from there to the pair before, of which y is stored; y as undone."""
         context, times, stored = self.context, constant["times"], constant["stored"]
-        step = at(times, n), at(times, n + 1), constant["controls"][0], grads, tape
-        undone, z = context.pulled_back(context.lead, pair, *step)
+        step = at(times[0], n), at(times[-1], n + 1), constant["controls"][0], grads, tape
+        known = constant.get("known")
+        undone, z = context.pulled_back(context.lead, pair, *step, (lambda x: known[0]) if known else None)
         if self.restart:
             context.pulled_back(context.scheme.restart, (stored, z), *step)
         tape.flush(grads)
@@ -207,6 +226,13 @@ def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
     return scheme.updates[:ahead], scheme.updates[ahead:]
 
 
+def around(times: Sequence[Tensor], n: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The times at which the step after n steps begins and ends, and those of the step after that one, which takes no time if
+    that is the `last`; with jumps there are two tables, of the times at which steps begin and end as they see them."""
+    t0, t1, t2 = at(times[0], n), at(times[-1], n + 1), at(times[-1], torch.minimum(n + 2, last))
+    return t0, t1, t1 if len(times) == 1 else at(times[0], n + 1), t2
+
+
 def detached_clones(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What a loop hands on: tensors of their own, all laid out alike."""
     return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors if x is not None)
@@ -219,14 +245,35 @@ def cotangent(n: Tensor, constant: Constants) -> Tensor:
     return torch.where(output >= 0, found, torch.zeros_like(found))
 
 
+def as_seen(t: float, dtype: torch.dtype) -> float:
+    """The time as a field receives it whose times are of this dtype: at a jump, the next one on the side from which it is seen."""
+    if not isinstance(t, OneSided):
+        return t
+    rounded = torch.tensor(t, dtype=dtype, device="cpu")
+    return float(torch.nextafter(rounded, torch.full_like(rounded, math.copysign(math.inf, t.side))))
+
+
+def _seen(grid: Grid, dtype: torch.dtype) -> list[tuple[float, ...]]:
+    """The times of the steps; with jumps, those at which steps begin as they see them, and those at which they end."""
+    if not grid.jumps:
+        return [tuple(grid.times)]
+    steps = [grid.seen(n, n + 1, grid.times[n : n + 2]) for n in range(grid.num_steps)]
+    starts, ends = ([as_seen(step[end], dtype) for step in steps] for end in (0, 1))
+    return [(*starts, grid.times[-1]), (grid.times[0], *ends)]
+
+
 @lru_cache(maxsize=16)
-def _over_steps(times: tuple[float, ...], outputs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The times, and for every number of steps the output due then, or -1."""
+def _padded(times: tuple[float, ...]) -> Tensor:
     length = max(LEAST_TIMES, 1 << (len(times) - 1).bit_length())
-    padded = torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64, device="cpu")
+    return torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=16)
+def _due(outputs: tuple[int, ...], length: int) -> Tensor:
+    """For every number of steps the output due then, or -1."""
     due = torch.full((length,), -1, device="cpu")
     due[list(outputs)] = torch.arange(len(outputs), device="cpu")
-    return padded, due
+    return due
 
 
 @lru_cache(maxsize=4096)

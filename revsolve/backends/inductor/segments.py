@@ -12,6 +12,7 @@ from torch import Tensor
 from revsolve.backends.inductor.context import (
     CompileContext,
     SegmentSweep,
+    around,
     at,
     cotangent,
     counter,
@@ -19,7 +20,7 @@ from revsolve.backends.inductor.context import (
     row,
 )
 from revsolve.backends.inductor.programs import Constants, Tensors
-from revsolve.core.coupling import State
+from revsolve.core.coupling import Scheme, State
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape
@@ -47,9 +48,9 @@ class Forward(SegmentSweep):
         return detached_clones(*self.begun(n, tuple(given), constant))
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        context, times, controls, (ys, gaps) = self.context, constant["times"], constant["controls"], changed
+        context, controls, (ys, gaps) = self.context, constant["controls"], changed
         pair = tuple(carried)
-        t0, t1, t2 = (at(times, i) for i in (n, n + 1, torch.minimum(n + 2, stop)))
+        t0, t1, after, t2 = around(constant["times"], n, stop)
         before, done = pair[1:], n - constant["first"]
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, pair, t0, t1, row(controls, done), memo)
@@ -60,8 +61,7 @@ class Forward(SegmentSweep):
             place = output.clamp(min=0).reshape(1)
             y = context.narrowed(pair[0])
             ys.index_copy_(0, place, torch.where(output >= 0, y[None], ys.index_select(0, place)))
-            # after the last step over no time at all
-            pair = context.advanced(context.lead, pair, t1, t2, row(controls, done + 1), memo)
+            pair = context.advanced(context.lead, pair, after, t2, row(controls, done + 1), memo)
         return detached_clones(*pair)
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
@@ -76,15 +76,15 @@ class Backward(SegmentSweep):
         self.grad_ys = grad_ys.contiguous()
         self.differentiate_by(tape)
 
-    def __call__(self, pair: State, grads: Grads, start: int, stop: int, stored: Tensor, restart: bool) -> Tensor:
-        """Change cotangents after the steps start..stop and a restart before them to those of the pair before, of which y is
-        `stored`; y as undone."""
+    def __call__(self, pair: State, grads: Grads, start: int, stop: int, stored: State, restart: bool) -> Tensor:
+        """Change cotangents after the steps start..stop and a restart before them to those of the `stored` pair before; y as
+        undone."""
         context, self.restart = self.context, restart
         y, z = pair
         zero = torch.zeros_like(y, dtype=context.problem.state_dtype)
         given = [y, z, *(zero if grad is None else grad for grad in (grads[0], grads[1]))]
-        constant = context.constants(first=counter(stop), controls=context.term.table(start, stop), stored=stored)
-        constant["grad_ys"] = self.grad_ys
+        constant = context.constants(first=counter(stop), controls=context.term.table(start, stop), stored=stored[0])
+        constant |= {"grad_ys": self.grad_ys, "known": _source(context.scheme, stored, restart)}
         program = context.differentiating, ("backward", restart), self
         undone, grads[0], grads[1] = context.run(*program, (stop, start), given, constant, self.sums)
         return undone
@@ -93,13 +93,14 @@ class Backward(SegmentSweep):
         return detached_clones(*given)
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        context, times, controls, first = self.context, constant["times"], constant["controls"], constant["first"]
-        t0, t1, t2 = (at(times, i) for i in (n - 1, n, torch.minimum(n + 1, first)))
+        context, controls, known = self.context, constant["controls"], constant["known"]
+        t0, t1, after, t2 = around(constant["times"], n - 1, constant["first"])
         pair, grads = tuple(carried[:2]), Grads(*carried[2:])
+        exactly = (lambda x: torch.where(n - 1 == stop, known[0], x)) if known and not context.lead else None
         with self.differentiating("step", constant, changed) as tape:
-            pair = context.pulled_back(context.lead, pair, t1, t2, row(controls, n - stop), grads, tape)
+            pair = context.pulled_back(context.lead, pair, after, t2, row(controls, n - stop), grads, tape)
             grads.add(0, cotangent(n, constant))
-            pair = context.pulled_back(context.rest, pair, t0, t1, row(controls, n - 1 - stop), grads, tape)
+            pair = context.pulled_back(context.rest, pair, t0, t1, row(controls, n - 1 - stop), grads, tape, exactly)
             tape.flush(grads)
         return detached_clones(*pair, grads[0], grads[1])
 
@@ -109,3 +110,11 @@ class Backward(SegmentSweep):
             undone = self.ended(n, tuple(carried[:2]), constant, grads, tape)
         found = [torch.zeros_like(carried[2]) if g is None else g for g in (grads[0], grads[1])]
         return detached_clones(undone, *found)
+
+
+def _source(scheme: Scheme, stored: State, restarted: bool) -> list[Tensor]:
+    """The member that the first update behind a stored pair reads, if no evaluation is needed to know it."""
+    member = scheme.updates[0].source
+    if not (restarted and member):
+        return [stored[member]]
+    return [] if any(update.increment is not None for update in scheme.restart) else [stored[0]]
