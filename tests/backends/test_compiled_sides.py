@@ -71,7 +71,9 @@ def test_jumps_of_adaptive_steps(method: str) -> None:
     assert relative_difference(gradient, same) < EXACT
 
 
-@pytest.mark.parametrize("way", [{"options": {"step_size": 0.1}}, {"rtol": 1e-3, "atol": 1e-3}], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(
+    "way", [{"options": {"step_size": 0.1}}, {"rtol": 1e-3, "atol": 1e-3}], ids=["fixed", "adaptive"]
+)
 def test_velocities_at_jumps_are_refused(way: dict[str, Any]) -> None:
     options = {"jump_t": JUMP, **way.get("options", {})}
     with pytest.raises(ValueError, match=r"no jump_t with method 'alf'.*leave out compile="):

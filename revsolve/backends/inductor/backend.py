@@ -23,10 +23,10 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
-from revsolve.core.coupling import Scheme, State, advance, over
+from revsolve.core.coupling import State, advance, over
 from revsolve.core.gradient import amplitude, certify, mean_size, refill
 from revsolve.core.integrate import conclude, march, policy_of
-from revsolve.core.problem import Problem
+from revsolve.core.problem import Gradients, Problem
 from revsolve.core.restart import RestartPolicy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -98,23 +98,14 @@ class InductorBackend:
         return torch.stack(ys), pair, grid
 
     def undo(
-        self,
-        problem: Problem,
-        grid: Grid,
-        marks: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        moving: bool,
-    ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
+    ) -> Gradients:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
-        grads, missing, scale = (
-            Grads(None, None),
-            sorted(grid.restarts - marks.keys()),
-            amplitude(problem, marks.values()),
-        )
+        scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
+        grads = Grads(None, None)
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
         while stop > 0:
@@ -134,14 +125,8 @@ class InductorBackend:
         return grads[0], {}
 
     def recompute(
-        self,
-        problem: Problem,
-        grid: Grid,
-        marks: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        moving: bool,
-    ) -> tuple[Tensor | None, dict[int, Tensor | None]]:
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
+    ) -> Gradients:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
         if batched_gradient(grad_ys):
             return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
@@ -160,46 +145,32 @@ def compiled(
         raise CompilationError(
             f"compile= needs torch {'.'.join(map(str, LOWEST))} or newer, but this is torch {torch.__version__}: leave it out."
         )
-    by = compiler(given)
-    if moving is not None:
-        raise ValueError("compile= has no gradients with respect to times: detach t, or leave out compile=.")
-    _check(problem, x0, source)
-    if x0.is_complex() and by.backend == "inductor":
-        raise ValueError(
-            "inductor has no complex numbers: split the state into real and imaginary part, or leave out compile=."
-        )
-    stepper = problem.make_stepper()
-    _check_steps(stepper, source, problem.scheme)
-    field: Any = problem.field
+    by, stepper, field = compiler(given), problem.make_stepper(), problem.field  # type: Compiler, Any, Any
+    taken = FixedGrid if source else (FixedGrid, Adaptive)
+    refused = {
+        "inside torch.func transforms and torch.compile, the solve is traced as it is:": (
+            problem.followed or problem.operation is not None
+        ),
+        "compile= has no gradients with respect to times: detach t, or": moving is not None,
+        f"compile= works on the CPU so far, but the state is on {x0.device}:": x0.device.type != "cpu",
+        "inductor has no complex numbers: split the state into real and imaginary part, or": (
+            x0.is_complex() and by.backend == "inductor"
+        ),
+        "compile= needs a field that draws no random numbers and changes no buffers: call .eval() on it, or": (
+            bool(field.repeats or field.lent)
+        ),
+        "gradient='direct' keeps every operation, which a program does not: use another, or": problem.gradient
+        == "direct",
+        "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
+        "options={'step_size': ...} or dt, no progress and no callback, or": not isinstance(stepper, taken),
+        f"compile= takes no jump_t with method {problem.scheme.name!r}, whose velocity jumps with the field: use one like "
+        "'reversible_heun' or 'rev_rk4', or": problem.scheme.staggered and _jumps(stepper),
+    }
+    for why, applies in refused.items():
+        if applies:
+            raise ValueError(f"{why} leave out compile=.")
     return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, source))
 
 
-def _check(problem: Problem, x0: Tensor, source: TensorControl | None) -> None:
-    """Raise ValueError unless this can be compiled."""
-    instead = "leave out compile="
-    if problem.followed or problem.operation is not None:
-        raise ValueError(f"inside torch.func transforms and torch.compile, the solve is traced as it is: {instead}.")
-    if x0.device.type != "cpu":
-        raise ValueError(f"compile= works on the CPU so far, but the state is on {x0.device}: {instead}.")
-    field: Any = problem.field
-    if field.repeats or field.lent:
-        raise ValueError(
-            f"compile= needs a field that draws no random numbers and changes no buffers: call .eval() on it, or {instead}."
-        )
-    if problem.gradient == "direct":
-        raise ValueError(
-            f"gradient='direct' keeps every operation, which a program does not: use another, or {instead}."
-        )
-
-
-def _check_steps(stepper: Any, source: TensorControl | None, scheme: Scheme) -> None:
-    if not isinstance(stepper, FixedGrid if source else (FixedGrid, Adaptive)):
-        raise ValueError(
-            "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
-            "options={'step_size': ...} or dt, no progress and no callback, or leave out compile=."
-        )
-    if scheme.staggered and (stepper.grid.jumps or getattr(stepper, "jumps", ())):
-        raise ValueError(
-            f"compile= takes no jump_t with method {scheme.name!r}, whose velocity jumps with the field: use one like "
-            "'reversible_heun' or 'rev_rk4', or leave out compile=."
-        )
+def _jumps(stepper: Any) -> bool:
+    return bool(stepper.jumps if isinstance(stepper, Adaptive) else stepper.grid.jumps)

@@ -11,16 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.context import (
-    CompileContext,
-    SegmentSweep,
-    around,
-    cotangent,
-    counter,
-    detached_clones,
-    row,
-)
+from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent, detached_clones
 from revsolve.backends.inductor.programs import Constants, Tensors
+from revsolve.backends.inductor.step_tables import around, counter, row
 from revsolve.core.coupling import State
 from revsolve.core.gradient import amplitude, certify, mean_size, widened
 from revsolve.core.problem import Problem
@@ -59,9 +52,6 @@ class Repeat(SegmentSweep):
             pair = context.advanced(context.lead, pair, after, t2, row(controls, done + 1), memo)
         return detached_clones(*pair)
 
-    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        return carried
-
 
 class Differentiate(SegmentSweep):
     """Carries cotangents back over steps of which the first pairs were kept; what the tensors used get is added up on a tape."""
@@ -82,9 +72,6 @@ class Differentiate(SegmentSweep):
         program = context.differentiating, ("differentiate", len(self.kept[0]), restart), self
         for member, grad in enumerate(context.run(*program, (stop, start), given, constant, self.sums)):
             grads[member] = grad
-
-    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        return detached_clones(*given)
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, controls = self.context, constant["controls"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,15 +21,14 @@ from revsolve.backends.inductor.operation_trace import (
 )
 from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
+from revsolve.backends.inductor.step_tables import at, counter, outputs_due, padded, row, times_seen
 from revsolve.backends.inductor.user_state import without_fakes
-from revsolve.core.arithmetic import OneSided, Time, scaled_add
+from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, over, pull_back, written
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
 
-# Arrays over steps have this length, or the next power of two: another number of steps finds the same program.
-LEAST_TIMES = 64
 Updates = tuple[CouplingUpdate, ...]
 
 
@@ -48,8 +46,8 @@ class CompileContext:
         self.wanted = [(i, place[id(x)]) for i, x in enumerate(self.outside) if id(x) in place]
         if graded:
             check_found(self.outside, problem.field.tensors)
-        self.times = [_padded(times) for times in _seen(grid, y.real.dtype)]
-        self.due = _due(tuple(grid.outputs), len(self.times[0]))
+        self.times = [padded(times) for times in times_seen(grid, y.real.dtype)]
+        self.due = outputs_due(tuple(grid.outputs), len(self.times[0]))
         layout = y.shape, y.stride(), y.dtype, problem.pair_dtype
         states = *layout, len(self.times), len(self.due), len(grid.outputs), term.most
         self.programs = PROGRAMS.made((problem.scheme, compiler, trace, *autocast_state(), *states))
@@ -131,6 +129,12 @@ class SegmentSweep(Sweep):
     def __init__(self, context: CompileContext) -> None:
         self.context, self.num_evaluations = context, 0
         self.counts = {"begin": 0, "step": 0, "end": 0}
+
+    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
+        return detached_clones(*given)
+
+    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
+        return carried
 
     @contextmanager
     def evaluating(self, part: str, constant: Constants) -> Iterator[TracedMemo]:
@@ -226,13 +230,6 @@ def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
     return scheme.updates[:ahead], scheme.updates[ahead:]
 
 
-def around(times: Sequence[Tensor], n: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The times at which the step after n steps begins and ends, and those of the step after that one, which takes no time if
-    that is the `last`; with jumps there are two tables, of the times at which steps begin and end as they see them."""
-    t0, t1, t2 = at(times[0], n), at(times[-1], n + 1), at(times[-1], torch.minimum(n + 2, last))
-    return t0, t1, t1 if len(times) == 1 else at(times[0], n + 1), t2
-
-
 def detached_clones(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What a loop hands on: tensors of their own, all laid out alike."""
     return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors if x is not None)
@@ -243,50 +240,3 @@ def cotangent(n: Tensor, constant: Constants) -> Tensor:
     output = at(constant["due"], n)
     found = row(constant["grad_ys"], output.clamp(min=0))
     return torch.where(output >= 0, found, torch.zeros_like(found))
-
-
-def as_seen(t: float, dtype: torch.dtype) -> float:
-    """The time as a field receives it whose times are of this dtype: at a jump, the next one on the side from which it is seen."""
-    if not isinstance(t, OneSided):
-        return t
-    rounded = torch.tensor(t, dtype=dtype, device="cpu")
-    return float(torch.nextafter(rounded, torch.full_like(rounded, math.copysign(math.inf, t.side))))
-
-
-def _seen(grid: Grid, dtype: torch.dtype) -> list[tuple[float, ...]]:
-    """The times of the steps; with jumps, those at which steps begin as they see them, and those at which they end."""
-    if not grid.jumps:
-        return [tuple(grid.times)]
-    steps = [grid.seen(n, n + 1, grid.times[n : n + 2]) for n in range(grid.num_steps)]
-    starts, ends = ([as_seen(step[end], dtype) for step in steps] for end in (0, 1))
-    return [(*starts, grid.times[-1]), (grid.times[0], *ends)]
-
-
-@lru_cache(maxsize=16)
-def _padded(times: tuple[float, ...]) -> Tensor:
-    length = max(LEAST_TIMES, 1 << (len(times) - 1).bit_length())
-    return torch.tensor([*times, *[times[-1]] * (length - len(times))], dtype=torch.float64, device="cpu")
-
-
-@lru_cache(maxsize=16)
-def _due(outputs: tuple[int, ...], length: int) -> Tensor:
-    """For every number of steps the output due then, or -1."""
-    due = torch.full((length,), -1, device="cpu")
-    due[list(outputs)] = torch.arange(len(outputs), device="cpu")
-    return due
-
-
-@lru_cache(maxsize=4096)
-def counter(n: int) -> Tensor:
-    """A number of steps as programs take it."""
-    return torch.tensor(n, device="cpu")
-
-
-def row(table: Tensor, n: Tensor) -> Tensor:
-    """Row n, or the last one."""
-    return table.index_select(0, n.clamp(max=len(table) - 1).reshape(1))[0]
-
-
-def at(values: Tensor, n: Tensor) -> Tensor:
-    """Entry n."""
-    return values.index_select(0, n.reshape(1)).reshape(())

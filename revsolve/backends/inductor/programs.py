@@ -166,7 +166,15 @@ def loop(
         run, eps = _finished(whole, example, hidden, fake, compiler)
     first_step = [flat[0], flat[0] + sign, *flat[2:]]
     check(single_step, run, first_step, eps, range(len(flat) - len(changed), len(flat)))
-    return lambda *inputs: run(*tree_leaves(inputs))
+    return lambda *inputs: run(*flattened(*inputs))
+
+
+def flattened(start: Tensor, stop: Tensor, given: Tensors, constant: Constants, changed: Tensors) -> list[Tensor]:
+    """The tensors in the order of `tree_flatten`, which would take a tenth of the time of a small solve."""
+    flat = [start, stop, *given]
+    for x in constant.values():
+        flat += [x] if isinstance(x, Tensor) else x
+    return [*flat, *changed]
 
 
 def once(

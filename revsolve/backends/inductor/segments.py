@@ -9,17 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.context import (
-    CompileContext,
-    SegmentSweep,
-    around,
-    at,
-    cotangent,
-    counter,
-    detached_clones,
-    row,
-)
+from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent, detached_clones
 from revsolve.backends.inductor.programs import Constants, Tensors
+from revsolve.backends.inductor.step_tables import around, at, counter, row
 from revsolve.core.coupling import Scheme, State
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Grid
@@ -64,9 +56,6 @@ class Forward(SegmentSweep):
             pair = context.advanced(context.lead, pair, after, t2, row(controls, done + 1), memo)
         return detached_clones(*pair)
 
-    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        return carried
-
 
 class Backward(SegmentSweep):
     """Carries pairs and cotangents back over segments, and adds up the gradients of the tensors that the field uses on a tape."""
@@ -88,9 +77,6 @@ class Backward(SegmentSweep):
         program = context.differentiating, ("backward", restart), self
         undone, grads[0], grads[1] = context.run(*program, (stop, start), given, constant, self.sums)
         return undone
-
-    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        return detached_clones(*given)
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, controls, known = self.context, constant["controls"], constant["known"]
