@@ -498,6 +498,14 @@ def test_compile_must_say_how() -> None:
 def test_a_field_that_looks_at_numbers() -> None:
     with pytest.raises(CompilationError, match=r"may not look at numbers.*compile=False"):
         through(lambda t, y: -y if t < 0.5 else y)
+    with pytest.raises(CompilationError, match=r"may not look at numbers.*compile=False"):
+        through(lambda t, y: -y * torch.arange(int(y.abs().sum())).sum())
+
+
+def test_a_branch_is_refused_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "record", None)
+    with pytest.raises(CompilationError, match=r"records one branch.*torch\.where"):
+        through(lambda t, y: -y if y.sum() > 0 else y)
 
 
 class Noise(nn.Module):

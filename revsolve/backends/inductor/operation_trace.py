@@ -23,6 +23,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term, vector_jacobian_product
 
 LIFTED = torch.ops.aten.lift_fresh.default  # a tensor made from Python numbers
+READ = torch.ops.aten._local_scalar_dense.default  # a number read from a tensor
 
 
 class OperationTrace(TorchDispatchMode):
@@ -47,6 +48,11 @@ class OperationTrace(TorchDispatchMode):
         self.lines.append(tuple(line))
         if func._schema.is_mutable:
             self._check_changed(func, args, kwargs or {})
+        if func is READ and args[0].dtype is torch.bool:  # known at once; a recording would fail after seconds
+            raise CompilationError(
+                "compile= records one branch for all times and states: a field may not look at numbers (if on a value). Use "
+                f"torch.where, or {INSTEAD}."
+            )
         out = func(*args, **(kwargs or {}))
         self.kept.append((args, kwargs, out))
         if isinstance(out, Tensor):
