@@ -276,6 +276,7 @@ def pure(
         field.state_size, field.tape_size = x0.nbytes, saved.num_bytes
     if not repeats and not changing:
         field.first = (span[0], tree_map_only(Tensor, partial(_own, held), value))
+    del opening.value  # and with it what the graph of an evaluation holds
     if held and wanted and isinstance(found, Found):
         field.own_leaves, field.memory = found.own_leaves, Memory(found.places, holdings.keepers)
         field.random = () if draws else before

@@ -78,8 +78,11 @@ def prepare(
     if followed:
         _refuse_all_but_direct(gradient)
         how = "direct"
-    if field is None:
-        field = Pure(term) if traced else pure(term, x, span, owners, how, t is not None, scheme.tensors)
+    if traced:
+        field = Pure(term)
+    elif field is None:
+        field = pure(term, x, span, owners, how, t is not None, scheme.tensors)
+        field.opening.x = x0.detach()  # where the pair is wider, its copy of the start is not to be held
     readable, undoes = not (traced or capturing()), how == "reversible"
     problem = Problem(
         scheme,
