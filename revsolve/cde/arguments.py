@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -52,7 +53,7 @@ def check_path(control: Control, packing: Packing, times: list[float], t: Tensor
 
 def warn_of_few_knots(knots: Sequence[float], times: Sequence[float]) -> None:
     """Warn where a solve covers less than a tenth of the path, as with t in other units than its knots."""
-    met = sum(min(times) <= s <= max(times) for s in knots)
+    met = bisect_right(knots, max(times)) - bisect_left(knots, min(times))
     if len(knots) >= MANY and met <= len(knots) // 10:
         warn(
             f"t covers less than a tenth of the {len(knots)} knots of X, which count 0, 1, 2, ... unless it was made with times "

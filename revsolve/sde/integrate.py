@@ -174,11 +174,11 @@ class _Equation:
         self.y0, self.logqp, self.start = y0, logqp, start
         self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
         if isinstance(sde, tuple):
-            sde = _of_functions(sde, lambda g: g(self.clock(start), y0.detach()), y0)
+            sde = _of_functions(sde, self.clock(start), y0.detach())
         self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
         self.parts = coefficients(sde, names, self.path_shape[-1] if self.path_shape else None)
-        fields = (self.parts.f_and_g, *(self.parts.apart or ()), self.parts.prior if logqp else None)
-        self.owners = (sde, *(field for field in fields if field is not None))
+        prior = (self.parts.prior,) if logqp else ()
+        self.owners = (sde, self.parts.f_and_g, *(self.parts.apart or ()), *prior)
 
     def examine(self, scheme: Scheme, given: Mapping[str, Any], gradient: str | None, programs: bool) -> None:
         """Look at f and g at the start. Raises ValueError where the method does not fit the equation, or they not the state.
@@ -203,33 +203,26 @@ class _Equation:
         elif parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
             self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(now, y)[1], y0)
         unit = torch.ones(self.size, dtype=y0.dtype, device=y0.device)
-        self.rates = self.term(lambda ta, tb: unit, readable=True)
+        self.unit = lambda ta, tb: unit
+        self.rates = self.term(self.unit, readable=True)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
             with torch.no_grad():
                 self.rates.product(self.rates.value(self.start, perturbed(self.x0.detach())), (0.0, unit))
 
     def term(self, path: Path, area: bool = False, readable: bool = False) -> SDETerm | LogRatioTerm:
         """The term that this path drives. `readable`: whether numbers may be read from tensors."""
-        parts, traced = self.parts, torch.compiler.is_compiling()
-        if parts.noise_type == "additive" and not traced and (parts.sde_type == "ito" or self.area or readable):
-            parts = additive(parts, self.weights, self.always, readable or self.readable)
-        noise = of_each_sample(path, self.clock) if isinstance(self.clock, BatchedTime) else path
+        parts, clock, traced = self.parts, self.clock, torch.compiler.is_compiling()
+        readable = readable or self.readable
         on_demand = area and not (self.logqp or values_hidden())
-        check = partial(
-            _check_value, self.parts, self.path_shape, self.size
-        )  # a method would be a cycle: terms are kept
-        term = SDETerm(
-            parts,
-            noise,
-            self.clock,
-            self.shift,
-            check,
-            self.forms,
-            self.always,
-            readable or self.readable,
-            area,
-            on_demand,
-        )
+        check = partial(_check_value, parts, self.path_shape, self.size)  # a method would be a cycle: terms are kept
+        if (
+            parts.noise_type == "additive"
+            and not traced
+            and (parts.sde_type == "ito" or self.area or path is self.unit)
+        ):
+            parts = additive(parts, self.weights, self.always, readable)
+        path = of_each_sample(path, clock) if isinstance(clock, BatchedTime) else path
+        term = SDETerm(parts, path, clock, self.shift, check, self.forms, self.always, readable, area, on_demand)
         return LogRatioTerm(term) if self.logqp else term
 
     def source(self, path: Path) -> TensorControl:
@@ -245,11 +238,11 @@ class _Equation:
         return (xs[..., :-1], xs[..., -1].diff(dim=0)) if self.logqp else xs
 
 
-def _of_functions(sde: tuple[Any, ...], evaluate: Callable[[Callable[..., Any]], Any], y0: Tensor) -> SDE:
+def _of_functions(sde: tuple[Any, ...], start: Tensor, y0: Tensor) -> SDE:
     """A tuple (f, g) as an SDE in the sense of Stratonovich."""
     if len(sde) != 2 or not all(map(callable, sde)):
         raise TypeError(f"a tuple must hold two functions, drift f(t, y) and diffusion g(t, y), but it is {sde!r}.")
-    shape = getattr(evaluate(sde[1]), "shape", None)
+    shape = getattr(sde[1](start, y0), "shape", None)
     return SDE(*sde, noise_type="diagonal" if shape == y0.shape else "general")
 
 

@@ -24,6 +24,7 @@ ELSEWHERE = {
 }
 
 ARGUMENTS = {"first_step": "dt", "min_step": "dt_min"}  # what these options are called here
+KNOWN = (*(name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS), *ARGUMENTS, "coupling", "dense")
 
 
 def sde_method_names() -> list[str]:
@@ -48,8 +49,7 @@ def scheme_and_options(
     """The scheme, and the options without those that went into it. Raises ValueError where they do not go together."""
     given = dict(options or {})
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
-    known = [name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS]
-    given = check_options(given, (*known, *ARGUMENTS, "coupling", "dense"), scheme.name)
+    given = check_options(given, KNOWN, scheme.name)
     for name in given:
         if name == "dense":
             raise ValueError(
@@ -109,16 +109,16 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
 def _check_convergence(scheme: Scheme, noise_type: str, sde_type: str) -> None:
     """Refuse what does not converge to the solution; velocities and compositions need a path that can be differentiated."""
     name = scheme.name
-    composed = [update for update in scheme.updates if not {update.start, update.end} <= {0.0, 1.0}]
-    if [update for update in scheme.updates if update.rate]:
-        raise ValueError(
-            f"{name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
-        )
-    if composed:
-        raise ValueError(
-            f"{name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
-            "'reversible_heun', or 'rev_slowrk' for strong order 1.5."
-        )
+    for update in scheme.updates:
+        if update.rate:
+            raise ValueError(
+                f"{name!r} keeps a velocity, and Brownian motion has none: use 'reversible_heun', which costs the same."
+            )
+        if not {update.start, update.end} <= {0.0, 1.0}:
+            raise ValueError(
+                f"{name!r} composes substeps to raise the order for smooth drivers, which Brownian motion is not: use "
+                "'reversible_heun', or 'rev_slowrk' for strong order 1.5."
+            )
     tableau = STOCHASTIC.get(name.removeprefix("rev_"))
     if tableau is not None and tableau.additive and noise_type != "additive":
         raise ValueError(f"{name!r} is for additive noise, but noise_type is {noise_type!r}: use 'rev_slowrk'.")
