@@ -3,6 +3,7 @@
     python docs/benchmarks/restarts.py                    # solutions and states stored
     python docs/benchmarks/restarts.py --gradients        # and gradients against those of gradient="direct"
     python docs/benchmarks/restarts.py --set LONGEST=64   # with another value of one of the constants of revsolve/restarts
+    python docs/benchmarks/restarts.py --cost             # of deciding: a gradient over one with the same restarts, undecided
 
 A failure is an error of more than three times that of the base method plus rounding, where the base method's own is below a
 tenth, from the problem's start and from starts a rounding away (in float32, none is on a chaotic orbit after 20 units of time);
@@ -12,17 +13,22 @@ or a gradient further from that of direct than 1e-8 (float32: 1e-4) and than tha
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve import Solution, odeint
+from revsolve import Restarts, Solution, odeint
+from revsolve.core.restart import FixedInterval
 from revsolve.restarts import growth, spectrum
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -85,11 +91,66 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, torch.dtype, int]]:
                 yield method, dtype, num_steps
 
 
+class After(FixedInterval):
+    """Segments that end after given steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(None)
+        self.steps = steps
+
+    def foreseen(self, num_steps: int) -> int:
+        return next((n for n in self.steps if n > num_steps), sys.maxsize)
+
+
+@dataclass(frozen=True)
+class Recorded(Restarts):
+    """The default ones, noted by a first solve; then after the same steps."""
+
+    steps: list[int] = field(default_factory=list)
+
+    def policy(self, scheme: Any, memo: Any) -> Any:
+        if self.steps:
+            return After(self.steps)
+        policy: Any = super().policy(scheme, memo)
+        begin = policy.begin
+        policy.begin = lambda stepper, y: self.steps.append(stepper.num_steps) or begin(stepper, y)
+        return policy
+
+
+def cost(method: str, num_steps: int, rounds: int, width: int = 64, batch: int = 128) -> float:
+    """The share of a training gradient that decisions take: processor time of pairs of solves in turns, the median ratio."""
+    torch.manual_seed(0)
+    layers = [layer for a, b in itertools.pairwise([width] * 4) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
+    net, y0, t = torch.nn.Sequential(*layers[:-1]), torch.randn(batch, width), torch.tensor([0.0, 1.0])
+    inputs = (y0.requires_grad_(), *net.parameters())
+
+    def taken(restarts: Any) -> float:
+        begun = time.process_time()
+        ys = odeint(lambda t, y: net(y), y0, t, method=method, options={"step_size": 1 / num_steps}, restarts=restarts)
+        torch.autograd.grad(ys[-1].sum(), inputs)
+        return time.process_time() - begun
+
+    same = Recorded()
+    taken(same)
+    return statistics.median(taken("auto") / taken(same) for _ in range(rounds)) - 1
+
+
+def costs(methods: list[str], tiny: bool) -> None:
+    print("| method | steps | cost of deciding, % of a gradient (width 64, batch 128) |\n|---|---|---|")
+    for method in methods:
+        for num_steps in (10,) if tiny else (100, 400):
+            print(
+                f"| {method} | {num_steps} | {100 * cost(method, num_steps, 2 if tiny else 6000 // num_steps):.1f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(BASES))
     parser.add_argument("--steps", nargs="*", type=int, default=[400, 2000, 0], help="0: as the tests have them")
     parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE for constants of the policy")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a few cases, to see that the script runs")
@@ -104,6 +165,10 @@ def main() -> None:
                 setattr(module, name, float(value) if "." in value or "e" in value else int(value))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if args.cost or args.tiny:
+        costs(args.methods, args.tiny)
+    if args.cost:
+        return
     print(
         "| method | dtype | steps | cases | worst ratio | failures | median pairs | most | states over 4 sqrt(N) + 16 |"
     )

@@ -112,7 +112,8 @@ class Growth:
         scale = self.largest if tolerance is None else tolerance
         self.scale = scale.masked_fill(scale == 0.0, math.inf)  # an entry that was always zero has no size yet
         self.coarse, self.least = (COARSE, 0.0) if tolerance is None else (math.inf, TOLERATED)
-        self.rounding, self.size = ROUNDING * torch.finfo(size.dtype).eps, (size / self.scale).amax()
+        self.rounding = ROUNDING * torch.finfo(size.dtype).eps
+        self.size: Tensor | float = (size / self.scale).amax()
         return n + 1
 
     def extend(self, stepper: Stepper, gap: Callable[[Tensor], Tensor | float]) -> int:
@@ -122,14 +123,13 @@ class Growth:
         assert self.scale is not None
         times, found = stepper.grid.times[self.start : n + 1], gap(self.scale)
         if taken == 1:
-            self.first, self.before = (
-                (found, abs(times[1] - times[0]) ** order),
-                (1, 1.0 / self._allowed(2 - self.smooth)),
-            )
+            self.first: tuple[Tensor | float, float] = found, abs(times[1] - times[0]) ** order
+            self.before = 1, 1.0 / self._allowed(2 - self.smooth)
             return self.start + self._even(max(2, min(1 + self.stride, self.bound)))
-        left, weight = self.first
-        natural = min(float(left), self.coarse) * _mean(times, order) / weight
-        allowed = self._allowed(taken) * natural + self.least + self.rounding * float(self.size)
+        left, weight = self.first = float(self.first[0]), self.first[1]  # numbers are read once
+        self.size = float(self.size)
+        natural = min(left, self.coarse) * _mean(times, order) / weight
+        allowed = self._allowed(taken) * natural + self.least + self.rounding * self.size
         return n + self._further(taken, float(found), allowed)
 
     def _further(self, taken: int, gap: float, allowed: float) -> int:
@@ -139,7 +139,9 @@ class Growth:
             return 0
         self.before = taken, excess
         per_step = math.log(excess / before) / (taken - steps) if excess > 0.0 < before else 0.0
-        most = max(self.stride, int(LATER * taken))
+        most = max(
+            self.stride, int(LATER * taken) if self.smooth else 0
+        )  # what noise leaves tells little of the next step
         further = most if per_step <= 0.0 else min(most, int(-math.log(excess) / per_step))
         return self._even(min(taken + further, self.bound)) - taken
 
