@@ -29,21 +29,21 @@ def differentiated(fields: Fields, x: Tensor, record: bool) -> tuple[Tensor, Der
 
 
 class Derivative:
-    """Products with the Jacobian J of g at y; None where g does not depend on y."""
+    """Products with the Jacobian J of g at y; None where g does not depend on y. They have a graph if they may be recorded."""
 
     def __init__(self, g: Tensor, y: Tensor, history: Tensor, record: bool) -> None:
         self.g, self.y, self.history, self.record = g, y, history, record
 
-    def pull(self, cotangent: Tensor) -> Tensor | None:
+    def pull(self, cotangent: Tensor, record: bool = True) -> Tensor | None:
         """J^T cotangent, shaped like y."""
-        return self._pull(cotangent, self.record)
+        return self._pull(cotangent, record and self.record)
 
-    def push(self, tangent: Tensor) -> Tensor | None:
+    def push(self, tangent: Tensor, record: bool = True) -> Tensor | None:
         """J tangent, shaped like g: the derivative of the vector-Jacobian product, which is linear in its cotangent."""
         linear, cotangent = self._transpose
         if linear is None or not linear.requires_grad:
             return None
-        return vector_jacobian_product([linear], [cotangent], [tangent], keep=True, record=self.record)[0]
+        return vector_jacobian_product([linear], [cotangent], [tangent], keep=True, record=record and self.record)[0]
 
     @cached_property
     def _transpose(self) -> tuple[Tensor | None, Tensor]:
@@ -68,10 +68,10 @@ class _ByTransform(Derivative):
     def __init__(self, g: Tensor, y: Tensor, products: Callable[[Tensor], tuple[Tensor]], depends: bool) -> None:
         self.g, self.y, self.products, self.depends = g, y, products, depends
 
-    def pull(self, cotangent: Tensor) -> Tensor | None:
+    def pull(self, cotangent: Tensor, record: bool = True) -> Tensor | None:
         return self.products(cotangent)[0] if self.depends else None
 
-    def push(self, tangent: Tensor) -> Tensor | None:
+    def push(self, tangent: Tensor, record: bool = True) -> Tensor | None:
         return self._linear((tangent,))[0] if self.depends else None
 
     @cached_property

@@ -69,12 +69,12 @@ class Shift:
     def dependence(self, at: Derivative, total: Tensor | None = None) -> Tensor:
         """Whether an entry depends on one of another weight: a tensor without dimensions. `total`: what the formula gave."""
         assert self.weights is not None
-        along, weights, product = at.g.detach(), self.weights, at.pull  # type: Tensor, Tensor, Callable[[Tensor], Tensor | None]
+        along, weights, product = at.g.detach(), self.weights, at.pull  # type: Tensor, Tensor, Callable[..., Tensor | None]
         if along.ndim > at.y.ndim:  # all columns at once, with factors by which they do not cancel
             columns = torch.arange(1, along.shape[-1] + 1, dtype=along.dtype, device=along.device)
             along, weights, product = (along * columns).sum(-1), weights.unsqueeze(-1), at.push
-        plain = total if total is not None and self.formula is _of_own_entries else product(along)
-        weighted = product(along * self.weights)
+        plain = total if total is not None and self.formula is _of_own_entries else product(along, False)
+        weighted = product(along * self.weights, False)
         assert plain is not None and weighted is not None
         plain, rounding = plain.detach(), torch.finfo(plain.dtype)
         allowed = plain.abs().mul_(math.sqrt(rounding.eps)).add_(4 * rounding.tiny)
