@@ -30,7 +30,7 @@ PLOT = ROOT / "build" / "demo.png"
 STEP = 0.5  # years
 # Values that each stage of the training fits, and its iterations: a fit of both cycles from the start settles on their
 # mean.
-STAGES = ((11, 120), (21, 160))
+STAGES = ((11, 100), (21, 130))
 HORIZONS = (20, 50, 100, 200, 500)  # years
 SHOWN = (20, 100, 500)  # those of the table
 NEIGHBOURS = 50

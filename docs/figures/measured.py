@@ -42,7 +42,7 @@ def horizon() -> None:
         curve(above, steps, held, mode.replace(" ", "\n"), colour, 4 if mode == "reversible" else 0)
         if mode in ("reversible", "continuous adjoint"):
             curve(below, steps, errors, mode.replace(" ", "\n"), colour)
-            assert errors[-1] > 1 if mode == "continuous adjoint" else max(errors) < 1e-13
+            assert errors[-1] > 0.05 if mode == "continuous adjoint" else max(errors) < 1e-13
     above.set(title="numbers held for one gradient", ylim=(1e3, 3e7))
     below.set(title="relative error of the gradient", xlabel="steps", ylim=(1e-17, 1e2))
     below.set_yticks([1e-15, 1e-10, 1e-5, 1])
