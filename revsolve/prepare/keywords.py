@@ -23,6 +23,7 @@ _IN_OPTIONS = (
 )
 ELSEWHERE = {
     **{name: f"write options={{{name!r}: ...}}" for name in _IN_OPTIONS},
+    "max_steps": "write options={'max_num_steps': ...}",
     "adjoint_params": "leave it out, every tensor that the field touches has its gradient",
     **{f"adjoint_{name}": _ONE_GRADIENT for name in ("method", "options", "rtol", "atol", "adaptive")},
     "adjoint": "leave it out, or write gradient='direct' for plain automatic differentiation",
@@ -38,16 +39,25 @@ ELSEWHERE = {
     ),
 }
 
+OF_SDES = {
+    **dict.fromkeys(("step_size", "first_step", "dt0"), "write dt=..."),
+    "min_step": "write dt_min=...",
+    "dense": "leave it out, no polynomial follows a Brownian path: ask for more times",
+    "dense_output": "leave it out, no polynomial follows a Brownian path: ask for more times",
+}
+
 
 def explains_keywords(door: Door) -> Door:
     """A door that says what to write instead of the keywords of other packages; None for one of these is not given."""
-    unknown = ELSEWHERE.keys() - inspect.signature(door).parameters.keys()
+    known = inspect.signature(door).parameters
+    told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE
+    unknown = told.keys() - known.keys()
 
     @functools.wraps(door)
     def checked(*args: Any, **keywords: Any) -> Any:
         for name in unknown.intersection(keywords) if keywords else ():
             if keywords.pop(name) is not None:
-                raise TypeError(f"{door.__name__} has no keyword {name!r}: {ELSEWHERE[name]}.")
+                raise TypeError(f"{door.__name__} has no keyword {name!r}: {told[name]}.")
         return door(*args, **keywords)
 
     return checked  # type: ignore[return-value]

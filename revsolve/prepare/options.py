@@ -42,6 +42,8 @@ EXPLAINED = {  # names that options have elsewhere
     "grad_free": "leave it out, no method takes derivatives of g by itself",
     "interp": "leave it out, fixed steps land on the output times; dense=True interpolates between any steps",
     "solver": "choose by method=; there are no solvers of scipy",
+    "max_steps": "write 'max_num_steps'",
+    "seminorm": "leave it out, no adjoint equation is solved; 'norm' measures the error of the state",
     "max_order": "leave it out, there are no Adams methods",
     "max_iters": "leave it out, there are no implicit methods",
 }

@@ -35,12 +35,13 @@ ELSEWHERE = {  # names that methods have in other packages
     "adaptive_heun": "that pair of tableaus is called 'heun_euler' here, or 'rev_heun_euler' as a reversible method",
     "fehlberg2": "take 'heun_euler' or 'bosh3', pairs of orders 2 and 3, or 'fehlberg45'",
     "dopri853": "that method is called 'dop853' here, or 'rev_dop853' as a reversible method",
-    **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), _NO_MULTISTEP),
+    **dict.fromkeys(("adams", "explicit_adams", "implicit_adams", "fixed_adams"), _NO_MULTISTEP),
     "scipy_solver": "there are no solvers of scipy here, take 'dopri5' for its RK45, 'bosh3' for RK23, 'dop853' for DOP853",
-    "RK45": "that method is called 'dopri5' here",
-    "RK23": "that method is called 'bosh3' here",
+    "rk45": "that method is called 'dopri5' here",
+    "rk23": "that method is called 'bosh3' here",
     **dict.fromkeys(
-        ("LSODA", "BDF", "Radau"), "there are no methods for stiff equations here, implicit ones, take 'rev_dopri5'"
+        ("lsoda", "bdf", "radau", "implicit_euler", "trapezoid", "kvaerno5"),
+        "there are no methods for stiff equations here, implicit ones, take 'rev_dopri5'",
     ),
     **dict.fromkeys(("srk", "milstein", "euler_heun", "log_ode"), _OF_SDES),
 }
@@ -73,8 +74,10 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
     if method in NATIVE or name in TABLEAUS:
         return _named(method)
     known = method_names()
-    if name in ELSEWHERE:
-        hint = f": {ELSEWHERE[name]}."
+    if name.lower() in ELSEWHERE:
+        hint = f": {ELSEWHERE[name.lower()]}."
+    elif (twin := method.lower().replace("reversible", "rev")) in known:
+        hint = f": did you mean {twin!r}?"
     else:
         close = difflib.get_close_matches(method.lower(), known, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."

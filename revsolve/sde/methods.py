@@ -23,7 +23,7 @@ ELSEWHERE = {
     "log_ode": "the methods here have strong order 1/2 for noise that does not commute: take 'reversible_heun'",
 }
 
-ARGUMENTS = {"first_step": "dt", "min_step": "dt_min"}  # what these options are called here
+ARGUMENTS = {"first_step": "dt", "step_size": "dt", "min_step": "dt_min"}  # what these options are called here
 KNOWN = (*(name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS), *ARGUMENTS, "coupling", "dense")
 
 
@@ -99,10 +99,9 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
         if not method.startswith(("alf", "leapfrog", "reversible_heun")) and method not in (
             known := sde_method_names()
         ):
-            close = difflib.get_close_matches(method, known, n=1, cutoff=0.0)
-            raise ValueError(
-                f"unknown method {method!r} of sdeint: did you mean {close[0]!r}? It has {', '.join(known)}."
-            )
+            close = difflib.get_close_matches(method, known, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown method {method!r} of sdeint{hint} It has {', '.join(known)}.")
     return named_scheme(method, coupling)
 
 

@@ -36,7 +36,7 @@ WORDS = {
     "adjoint_options": "leave it out",
     "t_eval": ".* as the argument of times",
     "saveat": ".* as the argument of times",
-    "step_size": r"write options=\{'step_size': \.\.\.\}",
+    "step_size": r"write (options=\{'step_size': \.\.\.\}|dt=)",  # the latter in sdeint
     "jump_t": r"write options=\{'jump_t': \.\.\.\}",
     "backend": "leave it out, there is only one",
     "solver": "write method=",
@@ -165,3 +165,21 @@ def test_messages_hold_no_whole_tensors(case: str) -> None:
     with pytest.raises((ValueError, TypeError)) as raised:
         odeint(decay, call.pop("y0"), call.pop("t"), **call)
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["lsoda", "RK23", "rk45", "BDF", "Radau"])
+def test_names_of_other_packages_in_any_case(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is called '\w+' here|no methods for stiff equations"):
+        odeint(decay, ONE, [0.0, 1.0], method=name)
+
+
+@pytest.mark.parametrize("name", ["reversible_rk4", "Reversible_RK4"])
+def test_reversible_twins_are_found(name: str) -> None:
+    with pytest.raises(ValueError, match="did you mean 'rev_rk4'"):
+        odeint(decay, ONE, [0.0, 1.0], method=name)
+
+
+@pytest.mark.parametrize(("word", "says"), [("dt0", "dt="), ("first_step", "dt="), ("min_step", "dt_min=")])
+def test_keywords_of_sdeint_are_its_own(word: str, says: str) -> None:
+    with pytest.raises(TypeError, match=f"has no keyword '{word}': write {says}"):
+        DOORS["sdeint"](**{word: 0.1})
