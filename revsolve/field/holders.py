@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import CellType, CodeType, MemberDescriptorType, ModuleType
@@ -55,12 +55,27 @@ class Contents:
         self.holder, self.then = holder, _entries(holder)
         self.grows = len(self.then) != size  # in the first call, as a log does
 
-    def take_out(self) -> Callable[[], None] | None:
-        """Take out tensors that were put there since. Returns what puts them back."""
-        now, holder, then = _entries(self.holder), self.holder, self.then
+    def new(self, now: dict[Any, Any]) -> dict[Any, Any]:
+        """What holds tensors and was put there since."""
+        then = self.then
         if len(now) == len(then) and all(map(operator.is_, now.values(), then.values())):
+            return {}
+        return {key: x for key, x in now.items() if x is not then.get(key, MISSING) and tensors_in(x)}
+
+    def late(self) -> list[Tensor]:
+        """Tensors put there since, but not in the first call."""
+        return (
+            [] if self.grows else [x for value in self.new(_entries(self.holder)).values() for x in tensors_in(value)]
+        )
+
+    def take_out(self, only: Collection[int] | None = None) -> Callable[[], None] | None:
+        """Take out tensors that were put there since, or only these. Returns what puts them back."""
+        now, holder, then = _entries(self.holder), self.holder, self.then
+        new = self.new(now)
+        if only is not None:
+            new = {key: value for key, value in new.items() if any(id(x) in only for x in tensors_in(value))}
+        if not new:
             return None
-        new = {key: x for key, x in now.items() if x is not then.get(key, MISSING) and _holds_tensors(x)}
         left = {key: then[key] if key in new else x for key, x in now.items() if key not in new or key in then}
         if isinstance(holder, list):
             holder[:] = left.values()
@@ -83,12 +98,13 @@ class Contents:
 class Remembered:
     """The number of results that a function remembers by functools.lru_cache, which can but be forgotten."""
 
-    grows = False
-
     def __init__(self, function: Any, size: int) -> None:
         self.function, self.then = function, function.cache_info().currsize
 
-    def take_out(self) -> Callable[[], None] | None:
+    def late(self) -> list[Tensor]:
+        return []  # nobody can look
+
+    def take_out(self, only: Collection[int] | None = None) -> Callable[[], None] | None:
         if self.function.cache_info().currsize == self.then:
             return None
         self.function.cache_clear()
@@ -118,13 +134,17 @@ class Memory:
                 if now is not MISSING:
                     place.put(now)
 
-    def forget(self) -> None:
-        """Take out for good what was kept since, without a graph: who needs it later is to compute it anew."""
+    def late(self) -> list[Tensor]:
+        """Tensors kept since, but not in the first call."""
+        filled = [x for place, x in changed(self.places) if place.value is None and isinstance(x, Tensor)]
+        return [*filled, *(x for contents in self.contents for x in contents.late())]
+
+    def forget(self, only: Collection[int] | None = None) -> None:
+        """Take out for good what was kept since, or only these tensors: who needs it later is to compute it anew."""
         for contents in self.contents:
-            if not contents.grows:
-                contents.take_out()
+            contents.take_out(only)
         for place, now in changed(self.places):
-            if place.value is None and isinstance(now, Tensor):
+            if place.value is None and isinstance(now, Tensor) and (only is None or id(now) in only):
                 place.put(None)
 
 
@@ -132,8 +152,9 @@ def _entries(holder: Any) -> dict[Any, Any]:
     return dict(enumerate(holder) if isinstance(holder, list) else holder)
 
 
-def _holds_tensors(x: Any) -> bool:
-    return isinstance(x, Tensor) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(x))
+def tensors_in(value: Any) -> list[Tensor]:
+    """A tensor, or those of a pytree."""
+    return [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 class Holdings:

@@ -110,7 +110,7 @@ class Pure:
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
             )
-        self.memory.forget()
+        self._forget(t, y.detach())
         before, self.random = self.random, ()  # 5 kB that nobody asks for again
         if before and not same_random_state(before, random_state(y.device)):
             with self.lent, torch.no_grad():
@@ -121,6 +121,17 @@ class Pure:
                     "could not be repeated with the same numbers: let it draw in every call, or draw outside and pass the "
                     "numbers through args=."
                 )
+
+    def _forget(self, t: float, y: Tensor) -> None:
+        """Forget what the field keeps since a late call, without a graph, and uses: it would be a constant of later solves."""
+        kept, used = self.memory.late(), {}  # type: list[Tensor], dict[int, Tensor]
+        if kept:
+            before = random_state(y.device)
+            with self.lent:
+                used = inputs_of(lambda: self.opening.at(t, y))
+            if not same_random_state(before, random_state(y.device)):
+                set_random_state(before, y.device)
+        self.memory.forget([id(x) for x in kept if id(x) in used])
 
     def _matter_now(self, late: Buffers, t: float, y: Tensor) -> bool:
         with self.lent:  # also those that the first call changed

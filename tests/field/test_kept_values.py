@@ -140,3 +140,31 @@ def test_a_field_that_changes_its_state_in_place_is_refused() -> None:
 
     with pytest.raises(ValueError, match="changes its state in place"):
         odeint(field, torch.ones(2), [0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["rev_rk4", "rk4"])
+def test_what_a_field_records_late_stays(method: str) -> None:
+    """In lists, dictionaries and attributes; only what it uses again is forgotten."""
+
+    class Recording(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3).double()
+            self.middle, self.listed, self.by_time = None, [], {}  # type: Any, list[Tensor], dict[float, Tensor]
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            if t > 0.4:
+                self.middle = y if self.middle is None else self.middle
+                self.listed.append(y)
+                self.by_time[float(t)] = y
+            return torch.tanh(self.layer(y))
+
+    field = Recording()
+    y = odeint(field, start_of(4), [0.0, 1.0], method=method, options={"step_size": 0.25})
+    recorded = field.middle, [*field.listed], dict(field.by_time)
+    assert recorded[0] is not None and len(recorded[1]) >= 4 and len(recorded[2]) >= 3
+    y[-1].sum().backward()
+    assert field.middle is recorded[0] and field.by_time == recorded[2]
+    assert all(a is b for a, b in zip(field.listed, recorded[1], strict=False)) and len(field.listed) >= len(
+        recorded[1]
+    )
