@@ -9,8 +9,6 @@ from tests.pages import PAGES, ROOT, page_name
 
 RESULTS = ROOT / "docs" / "benchmarks" / "results"
 LONGEST_PAGE, LONGEST_SENTENCE = 200, 45  # lines; words
-# Pages that are still to be rewritten by these rules.
-PENDING = {"docs/exactness.md", "docs/equilibria.md", "docs/compile.md"}
 MAY_BE_LONG = {"docs/works_with.md", "docs/api.md", "docs/exactness.md", "docs/equilibria.md"}
 
 # Words that only this project would use so, words that say nothing, and what native writers avoid, with what to write.
@@ -71,13 +69,13 @@ def test_prose_follows_the_rules(page: Path) -> None:
         for line in lines
         if (match := re.search(pattern, line, re.IGNORECASE))
     ]
-    assert not found or page_name(page) in PENDING, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_sentences_are_short(page: Path) -> None:
     found = [s for s in sentences(page) if len(s.split()) > LONGEST_SENTENCE]
-    assert not found or page_name(page) in PENDING, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
