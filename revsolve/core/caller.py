@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
-OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+OURS = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

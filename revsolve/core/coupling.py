@@ -67,6 +67,11 @@ class CouplingUpdate:
     rate: bool = False
     error: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("keep", "mix", "gain"):
+            if not isinstance(coefficient := getattr(self, name), Tensor):
+                object.__setattr__(self, name, float(coefficient))
+
     def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
         mix, gain = self.mix, self.gain
         if self.rate:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
+from revsolve.core.caller import warn
 from revsolve.core.coupling import State, moves, over, pull_back, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Gradients, Problem
@@ -449,9 +449,8 @@ def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tenso
         )
     limit = math.sqrt(problem.rounding or kind.eps)
     if worst > limit:
-        warnings.warn(
+        warn(
             f"{done} the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
             f"that inaccurate. Remedies: {remedies}.",
             ReconstructionWarning,
-            stacklevel=2,
         )

@@ -43,7 +43,6 @@ class Field(Protocol):
     term: Term
     tensors: tuple[Tensor, ...]
     differentiate: Differentiate  # what takes vector-Jacobian products
-    stand_ins_needed: bool  # whether one of the tensors was computed from another one
     state_size: int  # bytes of a state, and those that a recorded evaluation keeps, 0 where that is not known
     tape_size: int
 

@@ -88,8 +88,9 @@ class Stepper(Protocol):
     """Advances a pair by accepted steps and records them."""
 
     grid: Grid
-    num_rejected: int
 
+    @property
+    def num_rejected(self) -> int: ...
     @property
     def num_steps(self) -> int:
         """Accepted so far."""
@@ -104,10 +105,6 @@ class Stepper(Protocol):
     def done(self) -> bool: ...
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         """The pair after one more accepted step, or, where states need no look in between, after at most `limit` in all."""
-        ...
-
-    def rewind(self, num_steps: int) -> None:
-        """Forget the accepted steps after the first `num_steps`."""
         ...
 
     def tolerance(self, size: Tensor) -> Tensor | None:
@@ -141,10 +138,6 @@ class FixedGrid:
         self.num_steps = stop
         return pair
 
-    def rewind(self, num_steps: int) -> None:
-        self.num_rejected += self.num_steps - num_steps
-        self.num_steps, self.next_output = num_steps, 0
-
     def tolerance(self, size: Tensor) -> Tensor | None:
         return None
 
@@ -159,7 +152,7 @@ class ErrorControl:
     norm: Callable[[Tensor], Tensor]
     loosest: tuple[float, float]  # largest entries of (atol, rtol)
     error_order: int
-    first_step: float
+    first_step: Callable[[Memo, Tensor], float]  # from the term and the state at the start
     safety: float = 0.9
     shrink: float = 0.2
     grow: float = 10.0
@@ -190,7 +183,7 @@ class Adaptive:
         self.targets, self.is_output = targets, is_output
         self.control, self.explain = control, explain
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
-        self.h = max(min(control.first_step, control.max_step), control.min_step)
+        self.h = 0.0  # that of the first step is found when it is taken
         self.previous = 1.0
         self.lost: float | None = None  # the end of the latest attempt whose error was not finite
         self.next_target = 1
@@ -207,6 +200,9 @@ class Adaptive:
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         t0, grown = self.grid.times[-1], self.control.grow
+        if not self.h:
+            h = self.control.first_step(step.memo, pair[0])
+            self.h = max(min(h, self.control.max_step), self.control.min_step)
         while True:
             self._check_progress(t0, pair)
             target = self.targets[self.next_target]
@@ -230,7 +226,8 @@ class Adaptive:
             step.forget_attempt()
             self.h, grown = max(h * min(factor, 0.9), self.control.min_step), 1.0
 
-    def rewind(self, num_steps: int) -> None:
+    def forget(self, num_steps: int) -> None:
+        """Count the accepted steps after the first `num_steps` as rejected."""
         self.num_rejected += self.num_steps - num_steps
         del self.grid.times[num_steps + 1 :]
         for counts in (self.grid.outputs, self.grid.pinned):

@@ -81,6 +81,13 @@ class Memo(Wrapped):
         self.latest = (x, t, kept)
         return kept
 
+    def peek(self, t: Time, x: Tensor) -> Any:
+        """The value at (t, x), which takes the place of no other one."""
+        latest = self.latest
+        value = self.value(t, x)
+        self.latest = latest
+        return value
+
     def recorded(self, t: Time, x: Tensor) -> tuple[Tensor, Any]:
         """A leaf that stands for x, and the value there as its function.
 

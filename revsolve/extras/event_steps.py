@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import State
-from revsolve.core.stepper import Grid, Step, Stepper
+from revsolve.core.stepper import Adaptive, Grid, Step, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.holders import Memory
 from revsolve.prepare.grid import adaptive_grid, knot_grid
@@ -112,7 +112,7 @@ class NumberedSteps:
         self.grid.times.append(t1)
         return pair
 
-    def rewind(self, num_steps: int) -> None:
+    def forget(self, num_steps: int) -> None:
         self.num_rejected += self.num_steps - num_steps
         del self.grid.times[num_steps + 1 :]
 
@@ -125,7 +125,7 @@ class UntilEvent:
 
     num_total = None
 
-    def __init__(self, stepper: Stepper, event: Event, max_num_steps: int | None, unit: float) -> None:
+    def __init__(self, stepper: Adaptive | NumberedSteps, event: Event, max_num_steps: int | None, unit: float) -> None:
         self.stepper, self.grid, self.tolerance = stepper, stepper.grid, stepper.tolerance
         self.event, self.max_num_steps = event, max_num_steps or MAX_NUM_STEPS
         self.few_steps, self.horizon = max_num_steps or FEW_STEPS, HORIZON * unit
@@ -157,18 +157,12 @@ class UntilEvent:
         if not signs:
             return after
         self.event.crossing = Crossing(signs, (t0, t1))
-        self.stepper.rewind(n)
+        self.stepper.forget(n)
         self.num_rejected = self.stepper.num_rejected
         self.grid.times.append(middle := 0.5 * (t0 + t1))
         self.grid.outputs.append(n + 1)
         self.done = True
         return step(pair, self.grid.seen(n, n + 1, (t0, middle)), restart)[0]
-
-    def rewind(self, num_steps: int) -> None:
-        while self.grid.outputs[-1] > num_steps:
-            self.grid.outputs.pop()
-        self.stepper.rewind(num_steps)
-        self.num_rejected, self.done = self.stepper.num_rejected, False
 
     def _values(self, t: float, y: Tensor) -> list[float]:
         if self.latest[0] is not y:
@@ -183,7 +177,7 @@ def steps_until(
     options, t0, unit = ivp.options, times[0], abs(times[1] - times[0])
     event.directions(len(event.values(t0, ivp.x0)))
     if options.adaptive:
-        make = adaptive_grid([t0, event.end], options, term, ivp.x0, discontinuities)
+        make: Callable[[], Any] = adaptive_grid([t0, event.end], options, term, ivp.x0, discontinuities)
     else:
         make = _fixed_steps(event, ivp, t0)
     return lambda: UntilEvent(make(), event, options.max_num_steps, unit)

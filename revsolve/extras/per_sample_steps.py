@@ -7,7 +7,7 @@ was too large. A sample that has reached its next output time waits there, with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,11 +58,11 @@ class PerSampleSteps:
 
     def __init__(self, clock: Batched, control: ErrorControl) -> None:
         self.clock, self.control = clock, control
-        self.fractions = clock.fractions = []
+        self.fractions: list[Any] = []
         self.grid = Grid([0.0], [0])
         self.spans = clock.t.detach().to("cpu", torch.float64).diff(dim=0).abs()  # (T - 1, batch)
-        self.h = control.first_step * self.spans.amax(0)
-        self.previous = torch.ones_like(self.h)
+        self.previous = torch.ones_like(self.spans[0])
+        self.h = 0.0 * self.previous  # those of the first step are found when it is taken
         self.num_rejected, self.done = 0, False
 
     @property
@@ -73,6 +73,9 @@ class PerSampleSteps:
         n = self.num_steps
         i, start = self._place()
         span, grow = self.spans[i], torch.full_like(start, self.control.grow)
+        if n == 0:
+            self.h = self.control.first_step(step.memo, pair[0]) * self.spans.amax(0)
+            self.clock.fractions = self.fractions  # from now on
         while True:
             self._check_progress(i, start)
             end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
@@ -88,13 +91,6 @@ class PerSampleSteps:
             self.num_rejected += 1
             self.h = torch.where(good, self.h, length * factor.clamp(max=0.9))
             grow = torch.where(good, grow, 1.0)
-
-    def rewind(self, num_steps: int) -> None:
-        self.num_rejected += self.num_steps - num_steps
-        del self.grid.times[num_steps + 1 :], self.fractions[num_steps:]
-        while self.grid.outputs[-1] > num_steps:
-            self.grid.outputs.pop()
-        self.done = False
 
     def tolerance(self, size: Tensor) -> Tensor | None:
         return self.control.atol + self.control.rtol * size

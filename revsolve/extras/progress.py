@@ -22,11 +22,11 @@ class AcceptedStep:
     """What a callback is told after each accepted step of the forward pass.
 
     Attributes:
-        number: steps accepted so far. It goes back where steps are taken again from a restart.
+        number: steps accepted so far.
         t: the time reached, in the unit of the field; for fixed points the number of the step.
         h: the length of the step, negative backwards in time.
         y: the state there, shaped like y0; detached.
-        num_rejected: steps rejected or taken again so far.
+        num_rejected: steps rejected so far.
     """
 
     number: int
@@ -68,10 +68,6 @@ class Watched:
     def num_rejected(self) -> int:
         return self.stepper.num_rejected
 
-    @num_rejected.setter
-    def num_rejected(self, number: int) -> None:
-        self.stepper.num_rejected = number
-
     @property
     def done(self) -> bool:
         done = self.stepper.done
@@ -87,9 +83,6 @@ class Watched:
             self._close()
             raise
         return pair
-
-    def rewind(self, num_steps: int) -> None:
-        self.stepper.rewind(num_steps)
 
     def _report(self, y: Tensor) -> None:
         n, times = self.num_steps, self.grid.times

@@ -24,7 +24,7 @@ class Batch:
     """A field for all samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in
     `own`."""
 
-    stand_ins_needed, differentiate = False, staticmethod(vector_jacobian_product)
+    differentiate = staticmethod(vector_jacobian_product)
     state_size = tape_size = 0
 
     def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:

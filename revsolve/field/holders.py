@@ -7,11 +7,11 @@ when it was solved, though other values may have been put there in between.
 from __future__ import annotations
 
 import dis
+import functools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from types import CellType, CodeType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 LEAVES = (*PLAIN, type, ModuleType)
 OF_OTHERS = sys.stdlib_module_names | {"torch", "numpy", "revsolve"}  # packages whose classes keep nothing of a field's
 MISSING = object()
+MANY = 4096  # entries of what is data, not a cache: it is not copied in every solve
 
 
 class Place(NamedTuple):
@@ -36,12 +37,13 @@ class Place(NamedTuple):
     value: Any
 
     def put(self, value: Any) -> None:
-        if isinstance(self.holder, CellType):
-            self.holder.cell_contents = value
-        elif isinstance(self.holder, dict):
+        cell = isinstance(self.holder, CellType)
+        if isinstance(self.holder, dict):
             self.holder[self.name] = value
+        elif value is MISSING:
+            delattr(self.holder, "cell_contents" if cell else self.name)
         else:
-            setattr(self.holder, self.name, value)
+            setattr(self.holder, "cell_contents" if cell else self.name, value)
 
 
 class Contents:
@@ -96,16 +98,16 @@ class Contents:
 
 
 class Remembered:
-    """The number of results that a function remembers by functools.lru_cache, which can but be forgotten."""
+    """The number of results that a function has put into a functools.lru_cache, which can only be cleared."""
 
     def __init__(self, function: Any, size: int) -> None:
-        self.function, self.then = function, function.cache_info().currsize
+        self.function, self.then = function, function.cache_info().misses
 
     def late(self) -> list[Tensor]:
         return []  # nobody can look
 
     def take_out(self, only: Collection[int] | None = None) -> Callable[[], None] | None:
-        if self.function.cache_info().currsize == self.then:
+        if self.function.cache_info().misses == self.then:
             return None
         self.function.cache_clear()
         return self.function.cache_clear
@@ -195,7 +197,9 @@ class Holdings:
                     self._open_object(thing, depth)
 
     def _keeps(self, thing: Any) -> None:
-        self.keepers.append((thing, 0 if hasattr(thing, "cache_clear") else len(thing)))
+        size = 0 if hasattr(thing, "cache_clear") else len(thing)
+        if size <= MANY:
+            self.keepers.append((thing, size))
 
     def _open_items(self, items: Iterable[Any], depth: int, kept: bool) -> None:
         for item in items:
@@ -227,7 +231,8 @@ class Holdings:
                 self._open_place(cell, name, value_in(cell, name), depth)
             self._open_entries(thing.__globals__, global_names(code), depth)
             self.ahead += ((thing.__defaults__, depth, False), (thing.__kwdefaults__, depth, False))
-        for name in ("__self__", "__func__", "func", "args", "keywords", "__wrapped__"):
+        partial = isinstance(thing, functools.partial)  # elsewhere these may be properties, which run a user's code
+        for name in ("func", "args", "keywords") if partial else ("__self__", "__func__", "__wrapped__"):
             self.ahead.append((getattr(thing, name, None), depth - (name != "__func__"), False))
         own = getattr(thing, "__dict__", None)
         if isinstance(own, dict) and depth:
@@ -274,7 +279,7 @@ def value_in(holder: Any, name: str) -> Any:
         return MISSING
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def global_names(code: CodeType) -> tuple[str, ...]:
     """The global names that code reads; names of attributes are none."""
     read = (x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"))

@@ -98,8 +98,8 @@ class Pure:
     @contextmanager
     def as_solved(self) -> Iterator[None]:
         """The state of Python and PyTorch in which the forward pass ran. Raises RuntimeError where it cannot be had."""
-        self._check_tensors()
         with self.memory.restored(), self.autocast(), self.lent:
+            self._check_tensors()
             yield
 
     def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
@@ -144,8 +144,10 @@ class Pure:
                     f"requires_grad of a tensor of shape {tuple(x.shape)} that the field uses was changed between the solve and "
                     "its backward pass: change it after the backward pass."
                 )
-        for x, number in self.constants:
-            if version(x) != number and id(x) in inputs_of(self.opening.again):
+        suspects = [x for x, number in self.constants if version(x) != number] if self.constants else []
+        used = inputs_of(self.opening.again) if suspects else {}
+        for x in suspects:
+            if id(x) in used:
                 raise RuntimeError(
                     f"a tensor of shape {tuple(x.shape)} that the field uses was modified by an inplace operation between "
                     "the solve and its backward pass, which needs it as it was: change it later, or give the field a copy."
@@ -185,18 +187,22 @@ class Opening:
 class Saved:
     """The memory that autograd keeps for the gradient of a call, without that of tensors which are there anyhow."""
 
+    num_bytes = 0
+
     def __init__(self, others: Iterable[Tensor]) -> None:
-        self.counted = set(map(address_of, others))
-        self.num_bytes = 0
+        self.others = set(map(address_of, others))
 
     def during(self, call: Callable[[], Any]) -> Any:
         """The call, measured unless it uses torch.func, which allows no hooks."""
+        self.counted, self.num_bytes = self.others.copy(), 0
         try:
             with saved_tensors_hooks(self._add, torch.Tensor.detach):
                 return call()
-        except RuntimeError:
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
             self.num_bytes = 0
-            return call()  # raises what it raised, if it was not that
+            return call()
 
     def _add(self, x: Tensor) -> Tensor:
         address = address_of(x)
@@ -277,7 +283,7 @@ def pure(
     repeats = draws or matters
     if repeats:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
-        term = Repeatable(term, seed, device, changing if matters else None)
+        term = opening.term = Repeatable(term, seed, device, changing if matters else None)
     tensors = found.tensors if isinstance(found, Found) else []
     wanted = moving or x0.requires_grad or bool(tensors)
     field = Pure(Constant(term) if held and not wanted else term, tensors)
@@ -297,6 +303,7 @@ def pure(
         if buffers:
             field.late = buffers.but(changing)
             field.lent = field.late if matters else buffers
+    del opening.value  # its graph would live as long as the result
     return field
 
 

@@ -45,7 +45,7 @@ class Transformed:
     """A field inside torch.func: its term, whose tensors are replaced by what they are at each level."""
 
     state_size = tape_size = 0
-    stand_ins_needed, differentiate = False, staticmethod(products)
+    differentiate = staticmethod(products)
 
     def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor], memory: Memory) -> None:
         self.term, self.tensors, self.memory = term, tuple(tensors), memory

@@ -215,8 +215,5 @@ class UntilConverged:
             self.grid.outputs.insert(-1, n)
         return pair
 
-    def rewind(self, num_steps: int) -> None:
-        raise AssertionError("a fixed-point iteration is never solved again")
-
     def tolerance(self, size: Tensor) -> Tensor | None:
         return None

@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from revsolve.core.caller import warn
 from revsolve.core.stepper import Adaptive, ErrorControl, FixedGrid, Stepper
-from revsolve.core.tape import Term
+from revsolve.core.tape import Memo, Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
 from revsolve.prepare.options import FIXED_OPTIONS, TARGETS, SolverOptions, Tolerance
@@ -183,14 +183,17 @@ def adaptive_grid(
     most = options.max_num_steps or MAX_NUM_STEPS
 
     def make() -> Stepper:
-        h = options.first_step or first_step(term, x0, smooth, rtol, atol, norm, order)
+        if options.first_step:
+            begin = lambda memo, x: options.first_step  # noqa: E731
+        else:
+            begin = functools.partial(first_step, smooth, rtol, atol, norm, order)
         control = ErrorControl(
             rtol,
             atol,
             norm,
             (_largest(atol), _largest(rtol)),
             order,
-            h,
+            begin,
             options.safety,
             options.dfactor,
             options.ifactor,
@@ -205,19 +208,19 @@ def adaptive_grid(
 
 
 def first_step(
-    term: Term, x0: Tensor, span: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int
+    span: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int, memo: Memo, x0: Tensor
 ) -> float:
-    """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): two evaluations, two device reads."""
+    """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): one more evaluation, two device reads."""
     if span[0] == span[1]:
         return 1.0
     t0, length = span[0], abs(span[1] - span[0])
     direction = math.copysign(1.0, span[1] - span[0])
     with torch.no_grad():
         scale = atol + rtol * x0.abs()
-        f0 = _rate(term, t0, x0, direction)
+        f0 = _rate(memo, t0, x0, direction)
         d0, d1 = (float(norm(v / scale)) for v in (x0, f0))
         h0 = min(1e-6 if not (d0 >= 1e-5 and 1e-5 <= d1 < math.inf) else 0.01 * d0 / d1, length)
-        f1 = _rate(term, t0 + direction * h0, x0 + h0 * f0, direction)
+        f1 = _rate(memo, t0 + direction * h0, x0 + h0 * f0, direction)
         d2 = float(norm((f1 - f0) / scale)) / h0
     steepest = max(d1, d2)
     if not math.isfinite(steepest):
@@ -317,7 +320,8 @@ def explain(term: Term, t: float, x: Tensor) -> str:
 
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
     """The increment per unit of time in the direction of integration."""
-    k, scale = term.product(term.value(t, x), term.control(t, t, t + direction))
+    value = term.peek(t, x) if isinstance(term, Memo) else term.value(t, x)
+    k, scale = term.product(value, term.control(t, t, t + direction))
     return k * scale
 
 

@@ -37,7 +37,7 @@ def prepare(
     gradient: str | None,
     restarts: Any,
     *,
-    explain: Callable[[float, Tensor], str] | None = None,
+    explain: Callable[[float, Tensor], str],
     pair_dtype: torch.dtype | None = None,
     anchor_every: Callable[[], int] | None = None,
     rounding: float | None = None,
@@ -60,7 +60,14 @@ def prepare(
         num_steps: the number of steps, where it is known beforehand. checkpoint_every: those between checkpoints, if given.
     """
     how = _way_of_gradient(gradient, scheme)
-    if gradient is None and how == "checkpoint" and (num_steps or FEW + 1) <= FEW and t is None and not compile:
+    if (
+        gradient is None
+        and how == "checkpoint"
+        and num_steps is not None
+        and num_steps <= FEW
+        and t is None
+        and not compile
+    ):
         how = "direct"
     elif checkpoint_every is not None and how != "checkpoint":
         raise ValueError(
@@ -91,7 +98,7 @@ def prepare(
         how,
         restarts if readable and not followed else _blind(restarts),
         Stats(),
-        explain or not_finite,
+        explain,
         anchor_every=anchor_every() if undoes and anchor_every else checkpoint_every,
         state_dtype=None if pair_dtype is None else x0.dtype,
         pair_dtype=pair_dtype,
@@ -101,18 +108,11 @@ def prepare(
         followed=followed,
         operation=operation,
     )
-    return _compiled(problem, compile, x0, t, source) if compile else problem
-
-
-def _compiled(problem: Problem, compile: Any, x0: Tensor, t: Tensor | None, source: Any) -> Problem:  # noqa: A002
+    if not compile:
+        return problem
     from revsolve.backends.inductor.backend import compiled  # importing what compiles takes longer than many solves
 
     return compiled(problem, compile, x0, t, source)
-
-
-def not_finite(t: float, y: Tensor) -> str:
-    """The message where the state stopped being finite."""
-    return f"the state is not finite after t = {t}"
 
 
 def values_hidden() -> bool:

@@ -19,16 +19,16 @@ class OfState(nn.Module):
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 16)), torch.randn(512, 16)
+    return nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 16)), torch.randn(256, 16)
 
 
 def convolution() -> tuple[nn.Module, Tensor]:
     layers = nn.Conv2d(4, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv2d(32, 4, 3, padding=1)
-    return nn.Sequential(*layers), torch.randn(8, 4, 16, 16)
+    return nn.Sequential(*layers), torch.randn(8, 4, 12, 12)
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
-    return nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True), torch.randn(16, 16, 16)
+    return nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True), torch.randn(16, 12, 16)
 
 
 def peak(num_steps: int, case: str, every: int | None) -> float:
@@ -55,8 +55,8 @@ def peak(num_steps: int, case: str, every: int | None) -> float:
 
 @pytest.mark.parametrize("case", ["mlp", "convolution", "transformer"])
 def test_the_peak_is_near_the_least_of_all_distances(case: str) -> None:
-    num_steps = 36
-    least = min(peak(num_steps, case, every) for every in (1, 2, 3, 4, 6, 9, 12, 18, 36))
+    num_steps = 16
+    least = min(peak(num_steps, case, every) for every in (1, 2, 3, 4, 8, 16))
     assert peak(num_steps, case, None) <= max(1.3 * least, SMALL)
 
 
