@@ -303,7 +303,6 @@ def pure(
         if buffers:
             field.late = buffers.but(changing)
             field.lent = field.late if matters else buffers
-    del opening.value  # its graph would live as long as the result
     return field
 
 
