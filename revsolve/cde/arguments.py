@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from revsolve.core.caller import warn
@@ -53,6 +54,8 @@ def check_path(control: Control, packing: Packing, times: list[float], t: Tensor
 
 def warn_of_few_knots(knots: Sequence[float], times: Sequence[float]) -> None:
     """Warn where a solve covers less than a tenth of the path, as with t in other units than its knots."""
+    if torch.compiler.is_compiling():  # which knows no bisection, and warns of nothing
+        return
     met = bisect_right(knots, max(times)) - bisect_left(knots, min(times))
     if len(knots) >= MANY and met <= len(knots) // 10:
         warn(

@@ -110,6 +110,7 @@ class Remembered:
         if self.function.cache_info().misses == self.then:
             return None
         self.function.cache_clear()
+        self.then = 0  # all that comes now is new
         return self.function.cache_clear
 
 
