@@ -14,6 +14,7 @@ from revsolve.core.coupling import Scheme
 from revsolve.extras.event_steps import EVENT_OPTIONS
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
+from revsolve.field.functorch import version
 from revsolve.prepare.initial_value import InitialValueProblem, Posed
 from revsolve.prepare.keywords import explains_keywords
 from revsolve.prepare.options import read_options
@@ -177,6 +178,8 @@ class FieldTerm:
         if not (self.checked and isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             self.packing.check_like(out, "the field")
             self.checked = True
+        if not torch.compiler.is_compiling() and version(out) > 0:
+            out = out.clone()  # written in place, perhaps where the next call writes again
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def product(self, value: Tensor, control: Time) -> tuple[Tensor, Time]:

@@ -66,8 +66,6 @@ class Memo(Wrapped):
     def __init__(self, term: Term) -> None:
         super().__init__(term)
         self.num_evaluations = 0
-        # tensors of inference mode have no version
-        self.copies = self.is_rate and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
         self.latest: tuple[Tensor | None, Time | None, Any] = (None, None, None)
 
     def value(self, t: Time, x: Tensor) -> Any:
@@ -76,8 +74,6 @@ class Memo(Wrapped):
             return kept
         self.num_evaluations += 1
         kept = self.term.value(t, x)
-        if self.copies and getattr(kept, "_version", 0):  # written in place, perhaps where the next call writes again
-            kept = kept.clone()
         self.latest = (x, t, kept)
         return kept
 
