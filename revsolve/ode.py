@@ -167,7 +167,7 @@ class FieldTerm:
 
     def __init__(self, func: Callable[..., Any], packing: Packing, clock: Any) -> None:
         self.func, self.packing, self.clock = func, packing, clock
-        self.adds_up = self.is_rate = clock.adds_up
+        self.additive = self.is_rate = clock.additive
         self.control = clock.control
         self.checked = False
 

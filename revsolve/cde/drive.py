@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.cde.each import PathOfEach
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Scheme, evaluations, moves, over
+from revsolve.core.coupling import Scheme, evaluations, schedule, scheduled
 from revsolve.field.functorch import wrapped
 from revsolve.paths.control import Control
 
@@ -31,7 +31,7 @@ class Drive(ABC):
     `tensors` are all that dX is read from. The path is asked for times that are later by `shift`, a tensor that is zero.
     """
 
-    adds_up = False
+    additive = False
 
     def __init__(self, control: Control | PathOfEach, shift: Tensor | None = None) -> None:
         self.control, self.tensors = control, control.tensors
@@ -68,7 +68,7 @@ class Drive(ABC):
         """
         if (len(times) - 1) * len({self.key(*asked) for asked in asked_for(scheme, times[:2])}) > most:
             return self
-        asked = {each: self.key(*each) for each in asked_for(scheme, times, self.adds_up)}
+        asked = {each: self.key(*each) for each in asked_for(scheme, times, self.additive)}
         keys = sorted(set(asked.values()))
         table, rows, length = type(self)(self.control), self.rows(keys), math.isqrt(len(keys) - 1) + 1
         table.lone = isinstance(rows, Tensor)
@@ -106,7 +106,7 @@ class Slopes(Drive):
 class Increments(Drive):
     """X(t1) - X(t0)."""
 
-    adds_up = True
+    additive = True
 
     def key(self, t: Time, t0: Time, t1: Time) -> Key:
         return min(t0, t1), max(t0, t1)
@@ -136,8 +136,10 @@ def _one_or_two(pieces: Tensor, first: list[int], last: list[int]) -> Tensor:
     return torch.addcmul(pieces[first], pieces[last], joined.view(-1, *[1] * (pieces.ndim - 1)))
 
 
-def asked_for(scheme: Scheme, times: list[float], adds_up: bool = False) -> list[Key]:
+def asked_for(scheme: Scheme, times: list[float], additive: bool = False) -> list[Key]:
     """The (t, t0, t1) for which the steps between these times ask the term: its evaluations, and the spans they are used for."""
-    alone = [over(update, *step) for step in itertools.pairwise(times) for update in (*scheme.restart, *scheme.updates)]
-    joined = [move for move in moves(scheme, times, adds_up) if move[3] is not None]
+    alone = [
+        scheduled(update, *step) for step in itertools.pairwise(times) for update in (*scheme.restart, *scheme.updates)
+    ]
+    joined = [move for move in schedule(scheme, times, additive) if move[3] is not None]
     return list(evaluations([*alone, *joined]))

@@ -20,7 +20,7 @@ class CDETerm:
     def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any = None) -> None:
         self.func, self.packing, self.control = func, packing, drive
         self.clock = clock or Clock(packing.real_dtype, packing.device)
-        self.adds_up = drive.adds_up
+        self.additive = drive.additive
         self.form: Any = None
 
 

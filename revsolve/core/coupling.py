@@ -25,7 +25,7 @@ from revsolve.core.tape import Grads, Memo, Tape
 State = tuple[Tensor, ...]
 Combination = list[tuple[Scalar, Tensor]]  # sum of weight * tensor
 # An update, its span, and where it evaluates if the update does not say so itself.
-Move = tuple["CouplingUpdate", Time, Time, "Time | None"]
+ScheduledUpdate = tuple["CouplingUpdate", Time, Time, "Time | None"]
 
 
 class Increment(Protocol):
@@ -85,11 +85,11 @@ class Scheme:
     """A method as data: the updates of one step, and those that make z follow from y at the start and at every restart.
 
     order is that of the solution, error_order that of the embedded solution (None: no error estimate). A scheme whose
-    `restart` is empty is a plain method: its state is y alone, and its steps cannot be undone. `staggered` says that z is a
+    `restart` is empty is a plain method: its state is y alone, and its steps cannot be undone. `has_velocity` says that z is a
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. One step
-    after a restart that measure is of order h ** gap_order. `run(times)`, if given, is an equivalent shorter list of moves for
-    the steps between these times: neighbours at the end of one step and the start of the next are merged. `longest` bounds the
-    steps between restarts by default.
+    after a restart that defect is of order h ** defect_order. `merged(times)`, if given, is an equivalent shorter schedule of
+    the steps between these times: neighbours at the end of one step and the start of the next are one. `max_segment` bounds
+    the steps between restarts by default.
     """
 
     name: str
@@ -97,10 +97,10 @@ class Scheme:
     restart: tuple[CouplingUpdate, ...]
     order: int
     error_order: int | None = None
-    staggered: bool = False
-    gap_order: int = 2
-    longest: int | None = None
-    run: Callable[[Sequence[Time]], list[Move]] | None = field(default=None, compare=False)
+    has_velocity: bool = False
+    defect_order: int = 2
+    max_segment: int | None = None
+    merged: Callable[[Sequence[Time]], list[ScheduledUpdate]] | None = field(default=None, compare=False)
     reversible: bool = field(init=False, compare=False)
     tensors: tuple[Tensor, ...] = field(
         init=False, compare=False
@@ -122,19 +122,19 @@ class Scheme:
         return bool(math.prod(value_of(update.keep) for update in self.updates if update.target == 1) < 0)
 
 
-def moves(scheme: Scheme, times: Sequence[Time], adds_up: bool) -> list[Move]:
+def schedule(scheme: Scheme, times: Sequence[Time], additive: bool) -> list[ScheduledUpdate]:
     """The updates of the steps from each of the times to the next, in order; in fewer moves if the term adds up."""
-    if adds_up and scheme.run is not None and len(times) > 2:
-        path = scheme.run(times)
+    if additive and scheme.merged is not None and len(times) > 2:
+        path = scheme.merged(times)
     else:
         path = []
         for t0, t1 in pairwise(times):
             for update in scheme.updates:
-                path.append(over(update, t0, t1))
-    return path + _jump(scheme, times) if scheme.staggered and isinstance(times[-1], OneSided) else path
+                path.append(scheduled(update, t0, t1))
+    return path + _jump(scheme, times) if scheme.has_velocity and isinstance(times[-1], OneSided) else path
 
 
-def _jump(scheme: Scheme, times: Sequence[Time]) -> list[Move]:
+def _jump(scheme: Scheme, times: Sequence[Time]) -> list[ScheduledUpdate]:
     """Where the field jumps at the end of the steps, so does the velocity; otherwise it would oscillate about the new field."""
     before = times[-1]
     assert isinstance(before, OneSided)
@@ -143,7 +143,7 @@ def _jump(scheme: Scheme, times: Sequence[Time]) -> list[Move]:
     return [(replace(follow, keep=1.0, mix=0.0, gain=sign, error=0.0), times[-2], before, at) for sign, at in sides]
 
 
-def evaluations(path: Iterable[Move]) -> Iterator[tuple[Time, Time, Time]]:
+def evaluations(path: Iterable[ScheduledUpdate]) -> Iterator[tuple[Time, Time, Time]]:
     """The (t, t0, t1) for which the moves ask the term: an evaluation at t, used for the span t0 -> t1."""
     for update, t0, t1, at in path:
         if update.increment is not None:
@@ -151,7 +151,7 @@ def evaluations(path: Iterable[Move]) -> Iterator[tuple[Time, Time, Time]]:
                 yield t, t0, t1
 
 
-def over(update: CouplingUpdate, t0: Time, t1: Time) -> Move:
+def scheduled(update: CouplingUpdate, t0: Time, t1: Time) -> ScheduledUpdate:
     """The update in the step t0 -> t1."""
     return update, moment(t0, t1, update.start), moment(t0, t1, update.end), None
 
@@ -166,7 +166,7 @@ def written(state: State, member: int, x: Tensor) -> State:
     return (*state[:member], x, *state[member + 1 :])
 
 
-def advance(move: Move, state: State, memo: Memo, error: list[Tensor] | None = None) -> State:
+def advance(move: ScheduledUpdate, state: State, memo: Memo, error: list[Tensor] | None = None) -> State:
     """The state after the move; parts of the step's error estimate are appended to `error`."""
     update, t0, t1, at = move
     keep, mix, gain = update.coefficients(t0, t1)
@@ -197,7 +197,7 @@ def advance(move: Move, state: State, memo: Memo, error: list[Tensor] | None = N
     return written(state, update.target, out)
 
 
-def pull_back(move: Move, state: State, grads: Grads, tape: Tape, restored: Sequence[Tensor] = ()) -> State:
+def pull_back(move: ScheduledUpdate, state: State, grads: Grads, tape: Tape, restored: Sequence[Tensor] = ()) -> State:
     """Undo the move and carry the cotangents in `grads` (changed in place) across it; returns the state before it.
 
     An update with keep = 0 overwrote its target: that is found in the state `restored`, or was not there. Gradients must be

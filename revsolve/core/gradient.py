@@ -23,7 +23,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.caller import warn
-from revsolve.core.coupling import State, moves, over, pull_back, written
+from revsolve.core.coupling import State, pull_back, schedule, scheduled, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Gradients, Problem
 from revsolve.core.stepper import Grid
@@ -262,7 +262,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
             if (i := grid.output(last)) is not None:
                 grads.add(0, grad_ys[i])
             times = grid.seen(first, last, grid.times[first : last + 1] if clock is None else clock(first, last))
-            path = moves(scheme, times, tape.memo.adds_up)
+            path = schedule(scheme, times, tape.memo.additive)
             for move in reversed(path[1:]):
                 state = pull_back(move, state, grads, tape)
             scale = torch.maximum(scale, problem.narrowed(state[0]).abs())
@@ -280,7 +280,7 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
         if start in grid.restarts:
             state = written(state, 0, stored[0])
             for update in reversed(scheme.restart):
-                state = pull_back(over(update, times[0], times[1]), state, grads, tape, restored=stored)
+                state = pull_back(scheduled(update, times[0], times[1]), state, grads, tape, restored=stored)
         state, stop = stored, start
     tape.flush(grads)
     if (i := grid.output(0)) is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, widest
-from revsolve.core.coupling import Scheme, State, advance, moves, over
+from revsolve.core.coupling import Scheme, State, advance, schedule, scheduled
 from revsolve.core.problem import Problem
 from revsolve.core.restart import FixedInterval, RestartPolicy
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
@@ -38,9 +38,9 @@ class Walk:
         latest, y = self.memo.latest, state[0]
         if restart:
             for update in self.scheme.restart:
-                state = advance(over(update, times[0], times[1]), state, self.memo)
+                state = advance(scheduled(update, times[0], times[1]), state, self.memo)
         self.begun = state
-        for move in moves(self.scheme, times, self.memo.adds_up):
+        for move in schedule(self.scheme, times, self.memo.additive):
             state = advance(move, state, self.memo, error)
         if measure is None or not error:
             return state, None
@@ -83,7 +83,7 @@ def march(
                 store(n, state if n else (y0,))
             next_decision = policy.begin(stepper, state[0])
         limit = next_decision
-        if scheme.staggered and problem.restarts is not None and limit > n + 1:
+        if scheme.has_velocity and problem.restarts is not None and limit > n + 1:
             limit -= 1  # the last step is taken alone, so that its change of the velocity can be measured
         state = stepper.advance(walk, state, restart, min(limit, stepper.num_total or limit))
         if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
@@ -192,7 +192,7 @@ def _finite(x: Any) -> bool:
 def gap(scheme: Scheme, state: State, before: Tensor, h: float | Tensor) -> Tensor:
     """The distance of z from what a restart would make of it, after a step of length h that began with z = `before`."""
     y, z = state
-    return ((z - before) * h if scheme.staggered else y - z).detach()
+    return ((z - before) * h if scheme.has_velocity else y - z).detach()
 
 
 def size_of(x: Tensor) -> Tensor:

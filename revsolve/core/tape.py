@@ -15,7 +15,7 @@ from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
 class Term(Protocol):
     """What is integrated: the value of a field, the control that drives it over a span of time, and the product of both.
 
-    A term may also have `adds_up`, true where the controls over two spans, one after the other, add up to that over both;
+    A term may also have `additive`, true where the controls over two spans, one after the other, add up to that over both;
     `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product as a list of
     (weight, k) with numbers or tensors as weights; and `late`, true where the value is but the place (t, x) of an evaluation
     that the product makes.
@@ -38,7 +38,7 @@ class Wrapped:
     def __init__(self, term: Term) -> None:
         self.term, self.control, self.product = term, term.control, term.product
         self.summands, self.late = getattr(term, "summands", None), getattr(term, "late", False)
-        self.adds_up, self.is_rate = getattr(term, "adds_up", False), getattr(term, "is_rate", False)
+        self.additive, self.is_rate = getattr(term, "additive", False), getattr(term, "is_rate", False)
 
 
 class Guarded(Wrapped):

@@ -90,7 +90,7 @@ class BatchedTime:
     one: step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
     """
 
-    shift, adds_up = None, False
+    shift, additive = None, False
 
     def __init__(self, t: Tensor, x0: Tensor) -> None:
         self.t, self.dtype = t.to(x0.device, widest(x0.device)), x0.real.dtype
@@ -140,9 +140,11 @@ def steps_for_samples(
     than `step_size`."""
     options, scheme = ivp.options, ivp.options.scheme
     refuse_options(options.given)
-    if scheme.staggered or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
+    if scheme.has_velocity or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
         fault = (
-            "carries a velocity from step to step" if scheme.staggered else "evaluates the field outside of its steps"
+            "carries a velocity from step to step"
+            if scheme.has_velocity
+            else "evaluates the field outside of its steps"
         )
         raise ValueError(
             f"{scheme.name!r} {fault}, but with times of each sample's own the speed of time changes at every output: use "

@@ -43,7 +43,7 @@ class _BatchTerm:
 
     def __init__(self, batch: Batch, tensors: Sequence[Tensor]) -> None:
         self.batch, self.tensors = batch, tuple(tensors)
-        self.adds_up = getattr(batch.term, "adds_up", False)
+        self.additive = getattr(batch.term, "additive", False)
 
     def value(self, t: Time, x: Tensor) -> Any:
         return self._collected(lambda term, x: term.value(t, x), [x])

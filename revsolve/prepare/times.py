@@ -60,7 +60,7 @@ class Clock:
     They are later by `shift`, a tensor that is zero: its gradient is that of moving all times at once.
     """
 
-    adds_up = True  # what passes in two spans, one after the other, passes at one speed
+    additive = True  # what passes in two spans, one after the other, passes at one speed
 
     def __init__(self, dtype: torch.dtype, device: torch.device, shift: Tensor | None = None) -> None:
         self.dtype, self.device = dtype, device

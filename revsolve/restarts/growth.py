@@ -81,10 +81,10 @@ class Growth:
 
     def __init__(self, restarts: Restarts, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.spectrum, self.smooth = scheme, Spectrum(scheme, memo), memo.is_rate
-        self.adds_up = scheme.gap_order > scheme.order if restarts.adds_up is None else restarts.adds_up
+        self.adds_up = scheme.defect_order > scheme.order if restarts.adds_up is None else restarts.adds_up
         self.growth = min(restarts.growth, ODD) if self.smooth and scheme.order % 2 else restarts.growth
-        rough = scheme.staggered and not self.smooth  # then a velocity says nothing of the next step
-        self.given = 1 if rough else restarts.longest or scheme.longest
+        rough = scheme.has_velocity and not self.smooth  # then a velocity says nothing of the next step
+        self.given = 1 if rough else restarts.longest or scheme.max_segment
         evaluations = sum(len(update.increment.nodes) for update in scheme.updates if update.increment is not None)
         self.stride = self._even(max(1 + scheme.alternates, STRIDE // evaluations if self.smooth else 1))
         self.start, self.length = 0, FIRST_LENGTH / 2  # of this segment, of the one before
@@ -117,7 +117,7 @@ class Growth:
         return n + 1
 
     def extend(self, stepper: Stepper, gap: Callable[[Tensor], Tensor | float]) -> int:
-        n, taken, order = stepper.num_steps, stepper.num_steps - self.start, self.scheme.gap_order
+        n, taken, order = stepper.num_steps, stepper.num_steps - self.start, self.scheme.defect_order
         if taken >= self.bound:
             return n
         assert self.scale is not None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.coupling import Scheme, State, advance, moves, over
+from revsolve.core.coupling import Scheme, State, advance, schedule, scheduled
 from revsolve.core.tape import Memo, vector_jacobian_product
 
 SEED = 31_415  # of the first direction: the same in every solve, and apart from the user's random state
@@ -137,8 +137,8 @@ def _table(scheme: Scheme) -> list[list[int]]:
     sizes = SMALLEST * 2.0 ** torch.arange(0, math.log2(LARGEST / SMALLEST) + 1e-9, 1 / PER_OCTAVE, **kind)
     z = -sizes[:, None] * torch.exp(1j * torch.linspace(0, math.pi, NUM_ANGLES, **kind))
     step, state = _amplification(scheme, z)
-    rough = scheme.gap_order < scheme.order and not scheme.staggered  # z errs more than y, which y must not see
-    allowed = TRIPLED if rough else AMPLIFIED if scheme.gap_order <= scheme.order else math.inf
+    rough = scheme.defect_order < scheme.order and not scheme.has_velocity  # z errs more than y, which y must not see
+    allowed = TRIPLED if rough else AMPLIFIED if scheme.defect_order <= scheme.order else math.inf
     rows = 2 if rough else 1  # those of y, and of z
     power, base = torch.eye(2, dtype=z.dtype, device=z.device), (step @ state)[..., 0, 0].abs()
     natural, within, reached = torch.ones_like(base), torch.ones_like(base, dtype=torch.bool), torch.zeros_like(base)
@@ -156,12 +156,12 @@ def _amplification(scheme: Scheme, z: Tensor) -> tuple[Tensor, Tensor]:
     columns = []
     unit: tuple[State, State] = (one, zero), (zero, one)
     for pair in unit:
-        for move in moves(scheme, (0.0, 1.0), memo.adds_up):
+        for move in schedule(scheme, (0.0, 1.0), memo.additive):
             pair = advance(move, pair, memo)
         columns.append(torch.stack(pair, -1))
     restarted: State = (one,)
     for update in scheme.restart:
-        restarted = advance(over(update, 0.0, 1.0), restarted, memo)
+        restarted = advance(scheduled(update, 0.0, 1.0), restarted, memo)
     y, other = restarted
     return torch.stack(columns, -1), torch.stack((y, other), -1).unsqueeze(-1)
 
@@ -169,7 +169,7 @@ def _amplification(scheme: Scheme, z: Tensor) -> tuple[Tensor, Tensor]:
 class _Linear:
     """y' = rate * y for many rates at once."""
 
-    adds_up = True
+    additive = True
 
     def __init__(self, rate: Tensor) -> None:
         self.rate = rate

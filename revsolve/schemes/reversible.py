@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, moment
-from revsolve.core.coupling import CouplingUpdate, Increment, Move, Scheme
+from revsolve.core.coupling import CouplingUpdate, Increment, ScheduledUpdate, Scheme
 from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, is_halved, partial_sums
 from revsolve.schemes.increment import Given, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau, as_tableau
@@ -67,8 +67,8 @@ def reversible(tableau: Tableau | str, coupling: float = 1.0) -> Scheme:
         (COPY,),
         tableau.order,
         tableau.error_order,
-        gap_order=tableau.order + 1,
-        longest=ODD_ORDER_LONGEST if tableau.order in (1, 3) else None,
+        defect_order=tableau.order + 1,
+        max_segment=ODD_ORDER_LONGEST if tableau.order in (1, 3) else None,
     )
 
 
@@ -90,18 +90,18 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
     name = _composed_name("reversible_heun", order)
-    gap_order = order + 1 if is_halved(composition) else 2
-    run = functools.partial(_two_step, nodes)
-    return Scheme(name, tuple(updates), (COPY,), order, error_order, gap_order=gap_order, run=run)
+    defect_order = order + 1 if is_halved(composition) else 2
+    merged = functools.partial(_two_step, nodes)
+    return Scheme(name, tuple(updates), (COPY,), order, error_order, defect_order=defect_order, merged=merged)
 
 
-def _two_step(nodes: Sequence[float], times: Sequence[Time]) -> list[Move]:
+def _two_step(nodes: Sequence[float], times: Sequence[Time]) -> list[ScheduledUpdate]:
     """Reversible Heun over several steps as the leapfrog that z follows: increments t_{n-1} -> t_{n+1} at z_n added to z_{n-1}.
 
     Between the half kicks at both ends, y is replaced by the z before: one update for each evaluation instead of two.
     """
     t = [moment(t0, t1, c) for t0, t1 in itertools.pairwise(times) for c in nodes[:-1]] + [times[-1]]
-    out: list[Move] = [(HALF_KICK, t[0], t[1], t[0]), (REFLECT, t[0], t[1], None)]
+    out: list[ScheduledUpdate] = [(HALF_KICK, t[0], t[1], t[0]), (REFLECT, t[0], t[1], None)]
     first, last = 1, len(t) - 1
     if (last - first) % 2:  # z must end where it began
         out += [(HALF_KICK, t[0], t[2], t[1]), (REFLECT, t[1], t[2], None)]
@@ -140,7 +140,7 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, min(len(composition), ERROR_NODES) - 1)
     name = _composed_name("alf", order)
-    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, staggered=True)
+    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, has_velocity=True)
 
 
 def leapfrog() -> Scheme:
@@ -156,7 +156,7 @@ def leapfrog() -> Scheme:
         CouplingUpdate(Y, Z, mix=1.0, rate=True),
     )
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=RungeKutta(backwards), rate=True)
-    return Scheme("leapfrog", updates, (start,), 2, None, staggered=True)
+    return Scheme("leapfrog", updates, (start,), 2, None, has_velocity=True)
 
 
 @dataclass(frozen=True)

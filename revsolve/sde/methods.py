@@ -39,8 +39,8 @@ def sde_scheme(method: str | Tableau | Scheme | None, noise_type: str, sde_type:
     _check_convergence(found, noise_type, sde_type)
     # In one step from a restart, y and z drift apart by the method's local error. Over the straight line that stands for
     # dW that is of order (p + 1) in dW, or (p + 1)/2 in h; only ratios of unequal steps depend on the number.
-    gap_order = 1 if found.name == "reversible_heun" else max(1, (found.order + 1) // 2)
-    return replace(found, gap_order=gap_order, error_order=None if found.error_order is None else 1)
+    defect_order = 1 if found.name == "reversible_heun" else max(1, (found.order + 1) // 2)
+    return replace(found, defect_order=defect_order, error_order=None if found.error_order is None else 1)
 
 
 def scheme_and_options(

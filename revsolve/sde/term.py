@@ -43,7 +43,7 @@ class SDETerm:
 
     def __post_init__(self) -> None:
         self.on_demand = self.on_demand and self.shift is None and self.parts.apart is not None
-        self.adds_up = isinstance(self.path, BrownianPath)
+        self.additive = isinstance(self.path, BrownianPath)
         self.entrywise = self.parts.noise_type in ("diagonal", "scalar") and not self.parts.product_only
 
     @property
@@ -130,7 +130,7 @@ class LogRatioTerm:
     """
 
     def __init__(self, term: SDETerm) -> None:
-        self.term, self.adds_up, self.control = term, term.adds_up, term.control
+        self.term, self.additive, self.control = term, term.additive, term.control
 
     def value(self, t: Time, x: Tensor) -> Any:
         y, parts = x[..., :-1], self.term.parts

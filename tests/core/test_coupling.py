@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve import method_names
 from revsolve.core.arithmetic import linear
-from revsolve.core.coupling import CouplingUpdate, State, advance, over, pull_back
+from revsolve.core.coupling import CouplingUpdate, State, advance, pull_back, scheduled
 from revsolve.core.tape import Grads, Memo, Tape
 from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.names import scheme
@@ -46,7 +46,7 @@ def no_audit(outputs: Any, own: Any) -> None:
 def started(name: str, y: Tensor, t0: float, t1: float, memo: Memo) -> State:
     pair: State = (y,)
     for update in scheme(name).restart:
-        pair = advance(over(update, t0, t1), pair, memo)
+        pair = advance(scheduled(update, t0, t1), pair, memo)
     return pair
 
 
@@ -57,11 +57,11 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     term = Field(torch.tensor(0.7, dtype=torch.float64))
     before = pair = started(name, torch.tensor(y, dtype=torch.float64), t0, t0 + h, Memo(term))
     for update in scheme(name).updates:
-        pair = advance(over(update, t0, t0 + h), pair, Memo(term))
+        pair = advance(scheduled(update, t0, t0 + h), pair, Memo(term))
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(over(update, t0, t0 + h), pair, Grads(None, None), tape)
+            pair = pull_back(scheduled(update, t0, t0 + h), pair, Grads(None, None), tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)
@@ -80,13 +80,13 @@ def test_one_update(keep: float, mix: float, gain: float, t0: float, h: float, r
     cotangents = [torch.randn(3, dtype=torch.float64) for _ in range(2)]
     update = CouplingUpdate(0, 1, *numbers[:3], increment=LINE, start=0.2, end=0.9, rate=rate)
     term = Field(numbers[3])
-    after = advance(over(update, t0, t0 + h), pair, Memo(term))
+    after = advance(scheduled(update, t0, t0 + h), pair, Memo(term))
     wanted = torch.autograd.grad(after, [*pair, *numbers], cotangents)
 
     tape = Tape(term, numbers, no_audit)
     grads = Grads(*cotangents)
     with torch.enable_grad():
-        undone = pull_back(over(update, t0, t0 + h), tuple(x.detach() for x in after), grads, tape)
+        undone = pull_back(scheduled(update, t0, t0 + h), tuple(x.detach() for x in after), grads, tape)
         tape.flush(grads)
     size = 1 + max(float(x.detach().abs().max()) for x in after) / abs(keep)
     torch.testing.assert_close(undone[0].detach(), pair[0].detach(), rtol=0, atol=1e-14 * size)
@@ -100,7 +100,7 @@ def test_plain_numbers_are_as_good_as_tensors() -> None:
     keep, mix, gain = torch.tensor([0.75, 0.5, -2.0], dtype=torch.float64)
     tensors = replace(numbers, keep=keep, mix=mix, gain=gain)
     term = Field(torch.tensor(0.7, dtype=torch.float64))
-    got, wanted = (advance(over(update, 0.0, 0.1), (y, z), Memo(term))[0] for update in (tensors, numbers))
+    got, wanted = (advance(scheduled(update, 0.0, 0.1), (y, z), Memo(term))[0] for update in (tensors, numbers))
     torch.testing.assert_close(got, wanted, rtol=1e-15, atol=1e-15)
 
 
@@ -109,7 +109,7 @@ def test_an_overwritten_member_is_restored_not_undone() -> None:
     y, z, grad_y, grad_z = torch.randn(4, 3).unbind()
     grads = Grads(grad_y, grad_z)
     tape = Tape(Field(torch.ones(())), (), no_audit)
-    pair = pull_back(over(copy, 0.0, 0.1), (y, y), grads, tape, restored=(y, z))
+    pair = pull_back(scheduled(copy, 0.0, 0.1), (y, y), grads, tape, restored=(y, z))
     assert pair == (y, z)
     assert grads[1] is None
     torch.testing.assert_close(grads[0], grad_y + grad_z, rtol=0, atol=0)
@@ -122,10 +122,10 @@ def test_undoing_evaluates_once_per_evaluation(name: str) -> None:
     forward, backward = Memo(term), Tape(term, (), no_audit)
     grads = Grads(*torch.ones(2, 2, dtype=torch.float64))
     for update in scheme(name).updates:
-        pair = advance(over(update, 0.0, 0.1), pair, forward)
+        pair = advance(scheduled(update, 0.0, 0.1), pair, forward)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(over(update, 0.0, 0.1), pair, grads, backward)
+            pair = pull_back(scheduled(update, 0.0, 0.1), pair, grads, backward)
     assert forward.num_evaluations == backward.memo.num_evaluations > 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import moment
-from revsolve.core.coupling import CouplingUpdate, advance, over
+from revsolve.core.coupling import CouplingUpdate, advance, scheduled
 from revsolve.core.tape import Memo
 from revsolve.schemes.increment import OneEvaluation
 
@@ -120,6 +120,6 @@ def test_the_engine_updates_one_member_of_many():
     members = tuple(exact(0.1 * (OLDEST - k)) for k in range(STEPS))
     after, memo = members, Memo(Field())
     for update in updates():
-        after = advance(over(update, 0.5, 0.6), after, memo)
+        after = advance(scheduled(update, 0.5, 0.6), after, memo)
     assert len(after) == STEPS
     torch.testing.assert_close(after[OLDEST], step(list(members), Field(), 0.5, 0.6)[0])

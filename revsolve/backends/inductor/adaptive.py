@@ -18,7 +18,7 @@ from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.step_tables import as_seen
 from revsolve.backends.inductor.user_state import without_fakes
-from revsolve.core.coupling import Scheme, State, advance, over
+from revsolve.core.coupling import Scheme, State, advance, scheduled
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
@@ -44,7 +44,7 @@ class CompiledSteps:
         self.before_attempt = memo.latest
         if restart:
             for update in self.scheme.restart:
-                state = advance(over(update, t0, t1), state, memo)
+                state = advance(scheduled(update, t0, t1), state, memo)
         source = state[self.begins]
         value, form = tree_flatten(memo.value(t0, source) if self.passes_on else ())
         seen = [as_seen(t, self.time_dtype) for t in times]
@@ -95,7 +95,7 @@ class CompiledSteps:
         if self.passes_on:
             memo.latest = (pair[self.begins], t0, tree_unflatten(value, form))
         for update in self.scheme.updates:
-            pair = advance(over(update, t0, t1), pair, memo, error)
+            pair = advance(scheduled(update, t0, t1), pair, memo, error)
         measured, distance = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
         if before:
             distance = gap(self.scheme, pair, before[0], (t1 - t0).to(y.real.dtype))
@@ -109,7 +109,7 @@ def _first_same_as_last(scheme: Scheme, begins: int) -> bool:
     memo, one = Memo(_Unmoved()), torch.ones((), device="cpu")
     pair: State = (one, one)
     for update in scheme.updates:
-        pair = advance(over(update, 0.0, 1.0), pair, memo, [])
+        pair = advance(scheduled(update, 0.0, 1.0), pair, memo, [])
     return memo.latest[0] is pair[begins] and bool(memo.latest[1] == 1.0)
 
 

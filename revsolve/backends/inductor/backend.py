@@ -23,7 +23,7 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
-from revsolve.core.coupling import State, advance, over
+from revsolve.core.coupling import State, advance, scheduled
 from revsolve.core.gradient import amplitude, certify, mean_size, refill
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Gradients, Problem
@@ -59,7 +59,7 @@ class InductorBackend:
             if scheme.reversible and (problem.restarts is not None or n == 0):
                 grid.restarts.add(n)
                 for update in scheme.restart:
-                    pair = advance(over(update, *first_step), pair, memo)
+                    pair = advance(scheduled(update, *first_step), pair, memo)
             if store is not None:
                 store(n, begin if n else (y0,))
             n, pair = self._segment(policy, ahead, stepper, pair)
@@ -164,7 +164,7 @@ def compiled(
         "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
         "options={'step_size': ...} or dt, no progress and no callback, or": not isinstance(stepper, taken),
         f"compile= takes no jump_t with method {problem.scheme.name!r}, whose velocity jumps with the field: use one like "
-        "'reversible_heun' or 'rev_rk4', or": problem.scheme.staggered and _jumps(stepper),
+        "'reversible_heun' or 'rev_rk4', or": problem.scheme.has_velocity and _jumps(stepper),
     }
     for why, applies in refused.items():
         if applies:

@@ -24,7 +24,7 @@ from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sw
 from revsolve.backends.inductor.step_tables import at, counter, outputs_due, padded, row, times_seen
 from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.arithmetic import Time, scaled_add
-from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, over, pull_back, written
+from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, pull_back, scheduled, written
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -90,7 +90,7 @@ class CompileContext:
         """The pair after updates of the step t0 -> t1, with the controls of a row of the table."""
         for update in updates:
             self.term.turn_to(update, controls)
-            pair = advance(over(update, t0, t1), pair, memo)
+            pair = advance(scheduled(update, t0, t1), pair, memo)
         return pair
 
     def pulled_back(
@@ -113,7 +113,7 @@ class CompileContext:
             source, seen = pair[update.source], pair
             if exactly is not None and update is updates[0]:
                 seen = written(pair, update.source, exactly(source))
-            before = pull_back(over(update, t0, t1), seen, grads, tape, restored=pair)
+            before = pull_back(scheduled(update, t0, t1), seen, grads, tape, restored=pair)
             pair = written(before, update.source, source)
         return pair
 
@@ -226,7 +226,7 @@ def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
     Where a method evaluates the field at the end of a step and again at the start of the next, at the same state and time
     (reversible Heun), both are one evaluation so.
     """
-    ahead = 1 if scheme.run is not None and scheme.updates[0].increment is not None else 0
+    ahead = 1 if scheme.merged is not None and scheme.updates[0].increment is not None else 0
     return scheme.updates[:ahead], scheme.updates[ahead:]
 
 
