@@ -118,10 +118,14 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 class Grads:
-    """The cotangents of a state's members, None for zero. Scaling is lazy: a factor is applied when something is added."""
+    """The cotangents of a state's members, None for zero, by default those of a pair.
+
+    Scaling is lazy: a factor is applied when something is added.
+    """
 
     def __init__(self, *totals: Tensor | None) -> None:
-        self.totals, self.factors = list(totals), [1.0] * len(totals)
+        self.totals = list(totals) or [None, None]
+        self.factors = [1.0] * len(self.totals)
 
     def __getitem__(self, member: int) -> Tensor | None:
         total, factor = self.totals[member], self.factors[member]

@@ -61,7 +61,7 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(scheduled(update, t0, t0 + h), pair, Grads(None, None), tape)
+            pair = pull_back(scheduled(update, t0, t0 + h), pair, Grads(), tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)

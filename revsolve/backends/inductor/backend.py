@@ -105,7 +105,7 @@ class InductorBackend:
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
         scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
-        grads = Grads(None, None)
+        grads = Grads()
         stop, pair = grid.num_steps, marks.pop(grid.num_steps)
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
         while stop > 0:
