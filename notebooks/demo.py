@@ -104,7 +104,7 @@ def gradient(model: Model, years: float, mode: str) -> Tensor:
 def live_tensors() -> dict[int, int]:
     """The storages of all tensors, and how many numbers each holds."""
     gc.collect()
-    alive = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    alive = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     return {storage.data_ptr(): storage.nbytes() // 8 for storage in alive}
 
 

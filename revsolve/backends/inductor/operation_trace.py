@@ -48,7 +48,8 @@ class OperationTrace(TorchDispatchMode):
         self.lines.append(tuple(line))
         if func._schema.is_mutable:
             self._check_changed(func, args, kwargs or {})
-        if func is READ and args[0].dtype is torch.bool:  # known at once; a recording would fail after seconds
+        # Known at once, where a recording would fail after seconds. In anomaly mode autograd itself looks for NaN.
+        if func is READ and args[0].dtype is torch.bool and not torch.is_anomaly_enabled():
             raise CompilationError(
                 "compile= records one branch for all times and states: a field may not look at numbers (if on a value). Use "
                 f"torch.where, or {INSTEAD}."
