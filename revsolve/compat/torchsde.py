@@ -16,6 +16,7 @@ from revsolve.field.functorch import outside, transformed
 _ATTRIBUTES = ("__call__", "shape", "dtype", "device", "levy_area_approximation")
 _AREAS = ("none", "space-time", "davie", "foster")
 _LOCKS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the id of the path, one for all its wrappers
+_MAKING = threading.Lock()
 
 
 class ForeignBrownian:
@@ -26,7 +27,8 @@ class ForeignBrownian:
 
     def __init__(self, bm: Any) -> None:
         self.bm = bm
-        self._lock = _LOCKS.setdefault(id(bm), threading.RLock())  # because a query changes the path's tree
+        with _MAKING:  # two threads would each make one
+            self._lock = _LOCKS.setdefault(id(bm), threading.RLock())  # because a query changes the path's tree
         self.shape, self.dtype, self.device = torch.Size(bm.shape), bm.dtype, torch.device(bm.device)
         if bm.levy_area_approximation not in _AREAS:
             raise ValueError(
