@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -248,16 +248,10 @@ class _Gated(torch.autograd.Function):
 def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
     scheme, clock = problem.scheme, _MovingTimes(grid, tape) if moving else None
-    scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
-    stop, state = grid.num_steps, marks.pop(grid.num_steps)
+    scale, state = amplitude(problem, marks.values()), marks.pop(grid.num_steps)
     grads = Grads(*[None] * len(state))
     distances, sizes = [], [mean_size(state[0] / scale)]  # type: list[Tensor], list[Tensor]
-    while stop > 0:
-        start = max(marks)
-        if missing and missing[-1] > start:
-            tape.memo.num_evaluations += refill(problem, tape.memo.term, grid, marks, missing)
-            continue
-        stored = marks.pop(start)
+    for start, stop, stored in segments_back(problem, grid, marks, tape):
         for first, last in reversed(list(grid.runs(start, stop, range(stop) if moving else ()))):
             if (i := grid.output(last)) is not None:
                 grads.add(0, grad_ys[i])
@@ -281,12 +275,27 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
             state = written(state, 0, stored[0])
             for update in reversed(scheme.restart):
                 state = pull_back(scheduled(update, times[0], times[1]), state, grads, tape, restored=stored)
-        state, stop = stored, start
+        state = stored
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
     certify(problem, distances, sizes)
     return grads[0], clock.close() if clock else {}
+
+
+def segments_back(
+    problem: Problem, grid: Grid, marks: dict[int, State], tape: Tape
+) -> Iterator[tuple[int, int, State]]:
+    """The segments, the last one first: the steps start..stop, and the state at the start, which is taken out of `marks`.
+    Restarts that were not kept are filled in before they are passed."""
+    stop, missing = grid.num_steps, sorted(grid.restarts - marks.keys())
+    while stop > 0:
+        start = max(marks)
+        if missing and missing[-1] > start:
+            tape.memo.num_evaluations += refill(problem, tape.memo.term, grid, marks, missing)
+        else:
+            yield start, stop, marks.pop(start)
+            stop = start
 
 
 def refill(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:

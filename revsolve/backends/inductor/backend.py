@@ -24,7 +24,7 @@ from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
 from revsolve.core.coupling import State, advance, scheduled
-from revsolve.core.gradient import amplitude, certify, mean_size, refill
+from revsolve.core.gradient import amplitude, certify, mean_size, segments_back
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Gradients, Problem
 from revsolve.core.restart import RestartPolicy
@@ -104,21 +104,14 @@ class InductorBackend:
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
         back = Backward(self.context, grad_ys, tape)
-        scale, missing = amplitude(problem, marks.values()), sorted(grid.restarts - marks.keys())
-        grads = Grads()
-        stop, pair = grid.num_steps, marks.pop(grid.num_steps)
+        scale, pair, grads = amplitude(problem, marks.values()), marks.pop(grid.num_steps), Grads()
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
-        while stop > 0:
-            start = max(marks)
-            if missing and missing[-1] > start:
-                tape.memo.num_evaluations += refill(problem, problem.field.term, grid, marks, missing)
-                continue
-            stored = marks.pop(start)
+        for start, stop, stored in segments_back(problem, grid, marks, tape):
             y = problem.widened(stored[0]).contiguous()
             undone = back(pair, grads, start, stop, (y, *stored[1:]), start in grid.restarts)
             distances.append(mean_size((undone - y) / scale))
             sizes.append(mean_size(y / scale))
-            pair, stop = stored, start
+            pair = stored
         tape.memo.num_evaluations += back.num_evaluations
         certify(problem, distances, sizes)
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
