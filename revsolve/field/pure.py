@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term, leaf_of
 from revsolve.field.audit import Audit, lost, products
 from revsolve.field.autograd import boundary, depend_on_each_other, drawing, inputs_of
-from revsolve.field.discover import REQUIRES_GRAD, Found, discover, refusing_sharded_calls
+from revsolve.field.discover import REQUIRES_GRAD, discover, refusing_sharded_calls
 from revsolve.field.functorch import has_hooks, is_borrowed, version
-from revsolve.field.holders import Holdings, Memory
+from revsolve.field.holders import Holdings, Memory, tensors_in
 from revsolve.field.repeat import (
     Buffers,
     Repeatable,
@@ -176,7 +176,7 @@ class Opening:
         """All that an evaluation at (t, x) gives."""
         with torch.no_grad():
             value = self.term.value(t, x)
-            found = _tensors(value)
+            found = tensors_in(value)
             start = self.span[0]
             return [*found, self.term.product(value, self.term.control(t, *self.span))[0]] if t == start else found
 
@@ -220,8 +220,8 @@ class Constant(Guarded):
             return call(*args)
         with torch.enable_grad():
             value = call(*args)
-        outputs = [part for part in _tensors(value) if part.requires_grad]
-        own = {id(x) for x in _tensors(args)}  # the state, of which the field may want gradients
+        outputs = [part for part in tensors_in(value) if part.requires_grad]
+        own = {id(x) for x in tensors_in(args)}  # the state, of which the field may want gradients
         leaves = [leaf for leaf in boundary(outputs)[0] if id(leaf) not in own]
         if leaves:
             raise lost(leaves[0])
@@ -284,7 +284,7 @@ def pure(
     if repeats:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         term = opening.term = Repeatable(term, seed, device, changing if matters else None)
-    tensors = found.tensors if isinstance(found, Found) else []
+    tensors = found.tensors if held else []
     wanted = moving or x0.requires_grad or bool(tensors)
     field = Pure(Constant(term) if held and not wanted else term, tensors)
     field.repeats, field.coefficients, field.opening = repeats, coefficients, opening
@@ -294,7 +294,7 @@ def pure(
     if not repeats and not changing:
         field.first = (span[0], tree_map_only(Tensor, partial(_own, held), value))
     del opening.value  # and with it what the graph of an evaluation holds
-    if held and wanted and isinstance(found, Found):
+    if held and wanted:
         field.own_leaves, field.memory = found.own_leaves, Memory(found.places, holdings.keepers)
         field.random = () if draws else before
         field.constants = versions and [
@@ -326,13 +326,13 @@ def _watched(
 
 def _in_one_memory(opening: Opening, buffers: Buffers) -> bool:
     """Whether another call returns the memory of this value, which was written in place, or is numpy's."""
-    written = [x for x in _tensors(opening.value) if version(x) != 0 or is_borrowed(x)]
+    written = [x for x in tensors_in(opening.value) if version(x) != 0 or is_borrowed(x)]
     if not written or getattr(opening.term, "late", False):
         return False
     first = opening.value
     with buffers, torch.no_grad():
         opening()
-    there = set(map(address_of, _tensors(opening.value)))
+    there = set(map(address_of, tensors_in(opening.value)))
     opening.value = first
     return any(address_of(x) in there for x in written)
 
@@ -367,7 +367,3 @@ def _matter(buffers: Buffers, at: Callable[[float, Tensor], list[Tensor]], t: fl
     finally:
         if draws:
             set_random_state(before, x.device)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if isinstance(x, Tensor)]
