@@ -160,6 +160,10 @@ class ErrorControl:
     max_step: float = math.inf
     max_num_steps: int = 100_000
 
+    def tolerance(self, size: Tensor) -> Tensor:
+        """The error that a step to states of this size may make."""
+        return self.atol + self.rtol * size
+
 
 SHORTEST = 8.0  # steps of fewer roundings of the time cannot be shortened reliably
 
@@ -181,7 +185,7 @@ class Adaptive:
         self.jumps = jumps  # those among the targets at which the field is discontinuous
         self.grid.jumps = {0} if targets[0] in jumps else set()
         self.targets, self.is_output = targets, is_output
-        self.control, self.explain = control, explain
+        self.control, self.tolerance, self.explain = control, control.tolerance, explain
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
         self.h = 0.0  # that of the first step is found when it is taken
         self.previous = 1.0
@@ -237,12 +241,9 @@ class Adaptive:
         forward = self.direction
         self.next_target = next(i for i, t in enumerate(self.targets) if forward * t > forward * self.grid.times[-1])
 
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return self.control.atol + self.control.rtol * size
-
     def _ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
         size = y0.detach().abs().maximum(y1.detach().abs())
-        return self.control.norm(error / (self.control.atol + self.control.rtol * size))
+        return self.control.norm(error / self.control.tolerance(size))
 
     def _factor(self, ratio: float, grow: float) -> float:
         c, k = self.control, self.control.error_order + 1

@@ -57,7 +57,7 @@ class PerSampleSteps:
     num_total = None
 
     def __init__(self, clock: Batched, control: ErrorControl) -> None:
-        self.clock, self.control = clock, control
+        self.clock, self.control, self.tolerance = clock, control, control.tolerance
         self.fractions: list[Any] = []
         self.grid = Grid([0.0], [0])
         self.spans = clock.t.detach().to("cpu", torch.float64).diff(dim=0).abs()  # (T - 1, batch)
@@ -92,9 +92,6 @@ class PerSampleSteps:
             self.h = torch.where(good, self.h, length * factor.clamp(max=0.9))
             grow = torch.where(good, grow, 1.0)
 
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return self.control.atol + self.control.rtol * size
-
     def _place(self) -> tuple[int, Tensor]:
         """Between which outputs the samples are, and how far each has come."""
         if not self.fractions:
@@ -114,7 +111,7 @@ class PerSampleSteps:
     def _ratios(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
         """The error of each sample, relative to what it may be."""
         size = y0.detach().abs().maximum(y1.detach().abs())
-        scaled = (error / (self.control.atol + self.control.rtol * size)).reshape(len(error), -1)
+        scaled = (error / self.control.tolerance(size)).reshape(len(error), -1)
         return torch.linalg.vector_norm(scaled, dim=1).to("cpu", torch.float64) / scaled.shape[1] ** 0.5
 
     def _factors(self, ratio: Tensor, grow: Tensor) -> Tensor:
