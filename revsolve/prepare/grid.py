@@ -18,10 +18,10 @@ from revsolve.core.stepper import Adaptive, ErrorControl, FixedGrid, Stepper
 from revsolve.core.tape import Memo, Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
-from revsolve.prepare.options import FIXED_OPTIONS, TARGETS, SolverOptions, Tolerance
+from revsolve.prepare.options import ADAPTIVE_OPTIONS, TARGETS, SolverOptions, Tolerance
 from revsolve.prepare.times import check_times
 
-FIXED = {*FIXED_OPTIONS, *TARGETS, "checkpoint_every", "dense", "steps_of_each", "event_direction", "form"}
+OF_ADAPTIVE_STEPS = {*ADAPTIVE_OPTIONS} - {*TARGETS}  # alone
 MAX_NUM_STEPS = 100_000
 EXACT = torch.finfo(torch.float64).eps
 
@@ -56,7 +56,7 @@ def choose_steps(
 def check_fixed(options: SolverOptions) -> None:
     """Raise for options that fixed steps do not have, and warn of tolerances."""
     name = options.scheme.name
-    useless = options.given - FIXED
+    useless = options.given & OF_ADAPTIVE_STEPS
     if useless:
         raise ValueError(f"option {min(useless)!r} is for adaptive steps, but these are fixed ({name!r}).")
     if options.tolerances_given:
