@@ -2,8 +2,8 @@
 
     path(ta, tb) = W(tb) - W(ta)
 
-The noise over the steps of a known grid is a function of seed and step number (`grid`); between two knots the path is a virtual
-Brownian tree (`tree`), whose noise is a function of seed and node. Neither is stored, but for small caches.
+The noise over the steps of a known grid is a function of seed and step number; between two knots the path is a virtual Brownian
+tree, whose noise is a function of seed and node. Neither is stored, but for small caches.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from revsolve.brownian.counter_rng import CounterRNG
-from revsolve.brownian.grid import GridIncrements
 from revsolve.brownian.increments import Increments, concatenate
-from revsolve.brownian.thread_cache import ThreadCache
-from revsolve.brownian.tree import BrownianTree
+from revsolve.brownian.noise import BrownianTree, CounterRNG, GridIncrements, ThreadCache
 from revsolve.field.functorch import exported, outside, transformed
 
 _ROUNDINGS = 4  # a solver's first and last times may miss ours by so much
@@ -159,11 +156,11 @@ class BrownianPath:
             return concatenate(tree.between(first, grid.step(first), x, y)).total()
         groups = []
         if x > 0:
-            groups += tree.after(first, grid.step(first), x)
+            groups += tree.descend(first, grid.step(first), x).after()
             first += 1
         groups += grid.between(first, last)
         if y > 0:
-            groups += tree.before(last, grid.step(last), y)
+            groups += tree.descend(last, grid.step(last), y).before()
         return concatenate(groups).total()
 
 
