@@ -124,11 +124,9 @@ def cdeint(
     term = ProductTerm if hasattr(func, "prod") else MatrixTerm
 
     def pose(clock: Any, steps: list[float] | None) -> Posed:
-        driven, span = (
-            drive(PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control, clock.shift),
-            None,
-        )
-        if steps is not None:
+        path = PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control
+        driven, span = drive(path, clock.shift), None
+        if steps is not None and path is control:
             low, high = asked_for(read.scheme, steps[:2])[0][1:]
             driven, span = driven.tabulated(read.scheme, steps, ROWS_PER_KNOT * len(control.knots)), (low, high)
         return Posed(term(func, packing, driven, clock), (func, *driven.tensors), span)
@@ -146,7 +144,6 @@ def cdeint(
         pose,
         (func, z0),
         results,
-        rates=term(func, packing, Slopes(control)),
         knots=knots if len(knots) > 2 else (),
         discontinuities=control.jumps if read.form == "derivative" else (),
         straight=read.form == "increment",

@@ -21,7 +21,6 @@ from revsolve.core.arithmetic import Time, widest
 from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
 from revsolve.extras.per_sample_steps import check_per_sample_steps, per_sample_steps
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import followed, numbers
@@ -48,13 +47,13 @@ def solve_per_sample(ivp: InitialValueProblem, t: Tensor) -> Solution:
             f"dX/dt jumps {len(places)} times on the way, so that the times of a sample move what its steps see: pass "
             "t.detach(), a path whose slope does not jump (HermitePath), or options={'form': 'increment'}."
         )
-    posed = ivp.pose(clock, None)
     check_per_sample_steps(options, places)
-    make = steps_for_samples(ivp, t, posed.term, places)
+    make = steps_for_samples(ivp, t, clock, places)
     make = per_sample_steps(clock, make) if options.steps_of_each else make
     if len(times) == 1:
         return Solution(t, ivp.results(ivp.x0[None].clone(), 1), Stats(), times)
-    problem = problem_of(ivp, posed, times, watched_steps(make, ivp, times[-1]), rates=posed.term)
+    posed = ivp.pose(clock, None if options.adaptive else make().grid.times)
+    problem = problem_of(ivp, posed, times, watched_steps(make, ivp, times[-1]))
     xs = solve(problem, ivp.x0, None)
     return Solution(t, ivp.results(xs, 1), problem.stats, list(problem.stats.times))
 
@@ -134,7 +133,7 @@ class BatchedTime:
 
 
 def steps_for_samples(
-    ivp: InitialValueProblem, t: Tensor, term: Term, discontinuities: Sequence[float]
+    ivp: InitialValueProblem, t: Tensor, clock: BatchedTime, discontinuities: Sequence[float]
 ) -> Callable[[], Stepper]:
     """Steps shared by all samples: adaptive ones, which land on the discontinuities, or so many that no sample takes one longer
     than `step_size`."""
@@ -159,8 +158,9 @@ def steps_for_samples(
             f"{scheme.name!r} takes fixed steps, and the knots of the path lie elsewhere for every sample: pass "
             "options={'step_size': ...}."
         )
+    posed = ivp.pose(clock, None)
     with torch.no_grad():
-        return choose_steps(times, options, term, ivp.x0, discontinuities=discontinuities)
+        return choose_steps(times, options, posed.rates or posed.term, ivp.x0, discontinuities=discontinuities)
 
 
 def refuse_options(given: Container[str]) -> None:

@@ -50,7 +50,7 @@ def choose_steps(
         return given_grid(times, points, targets, jumps)
     if knots and options.step_size is None:
         return knot_grid(times, knots, x0.real.dtype, targets, jumps)
-    return fixed_grid(times, options.step_size, options.scheme.name, rounding, targets, jumps)
+    return fixed_grid(times, options.step_size, options.scheme.name, rounding, targets, jumps, options.longer)
 
 
 def check_fixed(options: SolverOptions) -> None:
@@ -305,17 +305,17 @@ def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> s
     return None
 
 
-def explain(term: Term, t: float, x: Tensor) -> str:
+TOO_LONG = "the step is too long for the method (take smaller ones), or the solution itself grows without bound."
+
+
+def explain(term: Term, remedy: str, t: float, x: Tensor) -> str:
     """Why the state stopped being finite, in words."""
     with torch.no_grad():
         value, _ = term.product(term.value(t, x), term.control(t, t, t))
     if not bool(torch.isfinite(value).all()):
         return explain_field(t, x, value)
     size = float(torch.linalg.vector_norm(x, ord=math.inf))
-    return (
-        f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: the step is too "
-        "long for the method (take smaller ones), or the solution itself grows without bound."
-    )
+    return f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: {remedy}"
 
 
 def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:

@@ -14,7 +14,7 @@ from revsolve.core.problem import Problem
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import followed
-from revsolve.prepare.grid import choose_steps, explain
+from revsolve.prepare.grid import TOO_LONG, choose_steps, explain
 from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
@@ -25,11 +25,15 @@ FAR = 1e300  # where time ends for an equation that knows no end
 
 @dataclass(frozen=True)
 class Posed:
-    """A term, the objects whose tensors it may use, and the first span that it is evaluated for, where that is not a step."""
+    """A term, the objects whose tensors it may use, and the first span that it is evaluated for, where that is not a step.
+
+    rates: a term whose product over any span tells the rate of change, where that of `term` does not.
+    """
 
     term: Term
     owners: Sequence[Any]
     span: tuple[float, float] | None = None
+    rates: Term | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,9 @@ class InitialValueProblem:
         pose: the term whose field sees the times of a clock; from the times of its steps, where these are known and fixed.
         constructor_arguments: what a grid_constructor is called with, before the times.
         results: packed states with some dimensions in front as users see them.
-        rates: a term whose product over no time tells the rate of change, where that of `pose` does not.
         knots: where fixed steps end by default. discontinuities: the times at which the slope of the solution jumps.
         straight: whether the solution is a straight line within steps. interval: where the equation is defined.
-        source: what drives the term in programs.
+        source: what drives the term in programs. remedy: advice where the state stops being finite.
     """
 
     name: str
@@ -54,12 +57,12 @@ class InitialValueProblem:
     pose: Callable[[Any, list[float] | None], Posed]
     constructor_arguments: tuple[Any, Any]
     results: Callable[[Tensor, int], Any]
-    rates: Term | None = None
     knots: Sequence[float] = ()
     discontinuities: Sequence[float] = ()
     straight: bool = False
     interval: tuple[float, float] = (-FAR, FAR)
     source: Callable[[Any], Any] | None = None
+    remedy: str = TOO_LONG
 
     @property
     def jumps(self) -> Sequence[float]:
@@ -72,9 +75,10 @@ class InitialValueProblem:
 
 def steps_to(ivp: InitialValueProblem, times: list[float], t: Any) -> Callable[[], Stepper]:
     """Steps to each of the times, as the options ask for them."""
-    options, arguments, term = ivp.options, (*ivp.constructor_arguments, t), ivp.rates
-    if options.adaptive and term is None:
-        term = ivp.pose(ivp.clock(), None).term
+    options, arguments, term = ivp.options, (*ivp.constructor_arguments, t), None
+    if options.adaptive:
+        posed = ivp.pose(ivp.clock(), None)
+        term = posed.rates or posed.term
     with torch.no_grad():
         return choose_steps(times, options, term, ivp.x0, arguments, ivp.knots, ivp.discontinuities, resolution(t))
 
@@ -98,10 +102,9 @@ def problem_of(
     times: Sequence[float],
     make_stepper: Callable[[], Stepper],
     t: Tensor | None = None,
-    rates: Term | None = None,
     num_steps: int | None = None,
 ) -> Problem:
-    """What the engine takes. t: the times where these have a gradient; rates: see `InitialValueProblem`; num_steps: if known."""
+    """What the engine takes. t: the times where these have a gradient; num_steps: if known."""
     options = ivp.options
     return prepare(
         posed.term,
@@ -113,7 +116,7 @@ def problem_of(
         make_stepper,
         options.gradient,
         options.restarts,
-        explain=partial(explain, rates or ivp.rates or posed.term),
+        explain=partial(explain, posed.rates or posed.term, ivp.remedy),
         compile=options.compile,
         source=ivp.source(posed.term) if options.compile and ivp.source else None,
         num_steps=num_steps,

@@ -78,6 +78,7 @@ class SolverOptions:
     steps_of_each: bool = False
     event_direction: Any = 0
     form: str | None = None  # of the steps of a controlled equation
+    longer: float = 0.0  # than step_size, relative to it, fixed steps may be: see `fixed_grid`
     given: frozenset[str] = frozenset()  # the names of the options that were given
     tolerances_given: bool = field(init=False)
     adaptive: bool = field(init=False)

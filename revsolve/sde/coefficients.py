@@ -59,13 +59,15 @@ class SDE:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """An SDE as the rest of the package knows it. `apart` are f and g by themselves, where each can be had cheaply."""
+    """An SDE as the rest of the package knows it. `apart` are f and g by themselves, where each can be had cheaply; `owners` are
+    what holds the tensors of all of these."""
 
     f_and_g: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
     apart: tuple[Field, Field] | None
     prior: Field | None
     noise_type: str
     sde_type: str
+    owners: tuple[Any, ...]
     product_only: bool = False  # g is then a function v -> g . v
     joint: bool = False  # whether f and g share work
 
@@ -92,19 +94,23 @@ def check_types(sde: Any) -> None:
             )
 
 
-def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | None) -> Coefficients:
-    """What `sde` offers, under other `names` where given: f and g together, apart, or only their products with noise."""
+def coefficients(sde: Any, names: Mapping[str, str] | None, num_channels: int | None, logqp: bool) -> Coefficients:
+    """What `sde` offers, under other `names` where given: f and g together, apart, or only their products with noise; and with
+    `logqp` the drift of a prior."""
     check_types(sde)
     found = {name: getattr(sde, name) for name in NAMES.values() if getattr(sde, name, None) is not None}
     found |= _renamed(sde, names) if names else {}
-    f, g, both = found.get("f"), found.get("g"), found.get("f_and_g")
-    kind = (found.get("h"), sde.noise_type, sde.sde_type)
-    if both is not None:
-        return Coefficients(both, (f, g) if f and g else None, *kind, joint=True)
-    only = False
-    if f is None or g is None:
-        f, g, only = _from_products(sde, found, num_channels)
-    return Coefficients(lambda t, y: (f(t, y), g(t, y)), (f, g), *kind, product_only=only)
+    f, g, both, prior = map(found.get, ("f", "g", "f_and_g", "h"))  # type: Any, Any, Any, Any
+    if logqp and prior is None:
+        raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
+    only, joint = False, both is not None
+    if not joint:
+        if f is None or g is None:
+            f, g, only = _from_products(sde, found, num_channels)
+        both = lambda t, y: (f(t, y), g(t, y))  # noqa: E731
+    apart, prior = (f, g) if f and g else None, prior if logqp else None
+    owners = (sde, both, *(apart or ()), *filter(None, [prior]))
+    return Coefficients(both, apart, prior, sde.noise_type, sde.sde_type, owners, product_only=only, joint=joint)
 
 
 def _from_products(sde: Any, found: dict[str, Any], num_channels: int | None) -> tuple[Field, Field, bool]:
@@ -148,6 +154,26 @@ def check_value(what: str, value: Any, y0: Tensor, shape: tuple[int, ...]) -> No
         )
     if value.device != y0.device:
         raise ValueError(f"the {what} lies on {value.device}, but y0 on {y0.device}: move one of them.")
+
+
+def noise_shape(parts: Coefficients, g: Any, y0: Tensor, path: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of W, from the value of g at y0, which is checked; for products that of the path."""
+    if parts.product_only:
+        channels = path[-1]
+        g = g(torch.zeros(*y0.shape[:-1], channels, dtype=y0.dtype, device=y0.device))
+        check_value("product of diffusion and noise", g, y0, tuple(y0.shape))
+        return *y0.shape[:-1], channels
+    if parts.noise_type == "diagonal":
+        check_value("diffusion (diagonal noise)", g, y0, tuple(y0.shape))
+        return tuple(y0.shape)
+    channels = g.shape[-1] if isinstance(g, Tensor) and g.ndim else 1
+    if parts.noise_type == "scalar" and channels != 1:
+        raise ValueError(
+            f"scalar noise has one channel, but g returned shape {tuple(g.shape)}: return (..., d, 1), or set "
+            'noise_type = "general".'
+        )
+    check_value(f"diffusion ({parts.noise_type} noise)", g, y0, (*y0.shape, channels))
+    return *y0.shape[:-1], channels
 
 
 def _renamed(sde: Any, names: Mapping[str, str]) -> dict[str, Any]:

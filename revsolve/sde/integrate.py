@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.backends import TensorControl
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
-from revsolve.core.gradient import solve
-from revsolve.core.stepper import Stepper
-from revsolve.core.tape import Term
-from revsolve.extras.per_sample import BatchedTime, points_for_samples, refuse_options
-from revsolve.extras.progress import AcceptedStep, watched
-from revsolve.field.functorch import dual_numbers, transformed
+from revsolve.extras.per_sample import BatchedTime, check_sample_times
+from revsolve.extras.progress import AcceptedStep
+from revsolve.extras.solve import solution_of
+from revsolve.field.functorch import followed
 from revsolve.field.holders import Holdings
 from revsolve.field.repeat import Buffers
-from revsolve.prepare.grid import adaptive_grid, explain_field, fixed_grid, on_points
 from revsolve.prepare.keywords import explains_keywords
-from revsolve.prepare.options import SolverOptions
-from revsolve.prepare.problem import prepare, values_hidden
-from revsolve.prepare.state import form
-from revsolve.prepare.times import Clock, as_tensor, resolution
+from revsolve.prepare.times import Clock, check_times
 from revsolve.schemes.tableau import Tableau
-from revsolve.sde.arguments import check_arguments, check_ts, noise_shape
-from revsolve.sde.coefficients import SDE, Coefficients, check_value, coefficients
-from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
-from revsolve.sde.methods import default_restarts, needs_area, scheme_and_options, solves_ito
-from revsolve.sde.noise import Path, brownian, of_each_sample
-from revsolve.sde.term import LogRatioTerm, SDETerm
-from revsolve.solution import Solution
+from revsolve.sde.coefficients import SDE, coefficients
+from revsolve.sde.equation import Equation
+from revsolve.sde.methods import read_sde_options
 
 LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
+REMEDY = "lower dt, or check that drift and diffusion grow no faster than the state."
 
 
 @explains_keywords
@@ -122,120 +113,71 @@ def sdeint(
     inference = not compiling and torch.is_inference_mode_enabled()  # in which g would have no derivative
     with torch.inference_mode(False) if inference else nullcontext(), torch.no_grad() if inference else nullcontext():
         y0 = y0.clone() if inference else y0
-        times = check_ts(ts, y0, bm)
+        times, bm = check_ts(ts, y0, bm), None if bm is None else as_brownian(bm)
+        clock: Any = BatchedTime(ts, y0) if isinstance(ts, Tensor) and ts.ndim == 2 else Clock(y0.dtype, y0.device)
         with nullcontext() if compiling else _given_back(sde, y0):
-            equation = _Equation(sde, y0, ts, times[0], bm, names, logqp)
-            scheme, given = scheme_and_options(method, equation.parts, options, adaptive)
-            equation.examine(scheme, given, gradient, bool(compile))
-        if adaptive:
-            given |= {"first_step": dt / equation.speed, "min_step": dt_min / equation.speed}
-            read = SolverOptions(scheme, rtol, atol, given=frozenset(given), **given)
-            span = (times[0], min(times[0] + given["first_step"], times[-1]))
-            make = adaptive_grid(times, read, equation.rates, equation.x0)
-            finest = max(given["min_step"] / 16, 2**-40 * max(map(abs, times)))
-            knots: dict[str, Any] = {"dt": given["first_step"], "tol": finest}
-        else:
-            make = _fixed_steps(equation.clock, times, dt, scheme.name, resolution(ts))
-            grid = make().grid.times
-            span, knots = (grid[0], grid[min(1, len(grid) - 1)]), {"grid": grid} if len(grid) > 1 else {}
-        path = brownian(bm, times, equation.size, y0, equation.area, knots)
-        if len(times) == 1:
-            return equation.results(equation.x0[None].clone())
-        make = watched(make, progress, callback, f"sdeint {scheme.name}", times[-1] - times[0], equation.state_of)
-        problem = prepare(
-            equation.term(path, equation.area),
-            equation.x0,
-            None,
-            span,
-            equation.owners,
-            scheme,
-            make,
-            gradient,
-            default_restarts(scheme)
-            if scheme.reversible and isinstance(restarts, str) and restarts == "auto"
-            else restarts,
-            explain=partial(_explain, equation.rates),
-            compile=compile,
-            source=equation.source(path) if compile else None,
+            sde = _of_functions(sde, clock(times[0]), y0.detach()) if isinstance(sde, tuple) else sde
+            parts = coefficients(sde, names, bm.shape[-1] if bm is not None and bm.shape else None, logqp)
+            speed = clock.fastest if isinstance(clock, BatchedTime) else 1.0
+            read = read_sde_options(
+                method,
+                parts,
+                options,
+                {"rtol": rtol, "atol": atol, "first_step": dt / speed, "min_step": dt_min / speed} if adaptive else dt,
+                gradient=gradient,
+                restarts=restarts,
+                progress=progress,
+                callback=callback,
+                compile=compile,
+            )
+            equation = Equation(parts, read, y0, clock, times, bm)
+        return solution_of(equation.problem(), ts, None, full_output)
+
+
+def check_ts(ts: Any, y0: Tensor, bm: Any) -> list[float]:
+    """The increasing times as floats; for times of each sample, (T, batch), the values 0, 1, 2, ... of the step variable."""
+    if isinstance(ts, Tensor) and followed(ts):
+        raise ValueError("ts requires a gradient, but a Brownian path has no derivative in time: pass ts.detach().")
+    if not (isinstance(ts, Tensor) and ts.ndim == 2):
+        times = check_times(ts, "ts")
+        falls = f"it runs from {times[0]} to {times[-1]}" if times[-1] < times[0] else ""
+    else:
+        times, fall = check_sample_times(ts, y0, ("ts", "y0")), (ts.diff(dim=0) < 0).any(0).nonzero()
+        falls = f"ts[:, {int(fall[0])}] = {ts[:, int(fall[0])].tolist()}" if len(fall) else ""
+    if falls:
+        raise ValueError(f"ts must increase, but {falls}: noise is independent of the past only forward.")
+    if bm is not None and isinstance(ts, Tensor) and ts.ndim == 2:
+        raise ValueError(
+            "bm is one path in one time, but ts gives every sample times of its own: leave it out, torch.manual_seed repeats "
+            "what is drawn instead."
         )
-        ys = equation.results(solve(problem, equation.x0, None))
-        return Solution(as_tensor(ts), ys, problem.stats, list(problem.stats.times)) if full_output else ys
+    return times
 
 
-class _Equation:
-    """An SDE as a term, but for its Brownian motion; with a prior, the state has the log-ratio as one more entry."""
-
-    def __init__(
-        self, sde: Any, y0: Tensor, ts: Any, start: float, bm: Any, names: Mapping[str, str] | None, logqp: bool
-    ) -> None:
-        each = isinstance(ts, Tensor) and ts.ndim == 2
-        self.clock: Any = BatchedTime(ts, y0) if each else Clock(y0.dtype, y0.device)
-        self.speed: float = self.clock.fastest if each else 1.0  # type: ignore[union-attr]
-        self.y0, self.logqp, self.start = y0, logqp, start
-        self.x0 = torch.cat((y0, torch.zeros_like(y0[..., :1])), -1) if logqp else y0
-        if isinstance(sde, tuple):
-            sde = _of_functions(sde, self.clock(start), y0.detach())
-        self.path_shape = None if bm is None else tuple(as_brownian(bm).shape)
-        self.parts = coefficients(sde, names, self.path_shape[-1] if self.path_shape else None)
-        prior = (self.parts.prior,) if logqp else ()
-        self.owners = (sde, self.parts.f_and_g, *(self.parts.apart or ()), *prior)
-
-    def examine(self, scheme: Scheme, given: Mapping[str, Any], gradient: str | None, programs: bool) -> None:
-        """Look at f and g at the start. Raises ValueError where the method does not fit the equation, or they not the state.
-
-        Gradients are recorded where they are wanted: what the field keeps of this call (a cached weight) must have its own.
-        """
-        parts, y0, now = self.parts, self.y0.detach(), self.clock(self.start)
-        if isinstance(self.clock, BatchedTime):
-            refuse_options(given)
-        if self.logqp and parts.prior is None:
-            raise ValueError("logqp needs the drift of a prior: give the SDE a method h(t, y), or name it in names=.")
-        f0, g0 = parts.f_and_g(now, y0)
-        check_value("drift", f0, y0, tuple(y0.shape))
-        self.size = noise_shape(parts, g0, y0, self.path_shape)
-        self.forms, self.area, self.shift, self.weights = (form(f0), form(g0)), needs_area(scheme), None, None
-        self.always = gradient == "direct" or values_hidden() or dual_numbers()
-        # Reading a number from the GPU in every step would wait for it; transforms do so anyway.
-        readable = y0.device.type == "cpu" or transformed()
-        self.readable = readable and not (programs or torch.compiler.is_compiling())
-        if parts.noise_type == "additive":
-            self.weights = powers_of_two(y0.shape if parts.product_only else g0.shape, y0)
-        elif parts.sde_type == "ito" and not solves_ito(scheme, parts.noise_type):
-            self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(now, y)[1], y0)
-        unit = torch.ones(self.size, dtype=y0.dtype, device=y0.device)
-        self.unit = lambda ta, tb: unit
-        self.rates = self.term(self.unit, readable=True)
-        if parts.noise_type == "additive" and not torch.compiler.is_compiling():
-            with torch.no_grad():
-                self.rates.product(self.rates.value(self.start, perturbed(self.x0.detach())), (0.0, unit))
-
-    def term(self, path: Path, area: bool = False, readable: bool = False) -> SDETerm | LogRatioTerm:
-        """The term that this path drives. `readable`: whether numbers may be read from tensors."""
-        parts, clock, traced = self.parts, self.clock, torch.compiler.is_compiling()
-        readable = readable or self.readable
-        on_demand = area and not (self.logqp or values_hidden())
-        check = partial(_check_value, parts, self.path_shape, self.size)  # a method would be a cycle: terms are kept
-        if (
-            parts.noise_type == "additive"
-            and not traced
-            and (parts.sde_type == "ito" or self.area or path is self.unit)
-        ):
-            parts = additive(parts, self.weights, self.always, readable)
-        path = of_each_sample(path, clock) if isinstance(clock, BatchedTime) else path
-        term = SDETerm(parts, path, clock, self.shift, check, self.forms, self.always, readable, area, on_demand)
-        return LogRatioTerm(term) if self.logqp else term
-
-    def source(self, path: Path) -> TensorControl:
-        """The noise as what drives compiled programs."""
-        if self.area or isinstance(self.clock, BatchedTime):
-            raise ValueError("compile= is not for methods with space-time area, nor for 2-D ts: leave it out.")
-        return TensorControl(lambda t, t0, t1: path(t0, t1), lambda dW, t0, t1: (t1 - t0, dW))
-
-    def state_of(self, x: Tensor) -> Tensor:
-        return x[..., :-1] if self.logqp else x
-
-    def results(self, xs: Tensor) -> Any:
-        return (xs[..., :-1], xs[..., -1].diff(dim=0)) if self.logqp else xs
+def check_arguments(y0: Any, dt: Any, dt_min: Any, adaptive: bool, event_fn: Any) -> tuple[float, float]:
+    """The step lengths as floats. Raises unless y0 is a real tensor with at least one dimension, and steps are positive."""
+    if event_fn is not None:
+        raise ValueError(
+            "sdeint has no events: a Brownian path that meets a level crosses it infinitely often at once, so that steps see "
+            "the first crossing late, by about the square root of their length, and in which step they see it jumps with every "
+            "parameter, which a gradient would not know. Look for the crossing in the states at many times ts."
+        )
+    if not isinstance(y0, Tensor):
+        raise TypeError(f"y0 must be a tensor, but it is a {type(y0).__name__}: pack the parts of a state into one.")
+    if not y0.is_floating_point():
+        raise TypeError(f"y0 must be real and floating point, but it has dtype {y0.dtype}: cast it, say with .float().")
+    if y0.ndim == 0 or y0.numel() == 0:
+        raise ValueError(f"y0 has shape {tuple(y0.shape)}, but a state of shape (..., d) is needed: reshape it.")
+    for name, value in (("dt", dt), ("dt_min", dt_min)):
+        if isinstance(value, Tensor) and followed(value):
+            raise ValueError(f"{name} requires a gradient, but steps have none: pass a float.")
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} must be a number, but it is {value!r}.")
+        if not 0.0 < float(value) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, but it is {value!r}: pass a length of time.")
+    if adaptive and dt_min > dt:
+        raise ValueError(f"dt_min = {dt_min} is larger than the first step, dt = {dt}: lower dt_min or raise dt.")
+    return float(dt), float(dt_min)
 
 
 def _of_functions(sde: tuple[Any, ...], start: Tensor, y0: Tensor) -> SDE:
@@ -252,32 +194,3 @@ def _given_back(sde: Any, y0: Tensor) -> ExitStack:
     within.enter_context(Buffers(Holdings(sde).modules.values()))
     within.enter_context(torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []))
     return within
-
-
-def _fixed_steps(clock: Any, times: list[float], dt: float, name: str, rounding: float) -> Callable[[], Stepper]:
-    """Equal steps between the times, for all samples or each."""
-    if isinstance(clock, BatchedTime):
-        return on_points(points_for_samples(clock.t, dt), times)
-    return fixed_grid(times, dt, name, rounding, longer=LONGER)
-
-
-def _check_value(
-    parts: Coefficients, path_shape: Any, wanted: tuple[int, ...], which: int, value: Any, y: Tensor
-) -> None:
-    """Raise unless a later value of f (0) or g (1) is of the shape of the first one."""
-    if which == 0:
-        check_value("drift", value, y, tuple(y.shape))
-    elif (size := noise_shape(parts, value, y, path_shape)) != wanted:
-        raise ValueError(f"the diffusion must keep its {wanted[-1]} noise channels, but later it has {size[-1]}.")
-
-
-def _explain(rates: Term, t: float, x: Tensor) -> str:
-    """Why the state stopped being finite, in words."""
-    with torch.no_grad():
-        k, _ = rates.product(rates.value(t, x), rates.control(t, t, t + 1.0))
-    if not bool(torch.isfinite(k).all()):
-        return explain_field(t, x, k)
-    return (
-        f"the state stopped being finite in the step from t = {t}, where its largest entry is {float(x.abs().max()):.3g}: "
-        "lower dt, or check that drift and diffusion grow no faster than the state."
-    )

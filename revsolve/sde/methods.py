@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from revsolve.core.coupling import Scheme
-from revsolve.prepare.options import ADAPTIVE_OPTIONS, check_options
+from revsolve.prepare.options import ADAPTIVE_OPTIONS, SolverOptions, check_options
 from revsolve.restarts.growth import Restarts
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
@@ -24,6 +24,7 @@ ELSEWHERE = {
 }
 
 ARGUMENTS = {"first_step": "dt", "step_size": "dt", "min_step": "dt_min"}  # what these options are called here
+LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
 KNOWN = (*(name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS), *ARGUMENTS, "coupling", "dense")
 
 
@@ -43,11 +44,16 @@ def sde_scheme(method: str | Tableau | Scheme | None, noise_type: str, sde_type:
     return replace(found, defect_order=defect_order, error_order=None if found.error_order is None else 1)
 
 
-def scheme_and_options(
-    method: str | Tableau | Scheme | None, parts: Coefficients, options: Mapping[str, Any] | None, adaptive: bool
-) -> tuple[Scheme, dict[str, Any]]:
-    """The scheme, and the options without those that went into it. Raises ValueError where they do not go together."""
-    given = dict(options or {})
+def read_sde_options(
+    method: str | Tableau | Scheme | None,
+    parts: Coefficients,
+    options: Mapping[str, Any] | None,
+    steps: float | dict[str, Any],
+    restarts: Any,
+    **keywords: Any,
+) -> SolverOptions:
+    """What `method`, `options` and the other keywords say; `steps` are the length of fixed ones, or keywords of adaptive ones."""
+    given, adaptive = dict(options or {}), isinstance(steps, dict)
     scheme = sde_scheme(method, parts.noise_type, parts.sde_type, given.pop("coupling", None))
     given = check_options(given, KNOWN, scheme.name)
     for name in given:
@@ -65,7 +71,9 @@ def scheme_and_options(
             f"{scheme.name!r} has no error estimate to adapt steps by: use 'reversible_heun', 'rev_heun_euler', 'rev_slowrk' "
             "or another embedded method."
         )
-    return scheme, given
+    restarts = default_restarts(scheme) if scheme.reversible and restarts == "auto" else restarts
+    keywords |= steps if isinstance(steps, dict) else {"step_size": steps, "longer": LONGER}
+    return SolverOptions(scheme, restarts=restarts, given=frozenset(given), **keywords, **given)
 
 
 def default_restarts(scheme: Scheme) -> Restarts:

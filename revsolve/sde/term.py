@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from revsolve.brownian.path import BrownianPath
 from revsolve.core.arithmetic import Time, plus
 from revsolve.core.coupling import Combination
 from revsolve.prepare.state import form
-from revsolve.sde.coefficients import Coefficients
+from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
 from revsolve.sde.noise import Path
@@ -23,18 +22,16 @@ from revsolve.sde.noise import Path
 class SDETerm:
     """Field values are pairs (f, g), controls (h, dW), or (h, W, H) with `area`; either of the two may be None for zero.
 
-    With `on_demand`, f and g are evaluated only where asked for. `check(which, value, y)` raises unless a value of f (0) or g (1)
-    is of a shape and dtype that the equation can have; it is asked where these are not the `forms` that the solve began with.
-    Dependences of g that the
-    shift does not know are looked for where no gradient by the state is recorded, or `always`; they raise where a number may be
-    read from a tensor (`readable`), else give NaN.
+    With `on_demand`, f and g are evaluated only where asked for. W has the shape `size`; values that have not the `forms` of the
+    first ones of f and g are checked. Dependences of g that the shift does not know are looked for where no gradient by the state
+    is recorded, or `always`; they raise where a number may be read from a tensor (`readable`), else give NaN.
     """
 
     parts: Coefficients
     path: Path
     clock: Any
     shift: Shift | None
-    check: Callable[[int, Any, Tensor], None]
+    size: tuple[int, ...]
     forms: tuple[Any, ...]
     always: bool
     readable: bool
@@ -61,9 +58,15 @@ class SDETerm:
         return self.checked(0, f, x), self.checked(1, g, x)
 
     def checked(self, which: int, value: Any, x: Tensor) -> Any:
-        """A value of f or g."""
-        if form(value) != self.forms[which]:
-            self.check(which, value, x)
+        """A value of f (0) or g (1). Raises unless it is of a shape and dtype that the equation can have."""
+        if form(value) == self.forms[which]:
+            return value
+        if which == 0:
+            check_value("drift", value, x, tuple(x.shape))
+        elif (size := noise_shape(self.parts, value, x, self.size)) != self.size:
+            raise ValueError(
+                f"the diffusion must keep its {self.size[-1]} noise channels, but later it has {size[-1]}."
+            )
         return value
 
     def converted(self, t: Time, x: Tensor) -> tuple[Tensor, Any, Tensor | None]:
