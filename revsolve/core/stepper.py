@@ -112,6 +112,22 @@ class Stepper(Protocol):
         ...
 
 
+class Recording:
+    """A stepper that records steps as it takes them, as many as its grid has; in all unknown, and none rejected so far."""
+
+    grid: Grid
+    control: ErrorControl | None = None  # where steps are chosen by their error
+    num_total: int | None = None
+    num_rejected = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.grid.num_steps
+
+    def tolerance(self, size: Tensor) -> Tensor | None:
+        return None if self.control is None else self.control.tolerance(size)
+
+
 class FixedGrid:
     """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` and `jumps` see `Grid`."""
 
@@ -168,10 +184,8 @@ class ErrorControl:
 SHORTEST = 8.0  # steps of fewer roundings of the time cannot be shortened reliably
 
 
-class Adaptive:
+class Adaptive(Recording):
     """Steps whose error estimate meets the tolerances, landing on every target; one device read per attempted step."""
-
-    num_total: int | None = None
 
     def __init__(
         self,
@@ -185,18 +199,14 @@ class Adaptive:
         self.jumps = jumps  # those among the targets at which the field is discontinuous
         self.grid.jumps = {0} if targets[0] in jumps else set()
         self.targets, self.is_output = targets, is_output
-        self.control, self.tolerance, self.explain = control, control.tolerance, explain
+        self.control: ErrorControl = control
+        self.explain = explain
         self.direction = math.copysign(1.0, targets[-1] - targets[0]) if len(targets) > 1 else 1.0
         self.h = 0.0  # that of the first step is found when it is taken
         self.previous = 1.0
         self.lost: float | None = None  # the end of the latest attempt whose error was not finite
         self.next_target = 1
-        self.num_rejected = 0
         self.every_step = False  # an output after every accepted step, not only at targets
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
 
     @property
     def done(self) -> bool:

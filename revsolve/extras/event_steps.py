@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import State
-from revsolve.core.stepper import Adaptive, Grid, Step, Stepper
+from revsolve.core.stepper import Adaptive, Grid, Recording, Step, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.holders import Memory
 from revsolve.prepare.grid import adaptive_grid, knot_grid
@@ -88,18 +88,11 @@ class Event:
         return signs
 
 
-class NumberedSteps:
+class NumberedSteps(Recording):
     """Steps that end at the times `when(1)`, `when(2)`, ..., until that is None."""
-
-    num_total = None
 
     def __init__(self, t0: float, when: Callable[[int], float | None]) -> None:
         self.grid, self.when = Grid([t0], [0]), when
-        self.num_rejected = 0
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
 
     @property
     def done(self) -> bool:
@@ -116,25 +109,16 @@ class NumberedSteps:
         self.num_rejected += self.num_steps - num_steps
         del self.grid.times[num_steps + 1 :]
 
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return None
 
-
-class UntilEvent:
+class UntilEvent(Recording):
     """The steps of another stepper until shortly before or after the event; `event.crossing` then says what to look for."""
 
-    num_total = None
-
     def __init__(self, stepper: Adaptive | NumberedSteps, event: Event, max_num_steps: int | None, unit: float) -> None:
-        self.stepper, self.grid, self.tolerance = stepper, stepper.grid, stepper.tolerance
+        self.stepper, self.grid, self.control = stepper, stepper.grid, stepper.control
         self.event, self.max_num_steps = event, max_num_steps or MAX_NUM_STEPS
         self.few_steps, self.horizon = max_num_steps or FEW_STEPS, HORIZON * unit
-        self.done, self.num_rejected = False, 0
+        self.done = False
         self.latest: tuple[Tensor | None, list[float]] = (None, [])
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, t0 = self.num_steps, self.grid.times[-1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import State
-from revsolve.core.stepper import SHORTEST, Adaptive, ErrorControl, Grid, Step, Stepper
+from revsolve.core.stepper import SHORTEST, Adaptive, ErrorControl, Grid, Recording, Step, Stepper
 from revsolve.field.functorch import batching
 from revsolve.prepare.options import SolverOptions
 
@@ -51,23 +51,18 @@ def per_sample_steps(clock: Batched, make_shared: Callable[[], Stepper]) -> Call
     return make
 
 
-class PerSampleSteps:
+class PerSampleSteps(Recording):
     """Steps numbered 0, 1, 2, ...; the clock knows how far each of them takes every sample."""
 
-    num_total = None
-
     def __init__(self, clock: Batched, control: ErrorControl) -> None:
-        self.clock, self.control, self.tolerance = clock, control, control.tolerance
+        self.clock = clock
+        self.control: ErrorControl = control
         self.fractions: list[Any] = []
         self.grid = Grid([0.0], [0])
         self.spans = clock.t.detach().to("cpu", torch.float64).diff(dim=0).abs()  # (T - 1, batch)
         self.previous = torch.ones_like(self.spans[0])
         self.h = 0.0 * self.previous  # those of the first step are found when it is taken
-        self.num_rejected, self.done = 0, False
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
+        self.done = False
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n = self.num_steps

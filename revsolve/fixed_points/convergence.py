@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import State
-from revsolve.core.stepper import Grid, Step
+from revsolve.core.stepper import Grid, Recording, Step
 from revsolve.field.functorch import batching, numbers, of_every_sample, outside
 from revsolve.prepare.state import Packing
 
@@ -181,15 +181,13 @@ class Convergence:
         return [x.reshape(*x.shape[: x.ndim - len(self.packing.shapes[0])], -1)]
 
 
-class UntilConverged:
+class UntilConverged(Recording):
     """The steps of an iteration, numbered 0, 1, 2, ...: until `observe` is content with y, or `max_steps` are done.
 
     `observe(n, y, value)` sees y after n steps and the field's value there, which is what the next step asks for first. Outputs
     are due at the end, and after every `every` steps.
     """
 
-    num_total = None
-    num_rejected = 0
     done = False
 
     def __init__(
@@ -197,10 +195,6 @@ class UntilConverged:
     ) -> None:
         self.grid = Grid([0.0], [max_steps])
         self.max_steps, self.observe, self.every = max_steps, observe, every or max_steps
-
-    @property
-    def num_steps(self) -> int:
-        return self.grid.num_steps
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, memo = self.num_steps + 1, step.memo
@@ -214,6 +208,3 @@ class UntilConverged:
         elif n % self.every == 0:
             self.grid.outputs.insert(-1, n)
         return pair
-
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return None
