@@ -36,27 +36,13 @@ class AcceptedStep:
     num_rejected: int
 
 
-class Bar:
-    """A progress bar: steps where their number is known, else the time they cover."""
-
-    def __init__(self, name: str, num_steps: int | None, length: float | None) -> None:
-        self.counts = num_steps is not None
-        look = None if self.counts else OPEN_ENDED if length is None else OVER_TIME
-        self.bar = tqdm(total=num_steps if self.counts else length, desc=name, unit="step", bar_format=look)
-
-    def show(self, number: int, times: list[float]) -> None:
-        t0, t, h = times[0], times[number], times[number] - times[max(number - 1, 0)]
-        self.bar.set_postfix_str(f"t={t:.4g}, h={h:.2g}", refresh=False)
-        self.bar.update((number if self.counts else abs(t - t0)) - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
 class Watched:
-    """A stepper whose accepted steps are shown by a bar and told to a callback."""
+    """A stepper whose accepted steps are shown by a bar and told to a callback.
 
-    def __init__(self, stepper: Stepper, bar: Bar | None, tell: Callable[[AcceptedStep], Any] | None) -> None:
+    The bar counts steps where their number is known, else the time that they cover.
+    """
+
+    def __init__(self, stepper: Stepper, bar: tqdm[Any] | None, tell: Callable[[AcceptedStep], Any] | None) -> None:
         self.stepper, self.bar, self.tell = stepper, bar, tell
         self.grid, self.num_total, self.tolerance = stepper.grid, stepper.num_total, stepper.tolerance
 
@@ -71,8 +57,8 @@ class Watched:
     @property
     def done(self) -> bool:
         done = self.stepper.done
-        if done:
-            self._close()
+        if done and self.bar is not None:
+            self.bar.close()
         return done
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
@@ -80,20 +66,19 @@ class Watched:
             pair = self.stepper.advance(step, pair, restart, limit if self.tell is None else self.num_steps + 1)
             self._report(pair[0])
         except BaseException:
-            self._close()
+            if self.bar is not None:
+                self.bar.close()
             raise
         return pair
 
     def _report(self, y: Tensor) -> None:
         n, times = self.num_steps, self.grid.times
+        t, h = times[n], times[n] - times[max(n - 1, 0)]
         if self.bar is not None:
-            self.bar.show(n, times)
+            self.bar.set_postfix_str(f"t={t:.4g}, h={h:.2g}", refresh=False)
+            self.bar.update((abs(t - times[0]) if self.num_total is None else n) - self.bar.n)
         if self.tell is not None:
-            self.tell(AcceptedStep(n, times[n], times[n] - times[n - 1], y.detach(), self.num_rejected))
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+            self.tell(AcceptedStep(n, t, h, y.detach(), self.num_rejected))
 
 
 def watched_steps(make: Callable[[], Stepper], ivp: InitialValueProblem, length: float | None) -> Callable[[], Stepper]:
@@ -124,7 +109,10 @@ def watched(
     tell = None if callback is None else lambda step: callback(replace(step, y=unpack(step.y)))
 
     def made() -> Stepper:
-        stepper = make()
-        return Watched(stepper, Bar(name, stepper.num_total, length) if progress else None, tell)
+        stepper, bar = make(), None
+        if progress:
+            look = None if stepper.num_total is not None else OPEN_ENDED if length is None else OVER_TIME
+            bar = tqdm(total=stepper.num_total or length, desc=name, unit="step", bar_format=look)
+        return Watched(stepper, bar, tell)
 
     return made
