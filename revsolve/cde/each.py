@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from revsolve.core.arithmetic import Time
-from revsolve.extras.per_sample import BatchedTime
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import PiecewisePath
 

@@ -15,7 +15,7 @@ from revsolve.cde.term import MatrixTerm, ProductTerm, source_of
 from revsolve.compat.torchcde import as_control
 from revsolve.core.coupling import Scheme
 from revsolve.extras.event_steps import EVENT_OPTIONS
-from revsolve.extras.per_sample import BatchedTime
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.prepare.initial_value import InitialValueProblem, Posed

@@ -10,24 +10,22 @@ so that the times enter the field like any other argument, and their gradients a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Time, widest
+from revsolve.core.arithmetic import moment
 from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
-from revsolve.extras.per_sample_steps import check_per_sample_steps, per_sample_steps
+from revsolve.extras.per_sample_steps import BatchedTime, check_per_sample_steps, per_sample_steps
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import followed, numbers
 from revsolve.prepare.grid import check_fixed, choose_steps, num_steps, on_points
 from revsolve.prepare.initial_value import InitialValueProblem, problem_of
 from revsolve.prepare.times import resolution
-from revsolve.schemes.increment import RungeKutta
 from revsolve.solution import Solution
 
 CLOSE = 1e-9  # places nearer to each other than so many steps between outputs count as one
@@ -82,56 +80,6 @@ def check_sample_times(t: Tensor, y0: Any, names: tuple[str, str] = ("t", "y0"))
     return [float(i) for i in range(len(t))]
 
 
-class BatchedTime:
-    """The time of each sample, a vector for the field, and how much of it passes, shaped to multiply values like `x0`.
-
-    t: (T, batch), any device; x0: (batch, ...). Steps are counted from output to output; or, where `fractions` are given, one by
-    one: step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
-    """
-
-    shift, additive = None, False
-
-    def __init__(self, t: Tensor, x0: Tensor) -> None:
-        self.t, self.dtype = t.to(x0.device, widest(x0.device)), x0.real.dtype
-        self.shape = (-1, *(1,) * (x0.ndim - 1))
-        self.fractions: list[tuple[int, Tensor, Tensor]] | None = None
-
-    def __call__(self, s: Time) -> Tensor:
-        return self.exact(s).to(self.dtype)
-
-    def exact(self, s: Time) -> Tensor:
-        """The times in the dtype with the most digits, (batch,)."""
-        i, part = self._whole_steps(s := float(s))
-        if self.fractions is None:
-            return torch.lerp(self.t[i], self.t[i + 1], part)
-        i, start, end = self.fractions[i]
-        return torch.lerp(self.t[i], self.t[i + 1], torch.lerp(start, end, part))
-
-    def _whole_steps(self, s: float) -> tuple[int, float]:
-        last = len(self.t) - 2 if self.fractions is None else len(self.fractions) - 1
-        n = min(max(math.floor(s), 0), last)
-        return n, s - n
-
-    @property
-    def fastest(self) -> float:
-        """The largest rate of any sample's time."""
-        return float(self.t.detach().diff(dim=0).abs().max()) or 1.0 if len(self.t) > 1 else 1.0
-
-    def control(self, s: Time, s0: Time, s1: Time) -> Tensor:
-        """How much time passes."""
-        return self.rate(s0, s1) * (s1 - s0)
-
-    def rate(self, s0: Time, s1: Time) -> Tensor:
-        """The speed of time between s0 and s1, which lie between two outputs."""
-        i, _ = self._whole_steps(float(0.5 * (s0 + s1)))
-        if self.fractions is None:
-            speed = self.t[i + 1] - self.t[i]
-        else:
-            i, start, end = self.fractions[i]
-            speed = (self.t[i + 1] - self.t[i]) * (end - start)
-        return speed.to(self.dtype).view(self.shape)
-
-
 def steps_for_samples(
     ivp: InitialValueProblem, t: Tensor, clock: BatchedTime, discontinuities: Sequence[float]
 ) -> Callable[[], Stepper]:
@@ -139,12 +87,11 @@ def steps_for_samples(
     than `step_size`."""
     options, scheme = ivp.options, ivp.options.scheme
     refuse_options(options.given)
-    if scheme.has_velocity or any(not 0.0 <= place <= 1.0 for update in scheme.updates for place in _places(update)):
-        fault = (
-            "carries a velocity from step to step"
-            if scheme.has_velocity
-            else "evaluates the field outside of its steps"
-        )
+    nodes = [(u, c) for u in scheme.updates for c in (0.0, 1.0, *(u.increment.nodes if u.increment else ()))]
+    inside = all(0.0 <= moment(u.start, u.end, c) <= 1.0 for u, c in nodes)
+    fault = None if inside else "evaluates the field outside of its steps"
+    fault = "carries a velocity from step to step" if scheme.has_velocity else fault
+    if fault is not None:
         raise ValueError(
             f"{scheme.name!r} {fault}, but with times of each sample's own the speed of time changes at every output: use "
             "another method, 'rev_rk4' say."
@@ -192,14 +139,3 @@ def passed_by_samples(places: Sequence[float], t: Tensor) -> list[float]:
     inside = (part > CLOSE) & (part < 1 - CLOSE)
     passed = (part + torch.arange(len(t) - 1, dtype=t.dtype, device="cpu")[:, None])[inside].unique()
     return numbers(passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE])
-
-
-def _places(update: Any) -> list[float]:
-    """Where in the step an update evaluates the field, as fractions of it."""
-    start, span = update.start, update.end - update.start
-    inner = (
-        update.increment.tableau.c
-        if isinstance(update.increment, RungeKutta)
-        else (getattr(update.increment, "at", 0.0),)
-    )
-    return [start + c * span for c in inner] + [update.start, update.end]

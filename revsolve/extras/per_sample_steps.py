@@ -1,17 +1,20 @@
-"""Adaptive steps of each sample's own length: all samples go through a step together, each as far as its own error allows.
+"""The time of each sample, and adaptive steps of each sample's own length.
 
-An attempt in which every sample's error is small enough is accepted; else it is made again, with shorter steps where the error
-was too large. A sample that has reached its next output time waits there, with steps of length zero, until the others have.
+All samples go through a step together, each as far as its own error allows. An attempt in which every sample's error is small
+enough is accepted; else it is made again, with shorter steps where the error was too large. A sample that has reached its next
+output time waits there, with steps of length zero, until the others have.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revsolve.core.arithmetic import Time, widest
 from revsolve.core.coupling import State
 from revsolve.core.stepper import SHORTEST, Adaptive, ErrorControl, Grid, Recording, Step, Stepper
 from revsolve.field.functorch import batching
@@ -20,11 +23,54 @@ from revsolve.prepare.options import SolverOptions
 LANDS = 1 + 1e-9  # a step so much longer ends at the output
 
 
-class Batched(Protocol):
-    """The times of samples, which steps may pass at a speed of each sample's own: see `per_sample.BatchedTime`."""
+class BatchedTime:
+    """The time of each sample, a vector for the field, and how much of it passes, shaped to multiply values like `x0`.
 
-    t: Tensor
-    fractions: list[tuple[int, Tensor, Tensor]] | None
+    t: (T, batch), any device; x0: (batch, ...). Steps are counted from output to output; or, where `fractions` are given, one by
+    one: step n then leads every sample from one fraction of the way between the outputs i and i + 1 to another, (i, start, end).
+    """
+
+    shift, additive = None, False
+
+    def __init__(self, t: Tensor, x0: Tensor) -> None:
+        self.t, self.dtype = t.to(x0.device, widest(x0.device)), x0.real.dtype
+        self.shape = (-1, *(1,) * (x0.ndim - 1))
+        self.fractions: list[tuple[int, Tensor, Tensor]] | None = None
+
+    def __call__(self, s: Time) -> Tensor:
+        return self.exact(s).to(self.dtype)
+
+    def exact(self, s: Time) -> Tensor:
+        """The times in the dtype with the most digits, (batch,)."""
+        i, part = self._whole_steps(s := float(s))
+        if self.fractions is None:
+            return torch.lerp(self.t[i], self.t[i + 1], part)
+        i, start, end = self.fractions[i]
+        return torch.lerp(self.t[i], self.t[i + 1], torch.lerp(start, end, part))
+
+    def _whole_steps(self, s: float) -> tuple[int, float]:
+        last = len(self.t) - 2 if self.fractions is None else len(self.fractions) - 1
+        n = min(max(math.floor(s), 0), last)
+        return n, s - n
+
+    @property
+    def fastest(self) -> float:
+        """The largest rate of any sample's time."""
+        return float(self.t.detach().diff(dim=0).abs().max()) or 1.0 if len(self.t) > 1 else 1.0
+
+    def control(self, s: Time, s0: Time, s1: Time) -> Tensor:
+        """How much time passes."""
+        return self.rate(s0, s1) * (s1 - s0)
+
+    def rate(self, s0: Time, s1: Time) -> Tensor:
+        """The speed of time between s0 and s1, which lie between two outputs."""
+        i, _ = self._whole_steps(float(0.5 * (s0 + s1)))
+        if self.fractions is None:
+            speed = self.t[i + 1] - self.t[i]
+        else:
+            i, start, end = self.fractions[i]
+            speed = (self.t[i + 1] - self.t[i]) * (end - start)
+        return speed.to(self.dtype).view(self.shape)
 
 
 def check_per_sample_steps(options: SolverOptions, discontinuities: Sequence[float]) -> None:
@@ -39,7 +85,7 @@ def check_per_sample_steps(options: SolverOptions, discontinuities: Sequence[flo
         raise ValueError(f"steps_of_each gives every sample adaptive steps of its own, but {why}: leave it out.")
 
 
-def per_sample_steps(clock: Batched, make_shared: Callable[[], Stepper]) -> Callable[[], Stepper]:
+def per_sample_steps(clock: BatchedTime, make_shared: Callable[[], Stepper]) -> Callable[[], Stepper]:
     """Steppers with the tolerances and limits of shared ones."""
 
     def make() -> Stepper:
@@ -54,7 +100,7 @@ def per_sample_steps(clock: Batched, make_shared: Callable[[], Stepper]) -> Call
 class PerSampleSteps(Recording):
     """Steps numbered 0, 1, 2, ...; the clock knows how far each of them takes every sample."""
 
-    def __init__(self, clock: Batched, control: ErrorControl) -> None:
+    def __init__(self, clock: BatchedTime, control: ErrorControl) -> None:
         self.clock = clock
         self.control: ErrorControl = control
         self.fractions: list[Any] = []

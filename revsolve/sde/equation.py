@@ -11,7 +11,7 @@ from revsolve.backends import TensorControl
 from revsolve.brownian.path import BrownianPath
 from revsolve.compat.torchsde import ForeignBrownian
 from revsolve.core.tape import Term
-from revsolve.extras.per_sample import BatchedTime
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.prepare.initial_value import InitialValueProblem, Posed
 from revsolve.prepare.options import SolverOptions

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.coupling import Scheme
-from revsolve.extras.per_sample import BatchedTime, check_sample_times
+from revsolve.extras.per_sample import check_sample_times
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.field.functorch import followed

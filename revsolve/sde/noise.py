@@ -12,7 +12,7 @@ from torch import Tensor
 from revsolve.brownian.path import BrownianPath, clamped
 from revsolve.compat.torchsde import as_brownian
 from revsolve.core.arithmetic import Time
-from revsolve.extras.per_sample import BatchedTime
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.field.functorch import outside, sample_numbers
 
 Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
