@@ -12,16 +12,8 @@ from revsolve.paths.piecewise import Control, Time, Times, Value, check_inside, 
 
 
 def as_control(path: Any) -> Control:
-    """`path` as a `Control`: unchanged if it is one, otherwise adopted.
-
-    Args:
-        path: a `Control`; torchcde's `CubicSpline`, `LinearInterpolation` or `TupleControl`; any object with
-            `evaluate`, `derivative` and `interval` (and, if it has knots, `grid_points`); or a tuple or list of such.
-
-    Raises:
-        TypeError: `path` is none of these; says what it lacks.
-        ValueError: the members of a tuple differ in their intervals.
-    """
+    """A `Control` as it is; torchcde's paths, and any object with `evaluate`, `derivative` and `interval` (and, if it has knots,
+    `grid_points`), adopted; or all of a tuple or list. Raises TypeError for anything else."""
     if isinstance(path, Control):
         return path
     if isinstance(path, (tuple, list)):
@@ -41,14 +33,7 @@ def as_control(path: Any) -> Control:
 
 
 class TupleControl(Control):
-    """Several controls over one interval, for a state that is a tuple: every answer is the tuple of theirs.
-
-    Args:
-        controls: at least one `Control`.
-
-    Raises:
-        ValueError: no controls, or their intervals differ.
-    """
+    """Several controls over one interval, for a state that is a tuple: every answer is the tuple of theirs."""
 
     def __init__(self, controls: Sequence[Control]) -> None:
         intervals = [numbers(control.interval) for control in controls]
@@ -82,12 +67,8 @@ class ForeignControl(Control):
     """A path of another package, seen through its `evaluate`, `derivative` and `interval` (and `grid_points`, if any).
 
     The earlier end of a span is asked for one ulp later, so that a path that answers with the piece before a knot gives
-    the piece after it.
-
-    Args:
-        path: the path; asked with tensors of the dtype and device of its interval.
-        many_times: whether it also answers times (n,) at once, as (..., n, channels); otherwise it is asked one by one.
-        smooth: whether dX/dt is continuous; otherwise it may jump at every knot.
+    the piece after it. With `many_times` it also answers times (n,) at once, as (..., n, channels); unless it is `smooth`, dX/dt
+    may jump at every knot.
     """
 
     def __init__(self, path: Any, *, many_times: bool = False, smooth: bool = False) -> None:

@@ -75,25 +75,10 @@ class ForeignBrownian:
 
 
 def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownian:
-    """Return the Brownian motion as one that answers `bm(ta, tb)` and `bm(ta, tb, return_H=True)` in both directions.
+    """A Brownian motion that answers `bm(ta, tb)` and `bm(ta, tb, return_H=True)` in both directions.
 
-    Args:
-        bm: a `BrownianPath`, returned as it is; torchsde's BrownianInterval, BrownianPath or BrownianTree; or anything
-            called alike that has their `shape`, `dtype`, `device` and `levy_area_approximation`. Channels are taken to be
-            independent: where the noise has the covariance L L^T, multiply the diffusion by L.
-        area: whether the space-time area H will be asked for.
-
-    Raises:
-        TypeError: bm is none of these.
-        ValueError: an area is wanted of a path without; an unknown kind of area.
-
-    Paper: Kidger, Foster, Li and Lyons (2021), "Efficient and accurate gradients for neural SDEs" (torchsde's paths).
-
-    Example:
-        >>> import torchsde
-        >>> path = as_brownian(torchsde.BrownianInterval(0.0, 1.0, (2, 3), entropy=0))
-        >>> torch.equal(path(0.5, 0.2), -path(0.2, 0.5))
-        True
+    A `BrownianPath` as it is; paths of torchsde (Kidger, Foster, Li and Lyons 2021), and what is called alike and has their
+    attributes, adopted. Raises TypeError for anything else, ValueError where an `area` is wanted of a path without.
     """
     if isinstance(bm, (BrownianPath, ForeignBrownian)):
         path = bm

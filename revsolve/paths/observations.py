@@ -36,17 +36,7 @@ class Observations:
 
 
 def observe(x: Tensor, t: Times | None = None, lengths: Tensor | Sequence[int] | None = None) -> Observations:
-    """Check a series and return its `Observations`; reads the device, so do it once per batch and not once per step.
-
-    Args:
-        x: values, (..., length, channels), floating point; NaN is a missing value.
-        t: strictly increasing times, (length,), numbers being taken in double precision; 0, 1, 2, ... if not given.
-        lengths: how many leading rows of each sample count, (...,) integers from 1 to length; all rows if not given.
-
-    Raises:
-        TypeError: `x` is not a floating-point tensor.
-        ValueError: wrong shapes, infinite values, times out of order, lengths out of range, a channel without a value.
-    """
+    """The `Observations` of a series, checked; arguments and errors are those of `LinearPath`. It reads the device."""
     if torch.compiler.is_dynamo_compiling():
         raise ValueError(
             "a path looks for missing values in its data, which torch.compile hides: make it outside of what is compiled, and "
@@ -73,8 +63,8 @@ def observe(x: Tensor, t: Times | None = None, lengths: Tensor | Sequence[int] |
 def neighbours(obs: Observations) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of the last observation at or before, and of the first at or after, each row: (lower, upper, before, after).
 
-    All have the shape of `obs.x`. `before` marks the rows ahead of a series' first observation and `after` those
-    behind its last one; there both neighbours are the nearest observation.
+    `before` marks the rows ahead of a series' first observation and `after` those behind its last one; there both neighbours are
+    the nearest observation.
     """
     assert obs.observed is not None
     length = obs.x.shape[0]
@@ -97,16 +87,7 @@ def fill_linear(obs: Observations) -> Tensor:
 
 
 def staircase(obs: Observations, t: Times | None, channel: int) -> Observations:
-    """The causal staircase through `obs`: first the time channel moves, then the others, 2 length - 1 rows.
-
-    Args:
-        obs: observations whose `channel` holds the time and has no gaps.
-        t: the parametrisation of the new path, (2 length - 1,); 0, 1, 2, ... if not given.
-        channel: index of the time channel.
-
-    Raises:
-        ValueError: no such channel, or gaps in it, or `t` does not fit the new length.
-    """
+    """The causal staircase through `obs` at 2 length - 1 times t: first the channel of time moves, then the others."""
     channels = obs.x.shape[-1]
     if not 0 <= channel < channels:
         raise ValueError(f"rectilinear is the index of the time channel, 0 to {channels - 1}, but it is {channel}.")
