@@ -127,9 +127,8 @@ class DEQReversible(DEQBase):
         given = _for_this_call(solver_kwargs)
         f, z = deq_decorator(func, z_init, no_stat=False)
         most = int(given.get("f_max_iter", self.f_max_iter if self.training else self.eval_f_max_iter))  # type: ignore[arg-type]
-        slices = [
-            b - a for a, b in itertools.pairwise([0, *self.indexing, most])
-        ]  # as torchdeq's core "sliced" has them
+        # as torchdeq's core "sliced" has them
+        slices = [b - a for a, b in itertools.pairwise([0, *self.indexing, most])]
         slices = [most // self.n_states] * self.n_states if self.n_states > 1 else slices
         outputs, solutions = [], []
         for evaluations in slices if self.training else [most]:

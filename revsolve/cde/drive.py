@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.each import PathOfEach
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme, evaluations, schedule, scheduled
+from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.field.functorch import wrapped
 from revsolve.paths.control import Control
+from revsolve.paths.piecewise import PiecewisePath
 
 Key = tuple[Any, ...]  # times
 
@@ -85,11 +86,8 @@ class Slopes(Drive):
     """dX/dt at the time of the evaluation, times the length of the span."""
 
     def key(self, t: Time, t0: Time, t1: Time) -> Key:
-        return (
-            t,
-            min(t, t0, t1),
-            max(t, t0, t1),
-        )  # a composed method may evaluate outside the span that it uses the value for
+        # A composed method may evaluate outside the span that it uses the value for.
+        return t, min(t, t0, t1), max(t, t0, t1)
 
     def scale(self, t0: Time, t1: Time) -> Time:
         return t1 - t0
@@ -143,3 +141,38 @@ def asked_for(scheme: Scheme, times: list[float], additive: bool = False) -> lis
     ]
     joined = [move for move in schedule(scheme, times, additive) if move[3] is not None]
     return list(evaluations([*alone, *joined]))
+
+
+class PathOfEach:
+    """X_b(t_b(s)) for every sample b: a path in the step variable s, which all samples share."""
+
+    def __init__(self, control: Control, clock: BatchedTime) -> None:
+        self.control, self.clock = control, clock
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.control.tensors
+
+    def derivative(self, s: Time, *, span: tuple[Time, Time]) -> Any:
+        """dX/dt dt/ds, (batch, ..., channels)."""
+        times, spans = self.clock.exact(s), (self.clock.exact(span[0]), self.clock.exact(span[1]))
+        if isinstance(self.control, PiecewisePath):
+            slopes = self.control.derivatives_of_each(times, spans=spans)
+        else:
+            slopes = tree_map(_own, self.control.derivatives(times, spans=spans))
+        rate = self.clock.rate(*span).reshape(-1)
+        return tree_map(lambda x: x * rate.to(x.dtype).view(-1, *(1,) * (x.ndim - 1)), slopes)
+
+    def increment(self, s0: Time, s1: Time) -> Any:
+        return tree_map(torch.sub, self._values(s1), self._values(s0))
+
+    def _values(self, s: Time) -> Any:
+        times = self.clock.exact(s)
+        if isinstance(self.control, PiecewisePath):
+            return self.control.values_of_each(times)
+        return tree_map(lambda x: _own(x.movedim(-2, 0)), self.control.evaluate(times))
+
+
+def _own(x: Tensor) -> Tensor:
+    """(batch, ...) from (batch, batch, ...): what each sample has at its own time."""
+    return x[(each := torch.arange(len(x), device=x.device)), each]

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from revsolve.cde.arguments import check_path, choose_form, choose_gradient, warn_of_few_knots
-from revsolve.cde.drive import Drive, Increments, Slopes, asked_for
-from revsolve.cde.each import PathOfEach
+from revsolve.cde.drive import Drive, Increments, PathOfEach, Slopes, asked_for
 from revsolve.cde.term import MatrixTerm, ProductTerm, source_of
 from revsolve.compat.torchcde import as_control
+from revsolve.core.caller import warn
 from revsolve.core.coupling import Scheme
 from revsolve.extras.event_steps import EVENT_OPTIONS
 from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
+from revsolve.paths.control import Control
+from revsolve.paths.piecewise import check_inside
 from revsolve.prepare.initial_value import InitialValueProblem, Posed
 from revsolve.prepare.keywords import explains_keywords
-from revsolve.prepare.options import read_options
+from revsolve.prepare.options import SolverOptions, check_choice, read_options
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import check_times
+from revsolve.schemes.increment import OneEvaluation
 from revsolve.schemes.tableau import Tableau
 
+FORMS = ("derivative", "increment")
+MANY = 20  # knots, of which a solve should cover more than a tenth
+RTOL, ATOL = 1e-4, 1e-6  # as torchcde has them
 ROWS_PER_KNOT = 4  # a table may be so many times longer than the path: its memory must not grow with the steps
 
 
@@ -115,39 +124,117 @@ def cdeint(
         compile=compile,
     )
     read, control, packing = choose_form(read), as_control(X), Packing(z0, "z0")
-    each = isinstance(t, Tensor) and t.ndim == 2
-    times = [*map(float, t.detach().aminmax())] if each and t.numel() else check_times(t)
-    check_path(control, packing, times[:1] if event_fn is not None else times, t)
-    if event_fn is None and len(times) > 1:
-        warn_of_few_knots(control.knots, times)
-    drive: type[Drive] = Increments if read.form == "increment" else Slopes
+    check_path(control, packing, t, event_fn is not None)
+    return solution_of(_problem(control, func, z0, packing, read), t, event_fn, full_output)
+
+
+def _problem(control: Control, func: Any, z0: Any, packing: Packing, options: SolverOptions) -> InitialValueProblem:
+    """All of the solve but its times."""
+    knots, by_increments = control.knots, options.form == "increment"
+    drive: type[Drive] = Increments if by_increments else Slopes
     term = ProductTerm if hasattr(func, "prod") else MatrixTerm
 
     def pose(clock: Any, steps: list[float] | None) -> Posed:
         path = PathOfEach(control, clock) if isinstance(clock, BatchedTime) else control
-        driven, span = drive(path, clock.shift), None
+        driven, span = drive(path, clock.shift), None  # type: Drive, Any
         if steps is not None and path is control:
-            low, high = asked_for(read.scheme, steps[:2])[0][1:]
-            driven, span = driven.tabulated(read.scheme, steps, ROWS_PER_KNOT * len(control.knots)), (low, high)
+            driven = driven.tabulated(options.scheme, steps, ROWS_PER_KNOT * len(knots))
+            span = asked_for(options.scheme, steps[:2])[0][1:]
         return Posed(term(func, packing, driven, clock), (func, *driven.tensors), span)
 
     def results(xs: Tensor, num_dims: int) -> Any:
         front, back = tuple(range(num_dims)), tuple(range(-1 - num_dims, -1))
         return tree_map(lambda zs: zs.movedim(front, back), packing.unpack(xs))
 
-    knots = control.knots
-    ivp = InitialValueProblem(
+    return InitialValueProblem(
         "cdeint",
         packing,
         packing.pack(z0),
-        read.for_state(packing),
+        options.for_state(packing),
         pose,
         (func, z0),
         results,
         knots=knots if len(knots) > 2 else (),
-        discontinuities=control.jumps if read.form == "derivative" else (),
-        straight=read.form == "increment",
+        discontinuities=() if by_increments else control.jumps,
+        straight=by_increments,
         interval=(knots[0], knots[-1]),
         source=source_of,
     )
-    return solution_of(ivp, t, event_fn, full_output)
+
+
+def check_path(control: Control, packing: Packing, t: Any, until_event: bool) -> None:
+    """Raise unless the path covers the times and its values fit the state: same batch, dtype and device."""
+    each = isinstance(t, Tensor) and t.ndim == 2 and t.numel()
+    knots, times = control.knots, [*map(float, t.detach().aminmax())] if each else check_times(t)
+    times = times[:1] if until_event else times
+    for i, (before, after) in enumerate(pairwise(knots)):
+        if not before < after:
+            raise ValueError(
+                f"the knots of X must be strictly increasing, but knot {i + 1} at {after} follows knot {i} at {before}: "
+                "sort its data by time."
+            )
+    check_inside(min(times), max(times), (knots[0], knots[-1]), t, control.interval)
+    value = control.evaluate(times[0])
+    if isinstance(value, Tensor) != packing.lone or (not packing.lone and len(value) != len(packing.shapes)):
+        states, paths = (1 if packing.lone else len(packing.shapes)), (1 if isinstance(value, Tensor) else len(value))
+        raise ValueError(
+            f"z0 and X must be a tensor and a path, or equally many of both, but z0 holds {states} state(s) and X {paths} "
+            "path(s)."
+        )
+    for x, shape, dtype in zip([value] if packing.lone else value, packing.shapes, packing.dtypes, strict=True):
+        if not shape or x.shape[:-1] != shape[:-1]:
+            raise ValueError(
+                f"X(t) of shape (..., channels) = {tuple(x.shape)} and z0 of shape (..., hidden) = {tuple(shape)} must have the "
+                "same leading dimensions, the batch: expand or reshape one of them."
+            )
+        if x.dtype != dtype or x.device != packing.device:
+            raise TypeError(
+                f"X is of {x.dtype} on {x.device}, but z0 of {dtype} on {packing.device}: convert the data or z0, say with "
+                f".to(z0)."
+            )
+    if len(times) > 1:
+        warn_of_few_knots(knots, times)
+
+
+def warn_of_few_knots(knots: Sequence[float], times: Sequence[float]) -> None:
+    """Warn where a solve covers less than a tenth of the path, as with t in other units than its knots."""
+    if torch.compiler.is_compiling():  # which knows no bisection, and warns of nothing
+        return
+    met = bisect_right(knots, max(times)) - bisect_left(knots, min(times))
+    if len(knots) >= MANY and met <= len(knots) // 10:
+        warn(
+            f"t covers less than a tenth of the {len(knots)} knots of X, which count 0, 1, 2, ... unless it was made with times "
+            "of its own: t=X.interval covers them all."
+        )
+
+
+def choose_form(options: SolverOptions) -> SolverOptions:
+    """How to step, settled, and the tolerances that adaptive steps cannot do without.
+
+    By default, methods of order 2 with one evaluation take increments, for they resolve no more than the ends of a step. With
+    increments the scheme's error estimate is given up: it does not see what the path does within a step.
+    """
+    form, scheme, rtol, atol = options.form, options.scheme, options.rtol, options.atol
+    if form is None:
+        once = all(isinstance(update.increment, (OneEvaluation, type(None))) for update in scheme.updates)
+        form = "increment" if once and scheme.order <= 2 and not options.adaptive else "derivative"
+    check_choice("option form", form, FORMS)
+    if form == "derivative":
+        if not options.adaptive:
+            return replace(options, form=form)
+        return replace(options, form=form, rtol=RTOL if rtol is None else rtol, atol=ATOL if atol is None else atol)
+    if options.tolerances_given:
+        raise ValueError(
+            "form='increment' takes fixed steps, but rtol or atol ask for adaptive ones: leave them out, or use "
+            "form='derivative'."
+        )
+    return replace(options, form=form, scheme=replace(scheme, error_order=None))
+
+
+def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
+    """The gradient mode, which adjoint=False sets."""
+    if adjoint or gradient == "direct":
+        return gradient
+    if gradient is not None:
+        raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
+    return "direct"

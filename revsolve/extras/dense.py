@@ -89,9 +89,8 @@ class Dense:
         # torch.func transforms know no saved-tensor hooks
         self.keeps_rates = problem.followed or problem.operation is not None
         self.steps = list(problem.stats.times)
-        self.times = torch.tensor(
-            self.steps, dtype=torch.float64, device="cpu"
-        )  # some devices have no double precision
+        # Some devices have no double precision.
+        self.times = torch.tensor(self.steps, dtype=torch.float64, device="cpu")
         self.ends = torch.tensor(sorted({0, len(self.steps) - 1, *ends}), device="cpu")
         self.num_knots = max(2, (problem.scheme.order + 3) // 2)
 

@@ -133,9 +133,8 @@ def passed_by_samples(places: Sequence[float], t: Tensor) -> list[float]:
     if not places:
         return []
     t = t.detach().to("cpu", torch.float64)
-    part = (torch.tensor(places, dtype=t.dtype, device="cpu")[:, None, None] - t[:-1]) / t.diff(
-        dim=0
-    )  # (k, T - 1, batch)
+    ahead = torch.tensor(places, dtype=t.dtype, device="cpu")[:, None, None] - t[:-1]
+    part = ahead / t.diff(dim=0)  # (k, T - 1, batch)
     inside = (part > CLOSE) & (part < 1 - CLOSE)
     passed = (part + torch.arange(len(t) - 1, dtype=t.dtype, device="cpu")[:, None])[inside].unique()
     return numbers(passed[torch.cat([passed.new_ones(1), passed.diff()])[: len(passed)] > CLOSE])

@@ -118,9 +118,8 @@ class Convergence:
 
     def moves(self, n: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """1 for the entries of the packed state whose sample takes part in step n, 0 for those that rest."""
-        rested = n < len(self.going) and not (
-            self.content and n >= self.num_steps
-        )  # those after the iteration move all
+        after = self.content and n >= self.num_steps  # steps behind the iteration, which move all
+        rested = n < len(self.going) and not after
         going = (self.going[n] if rested else self.all).to(dtype)
         if self.packing.lone:
             return going.view(-1, *(1 for _ in self.packing.shapes[0][1:]))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve, states
 from revsolve.core.problem import Problem, Stats
@@ -17,12 +19,60 @@ from revsolve.core.stepper import FixedGrid, Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.fixed_points.precision import computed_dtype
-from revsolve.fixed_points.term import ValueTerm
 from revsolve.prepare.problem import prepare
+from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import Given
 from revsolve.schemes.reversible import starting_from
 
 REMEDY = "store the pair more often (anchor_every=1), {}use pair_dtype=torch.float64"
+
+
+class ValueTerm:
+    """The value of the f of each step, in `dtype`, whatever those of the pair and of f are.
+
+    fs: one for all steps, or one for every step. one_draw: random numbers are drawn once a solve, not anew in every step.
+    name: of an f, in messages. residual: an f adds its value to its input.
+    """
+
+    def __init__(
+        self,
+        fs: Sequence[Callable[..., Any]],
+        args: Any,
+        packing: Packing,
+        dtype: torch.dtype,
+        *,
+        num_steps: int,
+        one_draw: bool,
+        name: str = "f",
+        residual: bool = False,
+    ) -> None:
+        self.fs = [(f, takes_step(f)) for f in fs]
+        self.arguments = args if isinstance(args, tuple) else (args,)
+        self.packing, self.dtype, self.last, self.one_draw = packing, dtype, num_steps - 1, one_draw
+        self.name, self.residual, self.alike = name, residual, False
+
+    def value(self, t: Time, x: Tensor) -> Tensor:
+        state, (f, numbered) = self.unpack(x), self.fs[0]
+        several = len(self.fs) > 1
+        n = min(int(t), self.last) if numbered or several else 0  # it is also asked at the end of the last step
+        if several:
+            f, numbered = self.fs[n]
+        out = f(state, *self.arguments, step=n) if numbered else f(state, *self.arguments)
+        if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):
+            self.packing.check_like(out, self.name)
+            self.alike = self.packing.lone  # so that two comparisons tell, which are much faster
+        out = self.packing.pack(out)
+        return (out - self.packing.pack(state) if self.residual else out).to(self.dtype)
+
+    def control(self, t: Time, t0: Time, t1: Time) -> float:
+        return 1.0
+
+    def product(self, value: Tensor, control: float) -> tuple[Tensor, float]:
+        return value, control
+
+    def unpack(self, y: Tensor) -> Any:
+        """The state in the dtypes that it was given in."""
+        return self.packing.unpack(y.to(self.packing.dtypes[0]) if self.packing.lone else y)
 
 
 @dataclass(frozen=True)
@@ -127,3 +177,15 @@ def output_steps(save_at: int | Sequence[int] | None, num_steps: int) -> list[in
             f"save_at must be a number, or increasing whole numbers of steps from 0 to {num_steps}, but it is {save_at!r}."
         )
     return outputs
+
+
+def takes_step(f: Callable[..., Any]) -> bool:
+    """Whether f has a parameter named `step`."""
+    f = f.forward if isinstance(f, nn.Module) else f
+    if torch.compiler.is_dynamo_compiling():  # which knows no signatures
+        code = getattr(f, "__code__", None)
+        return code is not None and "step" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    try:
+        return "step" in inspect.signature(f).parameters
+    except (TypeError, ValueError):  # some callables have no signature
+        return False

@@ -12,10 +12,9 @@ from torch import nn
 
 from revsolve.core.coupling import Scheme
 from revsolve.fixed_points.implicit import LAST_STEPS
-from revsolve.fixed_points.iteration import Iteration, check_whole, output_steps, steps
+from revsolve.fixed_points.iteration import Iteration, ValueTerm, check_whole, output_steps, steps, takes_step
 from revsolve.fixed_points.precision import anchor_spacing, pair_dtype_of, steps_undone
 from revsolve.fixed_points.solve import FixedPoint
-from revsolve.fixed_points.term import ValueTerm, takes_step
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.problem import GRADIENTS
 from revsolve.prepare.state import Packing

@@ -18,9 +18,8 @@ from revsolve.core.stepper import Stepper
 from revsolve.extras.progress import AcceptedStep
 from revsolve.fixed_points.convergence import RESIDUALS, STOPS, Convergence, Criterion, UntilConverged
 from revsolve.fixed_points.implicit import AT_THE_END, gradient_at_the_end, gradient_options, iterate, rule
-from revsolve.fixed_points.iteration import Iteration, check_whole, output_steps, steps
+from revsolve.fixed_points.iteration import Iteration, ValueTerm, check_whole, output_steps, steps, takes_step
 from revsolve.fixed_points.precision import anchor_spacing, packed_beta, pair_dtype_of
-from revsolve.fixed_points.term import ValueTerm, takes_step
 from revsolve.prepare.options import check_choice
 from revsolve.prepare.problem import GRADIENTS
 from revsolve.prepare.state import Packing

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from revsolve import ConvergenceWarning, fixed_point
 from revsolve.fixed_points.convergence import Convergence, Criterion
-from revsolve.fixed_points.gmres import gmres
+from revsolve.fixed_points.implicit import gmres
 from revsolve.prepare.state import Packing
 from tests.fixed_points.cells import difference
 

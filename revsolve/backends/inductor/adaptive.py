@@ -79,9 +79,8 @@ class CompiledSteps:
                     return self._step(counts, measure, form, *tensors[: len(inputs)])
 
             eps = torch.finfo(y.dtype).eps
-            blur = measure(
-                torch.full_like(y, eps**0.75 * float(y.abs().max())), y, y
-            )  # of an error that rounding alone makes
+            rounded = torch.full_like(y, eps**0.75 * float(y.abs().max()))
+            blur = measure(rounded, y, y)  # of an error that rounding alone makes
             with torch.no_grad(), without_fakes(self.memo.term):
                 run = once(step, [*inputs, *(x.detach() for x in self.outside)], self.compiler, [float(blur)])
             made["attempt"] = Program(run, counts[-1])

@@ -30,9 +30,8 @@ def check(
     for factor in (1.0, MOVED):
         results: list[list[Tensor]] = []
         for call in (step, run):
-            given = [
-                x * factor if x.is_floating_point() or x.is_complex() else x for x in inputs
-            ]  # copies, to be changed
+            # copies, to be changed
+            given = [x * factor if x.is_floating_point() or x.is_complex() else x for x in inputs]
             results.append([*call(*given), *(given[i] for i in changed)])
         wanted, got = results
         if (wrong := _difference(wanted, got, eps, resolution)) is None:
