@@ -25,7 +25,7 @@ from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.caller import warn
 from revsolve.core.coupling import State, pull_back, schedule, scheduled, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
-from revsolve.core.problem import Gradients, Problem
+from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape, Term, leaf_of
 
@@ -174,23 +174,22 @@ class Solve:
         marks: dict[int, State],
     ) -> tuple[Tensor | None, ...]:
         """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
-        problem, field, grid, moving = self.problem, self.problem.field, self.grid, bool(needed[1])
+        problem, field, grid = self.problem, self.problem.field, self.grid
         assert grid is not None
+        times = torch.tensor(grid.times, dtype=torch.float64, device="cpu", requires_grad=True) if needed[1] else None
         undoing, repeating = (
             (undo, recompute) if problem.backend is None else (problem.backend.undo, problem.backend.recompute)
         )
         sweep = undoing if problem.gradient == "reversible" else repeating
-        wanted = list(itertools.compress(leaves, needed[2:]))
+        wanted = [*itertools.compress(leaves, needed[2:]), *(() if times is None else (times,))]
         with field.at(leaves) as term:
             tape = Tape(term, wanted, field.audit(leaves), problem.state_dtype, field.differentiate)
-            grad_y0, grad_times = sweep(problem, grid, marks, grad_ys, tape, moving)
+            grad_y0 = sweep(problem, grid, marks, grad_ys, tape, times)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
-        found: list[Tensor | None] = [grad_y0 if needed[0] else None]
-        found.append(time_gradient(grid, t, grad_times) if moving and t is not None else None)
         sums = iter(tape.sums)
-        for x, needs in zip(leaves, needed[2:], strict=True):
-            found.append(next(sums).to(x.dtype) if needs else None)
-        return tuple(found)
+        found = [next(sums).to(x.dtype) if needs else None for x, needs in zip(leaves, needed[2:], strict=True)]
+        grad_t = None if times is None or t is None else time_gradient(grid, t, next(sums))
+        return grad_y0 if needed[0] else None, grad_t, *found
 
     def differentiable_gradient(
         self, grad_ys: Tensor, y0: Tensor, t: Tensor | None, tensors: Sequence[Tensor]
@@ -245,18 +244,21 @@ class _Gated(torch.autograd.Function):
 
 
 @torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
-def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool) -> Gradients:
-    """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone."""
-    scheme, clock = problem.scheme, _MovingTimes(grid, tape) if moving else None
+def undo(
+    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+) -> Tensor | None:
+    """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone: the gradient of y0. `times`
+    are those recorded, among the tensors of the tape, if they have gradients."""
+    scheme = problem.scheme
     scale, state = amplitude(problem, marks.values()), marks.pop(grid.num_steps)
     grads = Grads(*[None] * len(state))
     distances, sizes = [], [mean_size(state[0] / scale)]  # type: list[Tensor], list[Tensor]
     for start, stop, stored in segments_back(problem, grid, marks, tape):
-        for first, last in reversed(list(grid.runs(start, stop, range(stop) if moving else ()))):
+        for first, last in reversed(list(grid.runs(start, stop))):
             if (i := grid.output(last)) is not None:
                 grads.add(0, grad_ys[i])
-            times = grid.seen(first, last, grid.times[first : last + 1] if clock is None else clock(first, last))
-            path = schedule(scheme, times, tape.memo.additive)
+            ends = grid.seen(first, last, taken(grid, times, first, last))
+            path = schedule(scheme, ends, tape.memo.additive)
             for move in reversed(path[1:]):
                 state = pull_back(move, state, grads, tape)
             scale = torch.maximum(scale, problem.narrowed(state[0]).abs())
@@ -274,13 +276,18 @@ def undo(problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor,
         if start in grid.restarts:
             state = written(state, 0, stored[0])
             for update in reversed(scheme.restart):
-                state = pull_back(scheduled(update, times[0], times[1]), state, grads, tape, restored=stored)
+                state = pull_back(scheduled(update, ends[0], ends[1]), state, grads, tape, restored=stored)
         state = stored
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
     certify(problem, distances, sizes)
-    return grads[0], clock.close() if clock else {}
+    return grads[0]
+
+
+def taken(grid: Grid, times: Tensor | None, start: int, stop: int) -> Sequence[Time]:
+    """The times of the steps start..stop: numbers, or entries of `times`."""
+    return grid.times[start : stop + 1] if times is None else [times[n] for n in range(start, stop + 1)]
 
 
 def segments_back(
@@ -346,24 +353,20 @@ def mean_size(x: Tensor) -> Tensor:
 
 
 def recompute(
-    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
-) -> Gradients:
+    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: Sequence[Tensor | None] = (None,)
-    grad_times: dict[int, Tensor | None] = {}
     scale, stop, end = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)[0]
     distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        leaves, numbers, time_leaves = tuple(map(leaf_of, marks[start])), grid.times[start : stop + 1], []
-        if moving:
-            time_leaves = [torch.tensor(s, dtype=torch.float64, device="cpu", requires_grad=True) for s in numbers]
-        times: Sequence[Time] = time_leaves if moving else numbers
+        leaves, walk = tuple(map(leaf_of, marks[start])), Walk(problem.scheme, tape.memo)
         with torch.enable_grad():
-            walk = Walk(problem.scheme, tape.memo)
-            after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, times, walk)
+            ends = taken(grid, times, start, stop)
+            after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, ends, walk)
         distances.append(mean_size((after[0].detach() - end) / scale))
         sizes.append(mean_size(marks[start][0] / scale))
-        results, cotangents, sources = [], [], [*leaves, *time_leaves, *tape.tensors]
+        results, cotangents, sources = [], [], [*leaves, *tape.tensors]
         for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
             if x.requires_grad and grad is not None:
                 results.append(x)
@@ -372,42 +375,10 @@ def recompute(
             tape.audit(results, sources)
         got = tape.differentiate(results, sources, cotangents)
         grads = got[: len(leaves)]
-        for n, grad in enumerate(got[len(leaves) : len(leaves) + len(time_leaves)]):
-            grad_times[start + n] = accumulate(grad_times.get(start + n), grad)
-        tape.add_up(got[len(leaves) + len(time_leaves) :])
+        tape.add_up(got[len(leaves) :])
         stop, end = start, marks[start][0]
     certify(problem, distances, sizes)
-    grad_y0 = accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
-    return grad_y0, grad_times
-
-
-class _MovingTimes:
-    """The recorded times as leaves that the tape watches, where gradients with respect to them are wanted."""
-
-    def __init__(self, grid: Grid, tape: Tape) -> None:
-        self.times, self.tape = grid.times, tape
-        self.leaves: dict[int, Tensor] = {}
-        self.grads: dict[int, Tensor | None] = {}
-
-    def __call__(self, start: int, stop: int) -> Sequence[Time]:
-        """The times of the steps start..stop."""
-        return [self._leaf(n) for n in range(start, stop + 1)]
-
-    def _leaf(self, n: int) -> Tensor:
-        if n not in self.leaves:
-            self.leaves[n] = torch.tensor(self.times[n], dtype=torch.float64, device="cpu", requires_grad=True)
-            self.tape.times[self.leaves[n]] = None
-            self._retire(n + 3)
-        return self.leaves[n]
-
-    def _retire(self, n: int) -> None:
-        if n in self.leaves:
-            self.grads[n] = self.tape.times.pop(self.leaves.pop(n))
-
-    def close(self) -> dict[int, Tensor | None]:
-        for n in list(self.leaves):
-            self._retire(n)
-        return self.grads
+    return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
 
 
 def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, State], None]:
@@ -431,14 +402,12 @@ def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, 
     return store
 
 
-def time_gradient(grid: Grid, t: Tensor, grads: dict[int, Tensor | None]) -> Tensor:
-    """The gradient of the output times, from those of all recorded times."""
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    rows = [g if (g := grads.get(n)) is not None else zero for n in range(len(grid.times))]
+def time_gradient(grid: Grid, t: Tensor, grad_times: Tensor) -> Tensor:
+    """The gradient of the output times, from that of all recorded times."""
     with torch.enable_grad():
         leaf = t.detach().requires_grad_()
         times = moments(grid, leaf)
-        return torch.autograd.grad(times, leaf, torch.stack(rows).to(times))[0]
+        return torch.autograd.grad(times, leaf, grad_times.to(times))[0]
 
 
 def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:

@@ -71,9 +71,6 @@ class Field(Protocol):
         ...
 
 
-Gradients = tuple[Tensor | None, dict[int, Tensor | None]]  # that of y0, and those of the recorded times
-
-
 class Backend(Protocol):
     """What runs the loops of the engine in another way than eagerly."""
 
@@ -84,14 +81,14 @@ class Backend(Protocol):
         ...
 
     def undo(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
-    ) -> Gradients:
-        """Undo the steps from the last pair, differentiating each."""
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    ) -> Tensor | None:
+        """Undo the steps from the last pair, differentiating each: the gradient of y0."""
         ...
 
     def recompute(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
-    ) -> Gradients:
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate it."""
         ...
 

@@ -193,7 +193,6 @@ class Tape:
         self.dtypes = set(map(attrgetter("dtype"), self.tensors))
         self.audit = audit
         self._sums: list[Tensor | None] = [None] * len(self.tensors)
-        self.times: dict[Tensor, Tensor | None] = {}
         self.member: int | None = None
         self.source: Tensor | None = None
         self.leaf: Tensor | None = None
@@ -250,7 +249,7 @@ class Tape:
         """Take the vector-Jacobian products of all that was recorded, and add them up."""
         if self.outputs:
             assert self.member is not None and self.leaf is not None
-            inputs = (self.leaf, *self.times, *self.tensors)
+            inputs = (self.leaf, *self.tensors)
             outputs, cotangents = self.outputs, self.cotangents
             if self.audit is not None:
                 self.audit(outputs, inputs)
@@ -263,10 +262,7 @@ class Tape:
                 grads[self.member] = got[0]
             else:
                 grads.add(self.member, got[0], self.weight)
-            for time, grad in zip(list(self.times), got[1:], strict=False):
-                if grad is not None:
-                    self.times[time] = scaled_add(self.times[time], grad, self.weight)
-            self.add_up(got[1 + len(self.times) :], self.weight)
+            self.add_up(got[1:], self.weight)
         self._forget()
 
     def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:

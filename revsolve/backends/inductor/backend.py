@@ -26,7 +26,7 @@ from revsolve.core import gradient
 from revsolve.core.coupling import State, advance, scheduled
 from revsolve.core.gradient import amplitude, certify, mean_size, segments_back
 from revsolve.core.integrate import conclude, march, policy_of
-from revsolve.core.problem import Gradients, Problem
+from revsolve.core.problem import Problem
 from revsolve.core.restart import RestartPolicy
 from revsolve.core.stepper import Adaptive, FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -98,11 +98,11 @@ class InductorBackend:
         return torch.stack(ys), pair, grid
 
     def undo(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
-    ) -> Gradients:
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    ) -> Tensor | None:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
-            return gradient.undo(problem, grid, marks, grad_ys, tape, moving)
+            return gradient.undo(problem, grid, marks, grad_ys, tape, times)
         back = Backward(self.context, grad_ys, tape)
         scale, pair, grads = amplitude(problem, marks.values()), marks.pop(grid.num_steps), Grads()
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
@@ -115,15 +115,15 @@ class InductorBackend:
         tape.memo.num_evaluations += back.num_evaluations
         certify(problem, distances, sizes)
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
-        return grads[0], {}
+        return grads[0]
 
     def recompute(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, moving: bool
-    ) -> Gradients:
+        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
         if batched_gradient(grad_ys):
-            return gradient.recompute(problem, grid, marks, grad_ys, tape, moving)
-        return recompute(self.context, problem, grid, marks, grad_ys, tape), {}
+            return gradient.recompute(problem, grid, marks, grad_ys, tape, times)
+        return recompute(self.context, problem, grid, marks, grad_ys, tape)
 
 
 def _known(numbers: list[float], n: int, scale: Tensor) -> float:
