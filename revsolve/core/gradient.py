@@ -251,7 +251,7 @@ def undo(
     are those recorded, among the tensors of the tape, if they have gradients."""
     scheme = problem.scheme
     scale, state = amplitude(problem, marks.values()), marks.pop(grid.num_steps)
-    grads = Grads(*[None] * len(state))
+    grads = Grads([None] * len(state))
     distances, sizes = [], [mean_size(state[0] / scale)]  # type: list[Tensor], list[Tensor]
     for start, stop, stored in segments_back(problem, grid, marks, tape):
         for first, last in reversed(list(grid.runs(start, stop))):

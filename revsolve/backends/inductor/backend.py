@@ -104,7 +104,7 @@ class InductorBackend:
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, times)
         back = Backward(self.context, grad_ys, tape)
-        scale, pair, grads = amplitude(problem, marks.values()), marks.pop(grid.num_steps), Grads()
+        scale, pair, grads = amplitude(problem, marks.values()), marks.pop(grid.num_steps), Grads([None, None])
         distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
         for start, stop, stored in segments_back(problem, grid, marks, tape):
             y = problem.widened(stored[0]).contiguous()

@@ -91,7 +91,7 @@ class Differentiate(SegmentSweep):
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         if len(carried) == 1:
             return carried
-        pair, grads = tuple(row(x, n - constant["origin"]) for x in constant["kept"]), Grads(*carried)
+        pair, grads = tuple(row(x, n - constant["origin"]) for x in constant["kept"]), Grads(carried)
         with self.differentiating("end", constant, changed) as tape:
             self.ended(n, pair, constant, grads, tape)
         zero = torch.zeros_like(constant["stored"])
@@ -105,7 +105,7 @@ def recompute(
     scale, stop, (end, *_) = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     repeat = Repeat(context, most, problem.widened(end))
-    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads(*[None] * len(repeat.kept))
+    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads([None] * len(repeat.kept))
     distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
         sizes.append(mean_size(marks[start][0] / scale))

@@ -81,7 +81,7 @@ class Backward(SegmentSweep):
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, controls, known = self.context, constant["controls"], constant["known"]
         t0, t1, after, t2 = around(constant["times"], n - 1, constant["first"])
-        pair, grads = tuple(carried[:2]), Grads(*carried[2:])
+        pair, grads = tuple(carried[:2]), Grads(carried[2:])
         exactly = (lambda x: torch.where(n - 1 == stop, known[0], x)) if known and not context.lead else None
         with self.differentiating("step", constant, changed) as tape:
             pair = context.pulled_back(context.lead, pair, after, t2, row(controls, n - stop), grads, tape)
@@ -91,7 +91,7 @@ class Backward(SegmentSweep):
         return detached_clones(*pair, grads[0], grads[1])
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        grads = Grads(*carried[2:])
+        grads = Grads(carried[2:])
         with self.differentiating("end", constant, changed) as tape:
             undone = self.ended(n, tuple(carried[:2]), constant, grads, tape)
         found = [torch.zeros_like(carried[2]) if g is None else g for g in (grads[0], grads[1])]
