@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,16 +22,12 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
-from revsolve.core.caller import warn
+from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State, pull_back, schedule, scheduled, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape, Term, leaf_of
-
-
-class ReconstructionWarning(UserWarning):
-    """Undoing the steps did not lead back to the stored states: the gradient may be inaccurate."""
 
 
 def solve(problem: Problem, y0: Tensor, t: Tensor | None) -> Tensor:
@@ -250,9 +246,8 @@ def undo(
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone: the gradient of y0. `times`
     are those recorded, among the tensors of the tape, if they have gradients."""
     scheme = problem.scheme
-    scale, state = amplitude(problem, marks.values()), marks.pop(grid.num_steps)
+    certificate, state = Certificate(problem, marks, grid.num_steps), marks.pop(grid.num_steps)
     grads = Grads([None] * len(state))
-    distances, sizes = [], [mean_size(state[0] / scale)]  # type: list[Tensor], list[Tensor]
     for start, stop, stored in segments_back(problem, grid, marks, tape):
         for first, last in reversed(list(grid.runs(start, stop))):
             if (i := grid.output(last)) is not None:
@@ -261,18 +256,17 @@ def undo(
             path = schedule(scheme, ends, tape.memo.additive)
             for move in reversed(path[1:]):
                 state = pull_back(move, state, grads, tape)
-            scale = torch.maximum(scale, problem.narrowed(state[0]).abs())
+            certificate.follow(state[0])
             member = path[0][0].source
             if first == start:
                 if member == 0:
-                    distances.append(mean_size((state[0] - stored[0]).div_(scale)))
+                    certificate.compare(state[0], stored[0], stored[0])
                 # evaluated at the stored state: at a kink, the undone one could lie on the other side
                 state = _exactly(problem, stored, state, member, start in grid.restarts)
             state = pull_back(path[0], state, grads, tape)
         tape.flush(grads)  # its graph need not be there with all that follows
         if member != 0:
-            distances.append(mean_size((state[0] - stored[0]).div_(scale)))
-        sizes.append(mean_size(stored[0] / scale))
+            certificate.compare(state[0], stored[0], stored[0])
         if start in grid.restarts:
             state = written(state, 0, stored[0])
             for update in reversed(scheme.restart):
@@ -281,7 +275,7 @@ def undo(
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
-    certify(problem, distances, sizes)
+    certificate.conclude()
     return grads[0]
 
 
@@ -336,36 +330,19 @@ def widened(problem: Problem, state: State) -> State:
     return written(state, 0, problem.widened(state[0]))
 
 
-def amplitude(problem: Problem, states: Iterable[State]) -> Tensor:
-    """The largest size of each entry of y in any of the states, never zero."""
-    largest: Any = None
-    for state in states:
-        size = problem.narrowed(state[0]).abs()
-        largest = size if largest is None else torch.maximum(largest, size)
-    return largest + torch.finfo(largest.dtype).tiny
-
-
-def mean_size(x: Tensor) -> Tensor:
-    """The mean absolute value of each sample's entries, or of all where there is but one dimension."""
-    if x.ndim > 1:
-        return torch.linalg.vector_norm(x.flatten(1), 1, dim=1) / x[0].numel()
-    return torch.linalg.vector_norm(x, 1) / x.numel()
-
-
 def recompute(
     problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: Sequence[Tensor | None] = (None,)
-    scale, stop, end = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)[0]
-    distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
+    stop, certificate = grid.num_steps, Certificate(problem, marks, grid.num_steps)
+    end = marks.pop(stop)[0]
     for start in sorted(marks, reverse=True):
         leaves, walk = tuple(map(leaf_of, marks[start])), Walk(problem.scheme, tape.memo)
         with torch.enable_grad():
             ends = taken(grid, times, start, stop)
             after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, ends, walk)
-        distances.append(mean_size((after[0].detach() - end) / scale))
-        sizes.append(mean_size(marks[start][0] / scale))
+        certificate.compare(after[0].detach(), end, marks[start][0])
         results, cotangents, sources = [], [], [*leaves, *tape.tensors]
         for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
             if x.requires_grad and grad is not None:
@@ -377,7 +354,7 @@ def recompute(
         grads = got[: len(leaves)]
         tape.add_up(got[len(leaves) :])
         stop, end = start, marks[start][0]
-    certify(problem, distances, sizes)
+    certificate.conclude()
     return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
 
 
@@ -408,27 +385,3 @@ def time_gradient(grid: Grid, t: Tensor, grad_times: Tensor) -> Tensor:
         leaf = t.detach().requires_grad_()
         times = moments(grid, leaf)
         return torch.autograd.grad(times, leaf, grad_times.to(times))[0]
-
-
-def certify(problem: Problem, distances: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
-    """Judge how far what was reconstructed lies from what was stored, segment by segment and sample by sample, relative to the
-    larger of the `sizes` of the states at its ends; a gradient is never silently wrong. One device read."""
-    if not problem.readable:
-        return
-    kind, size = torch.finfo(distances[0].dtype), torch.stack([*sizes])
-    relative = torch.stack([*distances]) / torch.maximum(size[1:], size[:-1]).clamp(min=kind.tiny / kind.eps)
-    worst = problem.stats.reconstruction_error = float(relative.amax())
-    done, remedies = "repeating", "make sure that the field is deterministic"
-    if problem.gradient == "reversible":
-        done, remedies = "undoing", f"{problem.remedy}, {remedies}, or use gradient='checkpoint'"
-    if not math.isfinite(worst):
-        raise RuntimeError(
-            f"{done} the steps gave a state that is not finite, so the gradient would be wrong: {remedies}."
-        )
-    limit = math.sqrt(problem.rounding or kind.eps)
-    if worst > limit:
-        warn(
-            f"{done} the steps missed the stored states by {worst:.1e} (relative), more than {limit:.1e}: the gradient may be "
-            f"that inaccurate. Remedies: {remedies}.",
-            ReconstructionWarning,
-        )

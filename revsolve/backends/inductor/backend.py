@@ -23,8 +23,9 @@ from revsolve.backends.inductor.options import Compiler, compiler
 from revsolve.backends.inductor.segments import Backward, Forward
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient
+from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State, advance, scheduled
-from revsolve.core.gradient import amplitude, certify, mean_size, segments_back
+from revsolve.core.gradient import segments_back
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
 from revsolve.core.restart import RestartPolicy
@@ -104,16 +105,15 @@ class InductorBackend:
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
             return gradient.undo(problem, grid, marks, grad_ys, tape, times)
         back = Backward(self.context, grad_ys, tape)
-        scale, pair, grads = amplitude(problem, marks.values()), marks.pop(grid.num_steps), Grads([None, None])
-        distances, sizes = [], [mean_size(pair[0] / scale)]  # type: list[Tensor], list[Tensor]
+        certificate = Certificate(problem, marks, grid.num_steps)
+        pair, grads = marks.pop(grid.num_steps), Grads([None, None])
         for start, stop, stored in segments_back(problem, grid, marks, tape):
             y = problem.widened(stored[0]).contiguous()
             undone = back(pair, grads, start, stop, (y, *stored[1:]), start in grid.restarts)
-            distances.append(mean_size((undone - y) / scale))
-            sizes.append(mean_size(y / scale))
+            certificate.compare(undone, y, y)
             pair = stored
         tape.memo.num_evaluations += back.num_evaluations
-        certify(problem, distances, sizes)
+        certificate.conclude()
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0]
 

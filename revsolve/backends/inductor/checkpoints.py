@@ -14,8 +14,9 @@ from torch import Tensor
 from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent, detached_clones
 from revsolve.backends.inductor.programs import Constants, Tensors
 from revsolve.backends.inductor.step_tables import around, counter, row
+from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State
-from revsolve.core.gradient import amplitude, certify, mean_size, widened
+from revsolve.core.gradient import widened
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
@@ -102,25 +103,24 @@ def recompute(
     context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
-    scale, stop, (end, *_) = amplitude(problem, marks.values()), grid.num_steps, marks.pop(grid.num_steps)
+    stop, certificate = grid.num_steps, Certificate(problem, marks, grid.num_steps)
+    end = marks.pop(stop)[0]
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     repeat = Repeat(context, most, problem.widened(end))
     differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads([None] * len(repeat.kept))
-    distances, sizes = [], [mean_size(end / scale)]  # type: list[Tensor], list[Tensor]
     for start in sorted(marks, reverse=True):
-        sizes.append(mean_size(marks[start][0] / scale))
         pair = widened(problem, marks[start])
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
         stored: list[Tensor] = []
         for a, b in runs:
             stored.append(pair[0])
             pair = repeat(pair, start, a, b, a in grid.restarts)
-        distances.append(mean_size((pair[0] - end) / scale))
+        certificate.compare(pair[0], end, marks[start][0])
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
             differentiate(grads, start, a, b, before, a in grid.restarts)
         stop, (end, *_) = start, marks.pop(start)
     tape.memo.num_evaluations += repeat.num_evaluations + differentiate.num_evaluations
-    certify(problem, distances, sizes)
+    certificate.conclude()
     if (grad := grads[0]) is not None:
         grads[0] = problem.narrowed(grad)
     grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
