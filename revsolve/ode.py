@@ -15,9 +15,8 @@ from revsolve.extras.event_steps import EVENT_OPTIONS
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.field.functorch import version
-from revsolve.prepare.initial_value import InitialValueProblem, Posed
-from revsolve.prepare.keywords import explains_keywords
-from revsolve.prepare.options import read_options
+from revsolve.prepare.options import explains_keywords, read_options
+from revsolve.prepare.problem import InitialValueProblem, Posed
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import as_tensor
 from revsolve.schemes.tableau import Tableau

@@ -23,9 +23,8 @@ from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.paths.control import Control
 from revsolve.paths.piecewise import check_inside
-from revsolve.prepare.initial_value import InitialValueProblem, Posed
-from revsolve.prepare.keywords import explains_keywords
-from revsolve.prepare.options import SolverOptions, check_choice, read_options
+from revsolve.prepare.options import SolverOptions, check_choice, explains_keywords, read_options
+from revsolve.prepare.problem import InitialValueProblem, Posed
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import check_times
 from revsolve.schemes.increment import OneEvaluation

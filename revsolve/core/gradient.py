@@ -249,7 +249,8 @@ def undo(
     certificate, state = Certificate(problem, marks, grid.num_steps), marks.pop(grid.num_steps)
     grads = Grads([None] * len(state))
     for start, stop, stored in segments_back(problem, grid, marks, tape):
-        for first, last in reversed(list(grid.runs(start, stop))):
+        # Merged steps share times, and the graph of a time is gone once it has been differentiated.
+        for first, last in reversed(list(grid.runs(start, stop, None if times is None else 1))):
             if (i := grid.output(last)) is not None:
                 grads.add(0, grad_ys[i])
             ends = grid.seen(first, last, taken(grid, times, first, last))
@@ -366,7 +367,7 @@ def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, 
     def store(n: int, state: State) -> None:
         nonlocal seen, spacing
         if problem.gradient != "reversible":
-            if not marks or n - marks[-1][0] >= (problem.anchor_every or problem.checkpoint_spacing(n)):
+            if not marks or n - marks[-1][0] >= (problem.checkpoint_every or problem.checkpoint_spacing(n)):
                 marks.append((n, state))
             return
         if seen % spacing == 0:

@@ -147,8 +147,8 @@ def policy_of(problem: Problem, stepper: Stepper, memo: Memo) -> RestartPolicy:
     """The ends of the segments, as restarts and checkpoints ask for."""
     if problem.restarts is not None and problem.scheme.reversible:
         return problem.restarts.policy(problem.scheme, memo)
-    if problem.gradient != "checkpoint" or problem.anchor_every is not None:
-        return FixedInterval(problem.anchor_every or stepper.num_total)
+    if problem.gradient != "checkpoint" or problem.checkpoint_every is not None:
+        return FixedInterval(problem.checkpoint_every or stepper.num_total)
     total = stepper.num_total
     return FixedInterval(None if total is None else problem.checkpoint_spacing(total), problem.checkpoint_spacing)
 

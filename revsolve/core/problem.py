@@ -111,7 +111,7 @@ class Problem:
     restarts: Restarting | None
     stats: Stats
     explain: Callable[[float, Tensor], str]
-    anchor_every: int | None = None
+    checkpoint_every: int | None = None
     state_dtype: torch.dtype | None = None
     pair_dtype: torch.dtype | None = None
     rounding: float | None = None

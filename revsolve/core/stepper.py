@@ -56,12 +56,12 @@ class Grid:
         i = bisect_left(self.outputs, n)
         return i if i < len(self.outputs) and self.outputs[i] == n else None
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def runs(self, start: int, stop: int, longest: int | None = None) -> Iterator[tuple[int, int]]:
         """The steps start..stop in runs of steps between which there is no output, no restart and no jump."""
         first = start
         for n in range(start + 1, stop + 1):
             if (
-                n - first == self.longest_run
+                n - first == (longest or self.longest_run)
                 or n == stop
                 or n in self.restarts
                 or n in self.jumps

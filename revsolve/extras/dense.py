@@ -25,16 +25,16 @@ from revsolve.core.problem import Problem
 from revsolve.core.stepper import Adaptive, FixedGrid, Stepper
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import numbers
-from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of, steps_to
+from revsolve.prepare.problem import InitialValueProblem
 from revsolve.prepare.times import as_tensor, warn_of_indistinct
 from revsolve.solution import Solution
 
 
 def solve_densely(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
     """The solution at the times t, at least two, and in between: interpolated from steps that need not land on them."""
-    clock = moving_clock(ivp, t, times[0], times[-1])
-    make = watched_steps(every_step(steps_to(ivp, [times[0], times[-1]], t)), ivp, abs(times[-1] - times[0]))
-    problem = problem_of(ivp, ivp.pose(clock, None), times, make)
+    clock = ivp.moving_clock(t, times[0], times[-1])
+    make = watched_steps(every_step(ivp.steps([times[0], times[-1]], t)), ivp, abs(times[-1] - times[0]))
+    problem = ivp.problem(ivp.pose(clock, None), times, make)
     states = solve(problem, ivp.x0, None)
     steps = list(problem.stats.times)
     warn_of_indistinct(steps, ivp.packing.real_dtype)

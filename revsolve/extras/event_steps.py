@@ -16,8 +16,8 @@ from revsolve.core.stepper import Adaptive, Grid, Recording, Step, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.holders import Memory
 from revsolve.prepare.grid import adaptive_grid, knot_grid
-from revsolve.prepare.initial_value import InitialValueProblem
 from revsolve.prepare.options import TARGETS
+from revsolve.prepare.problem import InitialValueProblem
 
 EVENT_OPTIONS = ("event_direction", "max_num_steps")
 MAX_NUM_STEPS = 10_000

@@ -28,8 +28,7 @@ from revsolve.extras.progress import watched_steps
 from revsolve.field.autograd import boundary
 from revsolve.field.functorch import dual_numbers
 from revsolve.field.holders import Holdings, Memory
-from revsolve.prepare.initial_value import InitialValueProblem, moving_clock, problem_of
-from revsolve.prepare.problem import values_hidden
+from revsolve.prepare.problem import InitialValueProblem, values_hidden
 from revsolve.prepare.times import as_tensor, check_times, next_to, resolution
 from revsolve.solution import Solution
 
@@ -54,7 +53,7 @@ def solve_until_event(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., 
     end = ivp.interval[1] if times[1] > times[0] else ivp.interval[0]
     if not (end - times[0]) * (times[1] - times[0]) > 0:
         raise ValueError(f"the path ends at t = {end}, where the solve would begin: give one over a longer time.")
-    clock, packing = moving_clock(ivp, t, times[0], end), ivp.packing
+    clock, packing = ivp.moving_clock(t, times[0], end), ivp.packing
     posed = ivp.pose(clock, None)
     direction = ivp.options.event_direction
     event = Event(
@@ -64,7 +63,7 @@ def solve_until_event(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., 
     event.memory = Memory(holdings.places, holdings.keepers)
     with torch.no_grad():
         make = steps_until(event, ivp, times, posed.term, ivp.discontinuities)
-    problem = problem_of(ivp, posed, [times[0], end], watched_steps(make, ivp, None))
+    problem = ivp.problem(posed, [times[0], end], watched_steps(make, ivp, None))
     found, states = solve_until(event, problem, ivp.x0)
     t = as_tensor(t)
     event_t = found.to(t) if clock.shift is None else found.to(t) + (t[0] - t[0].detach())

@@ -24,7 +24,7 @@ from revsolve.extras.per_sample_steps import BatchedTime, check_per_sample_steps
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import followed, numbers
 from revsolve.prepare.grid import check_fixed, choose_steps, num_steps, on_points
-from revsolve.prepare.initial_value import InitialValueProblem, problem_of
+from revsolve.prepare.problem import InitialValueProblem
 from revsolve.prepare.times import resolution
 from revsolve.solution import Solution
 
@@ -51,7 +51,7 @@ def solve_per_sample(ivp: InitialValueProblem, t: Tensor) -> Solution:
     if len(times) == 1:
         return Solution(t, ivp.results(ivp.x0[None].clone(), 1), Stats(), times)
     posed = ivp.pose(clock, None if options.adaptive else make().grid.times)
-    problem = problem_of(ivp, posed, times, watched_steps(make, ivp, times[-1]))
+    problem = ivp.problem(posed, times, watched_steps(make, ivp, times[-1]))
     xs = solve(problem, ivp.x0, None)
     return Solution(t, ivp.results(xs, 1), problem.stats, list(problem.stats.times))
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from revsolve.core.coupling import State
 from revsolve.core.stepper import Step, Stepper
-from revsolve.prepare.initial_value import InitialValueProblem
+from revsolve.prepare.problem import InitialValueProblem
 
 OVER_TIME = "{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
 OPEN_ENDED = "{desc}: {n:.4g} [{elapsed}{postfix}]"

@@ -16,7 +16,7 @@ from revsolve.extras.per_sample import solve_per_sample
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import followed
 from revsolve.prepare.grid import distance
-from revsolve.prepare.initial_value import InitialValueProblem, problem_of, steps_to
+from revsolve.prepare.problem import InitialValueProblem
 from revsolve.prepare.times import as_tensor, check_times, warn_of_indistinct
 from revsolve.solution import Solution
 
@@ -43,7 +43,7 @@ def solution_of(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., Any] |
 
 def solve_at(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
     """The solution at the times t, on which steps land."""
-    make, options = steps_to(ivp, times, t), ivp.options
+    make, options = ivp.steps(times, t), ivp.options
     grid = None if options.adaptive else make().grid
     moving = t if isinstance(t, Tensor) and followed(t) else None
     if moving is not None and ivp.jumps:
@@ -55,7 +55,7 @@ def solve_at(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:
     first = times if grid is None else grid.times
     if options.progress or options.callback is not None:
         make = watched_steps(make, ivp, abs(times[-1] - times[0]))
-    problem = problem_of(ivp, posed, first, make, moving, num_steps=None if grid is None else grid.num_steps)
+    problem = ivp.problem(posed, first, make, moving, num_steps=None if grid is None else grid.num_steps)
     xs = solve(problem, ivp.x0, moving)
     warn_of_indistinct(problem.stats.times, ivp.packing.real_dtype)
     return Solution(as_tensor(t), ivp.results(xs, 1), problem.stats, list(problem.stats.times))

@@ -19,6 +19,7 @@ from revsolve.core.stepper import FixedGrid, Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.fixed_points.precision import computed_dtype
+from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import Given
@@ -134,22 +135,20 @@ class Iteration:
         first: int,
     ) -> Problem:
         wide, computed, narrow = self.pair_dtype, computed_dtype(self.term.packing), self.term.dtype
+        scheme = self.scheme if second is None else starting_from(Given(second), self.scheme)
         return prepare(
             term,
+            (*self.owners, second),
+            (float(first), float(first)),
             x0,
             None,
-            (float(first), float(first)),
-            (*self.owners, second),
-            self.scheme if second is None else starting_from(Given(second), self.scheme),
+            SolverOptions(scheme, gradient=gradient, restarts=None, compile=self.compile),
             watched(make, False, self.callback, unpack=self.term.unpack),
-            gradient,
-            None,
-            explain=self.explain,
+            self.explain,
             pair_dtype=wide,
-            anchor_every=lambda: self.anchor_every or self.spacing(wide, computed, narrow),
+            spacing=lambda: self.anchor_every or self.spacing(wide, computed, narrow),
             rounding=max(torch.finfo(computed).eps, torch.finfo(wide).eps),
             remedy=REMEDY.format(self.remedy),
-            compile=self.compile,
         )
 
 

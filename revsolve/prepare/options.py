@@ -1,12 +1,14 @@
-"""What a door is told of the way to solve, read once: the method, its options and tolerances."""
+"""What a door is told of the way to solve, read once: the method, its options, tolerances and keywords."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +19,7 @@ from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
 Tolerance = float | Tensor | None
+Door = TypeVar("Door", bound=Callable[..., Any])
 
 SCHEME_OPTIONS = ("coupling", "eta")
 FIXED_OPTIONS = ("step_size", "grid_constructor")
@@ -46,6 +49,42 @@ EXPLAINED = {  # names that options have elsewhere
     "seminorm": "leave it out, no adjoint equation is solved; 'norm' measures the error of the state",
     "max_order": "leave it out, there are no Adams methods",
     "max_iters": "leave it out, there are no implicit methods",
+}
+
+# Keywords that other packages have where a door has none: each has an answer.
+_ONE_GRADIENT = "leave it out, the gradient is that of the steps themselves, and gradient= chooses how it is computed"
+_IN_OPTIONS = (
+    *FIXED_OPTIONS,
+    *ADAPTIVE_OPTIONS,
+    *SCHEME_OPTIONS,
+    "checkpoint_every",
+    "dense",
+    "steps_of_each",
+    "event_direction",
+)
+ELSEWHERE = {
+    **{name: f"write options={{{name!r}: ...}}" for name in _IN_OPTIONS},
+    "max_steps": "write options={'max_num_steps': ...}",
+    "adjoint_params": "leave it out, every tensor that the field touches has its gradient",
+    **{f"adjoint_{name}": _ONE_GRADIENT for name in ("method", "options", "rtol", "atol", "adaptive")},
+    "adjoint": "leave it out, or write gradient='direct' for plain automatic differentiation",
+    "backend": "leave it out, there is only one",
+    "dt": "write options={'step_size': ...}",
+    "dt0": "write options={'first_step': ...}, or 'step_size' for fixed steps",
+    "solver": "write method=...",
+    "dense_output": "write options={'dense': True} and full_output=True",
+    "events": "write event_fn=...",
+    **dict.fromkeys(
+        ("t_eval", "t_span", "saveat", "t0", "t1"),
+        "write the times at which the state is wanted as the argument of times",
+    ),
+}
+
+OF_SDES = {
+    **dict.fromkeys(("step_size", "first_step", "dt0"), "write dt=..."),
+    "min_step": "write dt_min=...",
+    "dense": "leave it out, no polynomial follows a Brownian path: ask for more times",
+    "dense_output": "leave it out, no polynomial follows a Brownian path: ask for more times",
 }
 
 
@@ -170,3 +209,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
+
+
+def explains_keywords(door: Door) -> Door:
+    """A door that says what to write instead of the keywords of other packages; None for one of these is not given."""
+    known = inspect.signature(door).parameters
+    told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE
+    unknown = told.keys() - known.keys()
+
+    @functools.wraps(door)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in unknown.intersection(keywords) if keywords else ():
+            if keywords.pop(name) is not None:
+                raise TypeError(f"{door.__name__} has no keyword {name!r}: {told[name]}.")
+        return door(*args, **keywords)
+
+    return checked  # type: ignore[return-value]

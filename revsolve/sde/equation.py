@@ -13,9 +13,8 @@ from revsolve.compat.torchsde import ForeignBrownian
 from revsolve.core.tape import Term
 from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.field.functorch import dual_numbers, transformed
-from revsolve.prepare.initial_value import InitialValueProblem, Posed
 from revsolve.prepare.options import SolverOptions
-from revsolve.prepare.problem import FEW, values_hidden
+from revsolve.prepare.problem import FEW, InitialValueProblem, Posed, values_hidden
 from revsolve.prepare.state import Packing, form
 from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of

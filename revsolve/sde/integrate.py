@@ -20,7 +20,7 @@ from revsolve.extras.solve import solution_of
 from revsolve.field.functorch import followed
 from revsolve.field.holders import Holdings
 from revsolve.field.repeat import Buffers
-from revsolve.prepare.keywords import explains_keywords
+from revsolve.prepare.options import explains_keywords
 from revsolve.prepare.times import Clock, check_times
 from revsolve.schemes.tableau import Tableau
 from revsolve.sde.coefficients import SDE, coefficients
