@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CONTENTS = {path.name for path in PACKAGE.iterdir()}
 LAYERS = (
     {"core"},
-    {"field", "restarts"},
+    {"field", "restarts", "steppers"},
     {"backends", "schemes"},
     {"brownian", "paths"},
     {"compat"},

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import State
-from revsolve.core.stepper import Adaptive, Grid, Recording, Step, Stepper
+from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
 from revsolve.field.holders import Memory
 from revsolve.prepare.grid import adaptive_grid, knot_grid
 from revsolve.prepare.options import TARGETS
 from revsolve.prepare.problem import InitialValueProblem
+from revsolve.steppers.adaptive import Adaptive, Recording
 
 EVENT_OPTIONS = ("event_direction", "max_num_steps")
 MAX_NUM_STEPS = 10_000

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time, widest
 from revsolve.core.coupling import State
-from revsolve.core.stepper import SHORTEST, Adaptive, ErrorControl, Grid, Recording, Step, Stepper
+from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.field.functorch import batching
 from revsolve.prepare.options import SolverOptions
+from revsolve.steppers.adaptive import SHORTEST, Adaptive, ErrorControl, Recording
 
 LANDS = 1 + 1e-9  # a step so much longer ends at the output
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from revsolve.core.coupling import State
-from revsolve.core.stepper import Grid, Recording, Step
+from revsolve.core.stepper import Grid, Step
 from revsolve.field.functorch import batching, numbers, of_every_sample, outside
 from revsolve.prepare.state import Packing
+from revsolve.steppers.adaptive import Recording
 
 RESIDUALS = ("absolute", "relative")
 STOPS = ("batch", "all", "sample")

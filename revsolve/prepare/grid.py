@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from revsolve.core.caller import warn
-from revsolve.core.stepper import Adaptive, ErrorControl, FixedGrid, Stepper
-from revsolve.core.tape import Memo, Term
+from revsolve.core.stepper import FixedGrid, Stepper
+from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
+from revsolve.prepare.diagnosis import explain_step
 from revsolve.prepare.options import ADAPTIVE_OPTIONS, TARGETS, SolverOptions, Tolerance
 from revsolve.prepare.times import check_times
+from revsolve.steppers.adaptive import Adaptive, ErrorControl, first_step, root_mean_square
 
 OF_ADAPTIVE_STEPS = {*ADAPTIVE_OPTIONS} - {*TARGETS}  # alone
 MAX_NUM_STEPS = 100_000
@@ -207,28 +209,6 @@ def adaptive_grid(
     return make
 
 
-def first_step(
-    span: list[float], rtol: Any, atol: Any, norm: Callable[[Tensor], Tensor], order: int, memo: Memo, x0: Tensor
-) -> float:
-    """The starting step of Hairer, Norsett & Wanner (Solving ODEs I, II.4): one more evaluation, two device reads."""
-    if span[0] == span[1]:
-        return 1.0
-    t0, length = span[0], abs(span[1] - span[0])
-    direction = math.copysign(1.0, span[1] - span[0])
-    with torch.no_grad():
-        scale = atol + rtol * x0.abs()
-        f0 = _rate(memo, t0, x0, direction)
-        d0, d1 = (float(norm(v / scale)) for v in (x0, f0))
-        h0 = min(1e-6 if not (d0 >= 1e-5 and 1e-5 <= d1 < math.inf) else 0.01 * d0 / d1, length)
-        f1 = _rate(memo, t0 + direction * h0, x0 + h0 * f0, direction)
-        d2 = float(norm((f1 - f0) / scale)) / h0
-    steepest = max(d1, d2)
-    if not math.isfinite(steepest):
-        return h0
-    h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1.0 / (order + 1))
-    return min(100 * h0, h1, length)
-
-
 def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
     """Tolerances with defaults (1e-7 and 1e-9, or what the dtype can resolve). Raises for negative or unreachable ones."""
     eps = torch.finfo(dtype).eps
@@ -247,82 +227,11 @@ def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tu
     return rtol, atol.clamp(min=least) if isinstance(atol, Tensor) else max(atol, least)
 
 
-def root_mean_square(x: Tensor) -> Tensor:
-    """The norm of torchdiffeq and scipy: the square root of the mean square."""
-    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
-
-
 def largest_of_samples(norm: Callable[[Tensor], Tensor], ndim: int, x: Tensor) -> Tensor:
     """The largest norm among all samples of the torch.vmaps around, whose dimensions lie before the last `ndim` if not hidden."""
     for _ in range(x.ndim - ndim):
         norm = vmap(norm)
     return of_every_sample(torch.as_tensor(norm(x), device=x.device)).max()
-
-
-def explain_step(term: Term | None) -> Callable[..., str]:
-    """Why adaptive stepping cannot go on, in words; without a term, whose field is not asked."""
-
-    def explain(kind: str, t0: float, stepper: Adaptive, pair: Any) -> str:
-        lost = t0 if stepper.lost is None else stepper.lost
-        found = None if term is None else _fault(term, (t0, lost), pair[0], stepper.direction)
-        if found is not None:
-            return found
-        progress = (
-            f"{stepper.num_steps} steps were accepted and {stepper.num_rejected} rejected, step size {stepper.h:.1e}"
-        )
-        if kind == "too many steps":
-            return (
-                f"max_num_steps = {stepper.control.max_num_steps} was reached at t = {t0}, before t = {stepper.targets[-1]} "
-                f"({progress}): raise max_num_steps, loosen rtol and atol, or use a method for stiff problems."
-            )
-        if kind == "shortest step":
-            return (
-                f"a step of min_step = {stepper.control.min_step} from t = {t0} has an error that is not finite ({progress}): "
-                "lower min_step, or use a method for stiff problems."
-            )
-        return (
-            f"the step size fell below rounding at t = {t0} ({progress}): the solution has a singularity there, or the field is "
-            "discontinuous (give its times as options={'jump_t': ...}) or stiff; or the tolerances are too tight."
-        )
-
-    return explain
-
-
-def explain_field(t: float, y: Tensor, value: Tensor) -> str:
-    """That the field returned NaN or infinity, where, and for which size of state."""
-    kind = "NaN" if bool(torch.isnan(value).any()) else "an infinite value"
-    size = float(torch.linalg.vector_norm(y, ord=math.inf))
-    return f"the field returned {kind} at t = {t}, where the largest entry of the state is {size:.3g}: check the field there."
-
-
-def _fault(term: Term, times: Sequence[float], x: Tensor, direction: float) -> str | None:
-    """In words, if the field is not finite at one of the times."""
-    for t in times:
-        with torch.no_grad():
-            value = _rate(term, t, x, direction)
-        if not bool(torch.isfinite(value).all()):
-            return explain_field(t, x, value)
-    return None
-
-
-TOO_LONG = "the step is too long for the method (take smaller ones), or the solution itself grows without bound."
-
-
-def explain(term: Term, remedy: str, t: float, x: Tensor) -> str:
-    """Why the state stopped being finite, in words."""
-    with torch.no_grad():
-        value, _ = term.product(term.value(t, x), term.control(t, t, t))
-    if not bool(torch.isfinite(value).all()):
-        return explain_field(t, x, value)
-    size = float(torch.linalg.vector_norm(x, ord=math.inf))
-    return f"the state stopped being finite in the step from t = {t}, where its largest entry is {size:.3g}: {remedy}"
-
-
-def _rate(term: Term, t: float, x: Tensor, direction: float) -> Tensor:
-    """The increment per unit of time in the direction of integration."""
-    value = term.peek(t, x) if isinstance(term, Memo) else term.value(t, x)
-    k, scale = term.product(value, term.control(t, t, t + direction))
-    return k * scale
 
 
 def _largest(tolerance: float | Tensor) -> float:

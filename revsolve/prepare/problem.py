@@ -19,7 +19,8 @@ from revsolve.field.functorch import dual_numbers, followed, transformed
 from revsolve.field.pure import Pure, pure
 from revsolve.field.repeat import capturing
 from revsolve.field.transformed import TransformedSolve, transformed_field
-from revsolve.prepare.grid import TOO_LONG, choose_steps, explain
+from revsolve.prepare.diagnosis import TOO_LONG, explain
+from revsolve.prepare.grid import choose_steps
 from revsolve.prepare.options import SolverOptions, check_choice
 from revsolve.prepare.state import Packing
 from revsolve.prepare.times import Clock, resolution

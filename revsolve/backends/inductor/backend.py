@@ -29,9 +29,10 @@ from revsolve.core.gradient import segments_back
 from revsolve.core.integrate import conclude, march, policy_of
 from revsolve.core.problem import Problem
 from revsolve.core.restart import RestartPolicy
-from revsolve.core.stepper import Adaptive, FixedGrid, Grid
+from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
 from revsolve.field.functorch import batched_gradient
+from revsolve.steppers.adaptive import Adaptive
 
 
 class InductorBackend:

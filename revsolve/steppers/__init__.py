@@ -1,0 +1,1 @@
+"""Steppers beside the fixed grid of the engine."""
