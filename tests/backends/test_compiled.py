@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
 from revsolve.backends import CompilationError
 from revsolve.backends.inductor import programs
-from revsolve.backends.inductor.options import Compiler
+from revsolve.backends.inductor.compiler import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, once
 from revsolve.backends.inductor.torch_internals import supported
 from revsolve.schemes.names import scheme

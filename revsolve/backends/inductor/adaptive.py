@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from revsolve.backends.inductor.compiler import Compiler
 from revsolve.backends.inductor.context import TracedMemo
 from revsolve.backends.inductor.operation_trace import Substituted, autocast_state, operation_trace
-from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
-from revsolve.backends.inductor.step_tables import as_seen
+from revsolve.backends.inductor.tables import as_seen
 from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.coupling import Scheme, State, advance, scheduled
 from revsolve.core.integrate import gap, size_of

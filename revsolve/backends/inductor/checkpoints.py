@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent, detached_clones
-from revsolve.backends.inductor.programs import Constants, Tensors
-from revsolve.backends.inductor.step_tables import around, counter, row
+from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent
+from revsolve.backends.inductor.programs import Constants, Tensors, detached_clones
+from revsolve.backends.inductor.tables import around, counter, row
 from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State
 from revsolve.core.gradient import widened

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revsolve.backends import CompilationError
-from revsolve.backends.inductor.control_table import Tabulated, Untabulated
+from revsolve.backends.inductor.compiler import Compiler
 from revsolve.backends.inductor.operation_trace import (
     INSTEAD,
     Substituted,
@@ -19,9 +19,8 @@ from revsolve.backends.inductor.operation_trace import (
     derivative_trace,
     operation_trace,
 )
-from revsolve.backends.inductor.options import Compiler
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
-from revsolve.backends.inductor.step_tables import at, counter, outputs_due, padded, row, times_seen
+from revsolve.backends.inductor.tables import Tabulated, Untabulated, at, counter, outputs_due, padded, row, times_seen
 from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, pull_back, scheduled, written
@@ -130,12 +129,6 @@ class SegmentSweep(Sweep):
         self.context, self.num_evaluations = context, 0
         self.counts = {"begin": 0, "step": 0, "end": 0}
 
-    def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
-        return detached_clones(*given)
-
-    def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        return carried
-
     @contextmanager
     def evaluating(self, part: str, constant: Constants) -> Iterator[TracedMemo]:
         """A memo of the term, whose field uses what stands in the constants for the tensors from outside."""
@@ -228,11 +221,6 @@ def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
     """
     ahead = 1 if scheme.merged is not None and scheme.updates[0].increment is not None else 0
     return scheme.updates[:ahead], scheme.updates[ahead:]
-
-
-def detached_clones(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """What a loop hands on: tensors of their own, all laid out alike."""
-    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors if x is not None)
 
 
 def cotangent(n: Tensor, constant: Constants) -> Tensor:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from revsolve.backends.inductor.options import Compiler, compiling
+from revsolve.backends.inductor.compiler import Compiler, check, compiling, rounding
 from revsolve.backends.inductor.torch_internals import fake_tensors, record, while_loop, without_numbers
-from revsolve.backends.inductor.verification import check, rounding
 
 Tensors = Sequence[Tensor]
 Constants = dict[str, Any]  # tensors, or lists of them
@@ -24,7 +23,12 @@ MOST_PROGRAMS = 256
 SMALL = 1024  # multiplications
 
 
-class Sweep(Protocol):
+def detached_clones(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What a loop hands on: tensors of their own, all laid out alike."""
+    return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in tensors if x is not None)
+
+
+class Sweep:
     """The part of a solve that one program does: before the steps of a segment, in each of them, and after them.
 
     n is the number of steps that have been taken, `stop` that at which the segment ends; `given` is what it begins with,
@@ -33,15 +37,15 @@ class Sweep(Protocol):
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
         """What is carried through the steps."""
-        ...
+        return detached_clones(*given)
 
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         """What is carried after one more step."""
-        ...
+        raise NotImplementedError
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         """The results."""
-        ...
+        return carried
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent, detached_clones
-from revsolve.backends.inductor.programs import Constants, Tensors
-from revsolve.backends.inductor.step_tables import around, at, counter, row
+from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cotangent
+from revsolve.backends.inductor.programs import Constants, Tensors, detached_clones
+from revsolve.backends.inductor.tables import around, at, counter, row
 from revsolve.core.coupling import Scheme, State
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Grid
