@@ -50,20 +50,13 @@ def add_deq_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_failure", default="warn", choices=["warn", "raise", "ignore"], help="if f_tol is not met")
 
 
-def _torchdeq_keys() -> set[str]:
-    parser = argparse.ArgumentParser(add_help=False)
-    torchdeq.add_deq_args(parser)
-    return {action.dest for action in parser._actions}
-
-
-def _solver_keys() -> set[str]:
-    """Options of torchdeq's own solvers, such as the memory of Anderson's."""
-    solvers = map(get_solver, ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter"))
-    taken = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "kwargs"}  # what its cores pass themselves
-    return {name for solver in solvers for name in inspect.signature(solver).parameters} - taken
-
-
-ARGPARSE_KEYS, SOLVER_KEYS = _torchdeq_keys(), _solver_keys()
+_parser = argparse.ArgumentParser(add_help=False)
+torchdeq.add_deq_args(_parser)
+ARGPARSE_KEYS = {action.dest for action in _parser._actions}
+# Options of torchdeq's own solvers, such as the memory of Anderson's, without what its cores pass themselves.
+SOLVERS = map(get_solver, ("anderson", "broyden", "fixed_point_iter", "simple_fixed_point_iter"))
+PASSED = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "kwargs"}
+SOLVER_KEYS = {name for solver in SOLVERS for name in inspect.signature(solver).parameters} - PASSED
 OWN = {"beta": 0.8, "stop": "all", "pair_dtype": None, "anchor_every": None, "on_failure": "warn"}
 KNOWN_KEYS = ARGPARSE_KEYS | {"no_stat"} | OWN.keys()
 CALL_KEYS = ("f_max_iter", "f_tol", "f_stop_mode", "beta", "stop")

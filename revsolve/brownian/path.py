@@ -137,12 +137,10 @@ class BrownianPath:
     def _between(self, ta: float, tb: float) -> Increments:
         """Return W and H between two times, of the earlier to the later."""
         low, high = min(ta, tb), max(ta, tb)
-        for kept_low, kept_high, kept in self._cache.latest:
-            if (kept_low, kept_high) == (low, high):
-                return kept
-        start, end = self._grid.locate(low), self._grid.locate(high)
-        total = self._join(start, end)
-        self._cache.keep(total.W, (low, high, total))
+        if self._cache.latest[:2] == (low, high):
+            return self._cache.latest[2]
+        total = self._join(self._grid.locate(low), self._grid.locate(high))
+        self._cache.keep(total.W, low, high, total)
         return total
 
     def _join(self, start: tuple[int, float], end: tuple[int, float]) -> Increments:

@@ -181,17 +181,11 @@ def _weight_derivatives(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _lagrange(s: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """l_j(s), l_j'(s) and l_j'(t_j), each (len(s), num_knots)."""
-    k = nodes.shape[1]
-    basis, derivative, slopes = [], [], []
-    for j in range(k):
-        others = [m for m in range(k) if m != j]
-        gaps = nodes[:, j, None] - nodes[:, others]
-        factors = (s - nodes[:, others]) / gaps  # exactly 1 where s is the knot
-        rest = torch.stack([factors[:, [i for i in range(k - 1) if i != m]].prod(1) for m in range(k - 1)], 1)
-        basis.append(factors.prod(1))
-        derivative.append((rest / gaps).sum(1))
-        slopes.append((1 / gaps).sum(1))
-    return torch.stack(basis, 1), torch.stack(derivative, 1), torch.stack(slopes, 1)
+    own = torch.eye(nodes.shape[1], dtype=torch.bool, device=nodes.device)
+    gaps = (nodes[:, :, None] - nodes[:, None, :]).masked_fill(own, 1.0)
+    factors = ((s - nodes)[:, None, :] / gaps).masked_fill(own, 1.0)  # exactly 1 where s is the knot
+    rest = factors[:, :, None, :].masked_fill(own, 1.0).prod(3)  # without the one of another knot
+    return factors.prod(2), (rest / gaps).masked_fill(own, 0.0).sum(2), (1.0 / gaps).masked_fill(own, 0.0).sum(2)
 
 
 def _column(weights: Tensor, j: int, like: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step
@@ -39,13 +41,15 @@ class Criterion:
     min_steps: int = 1
     residual: str = "relative"
     stop: str = "batch"
-    per_sample: bool = field(init=False)
-    rests: bool = field(init=False)  # whether a sample may rest while others go on
 
-    def __post_init__(self) -> None:
-        rests = self.stop == "sample" and self.tol > 0 and self.min_steps < self.max_steps
-        object.__setattr__(self, "per_sample", self.stop != "batch")
-        object.__setattr__(self, "rests", rests)
+    @property
+    def per_sample(self) -> bool:
+        return self.stop != "batch"
+
+    @property
+    def rests(self) -> bool:
+        """Whether a sample may rest while others go on."""
+        return self.stop == "sample" and self.tol > 0 and self.min_steps < self.max_steps
 
     def before(self, last_steps: int) -> Criterion:
         """The same for the steps before these, where a number of them is made."""
@@ -58,7 +62,8 @@ class Convergence:
 
     criterion: Criterion
     packing: Packing
-    report: Callable[[int, Tensor, float], None] | None = None
+    bar: tqdm[Any] | None = None
+    tell: Callable[[int, Tensor], Any] | None = None  # of y after n steps
     solving: str = "the fixed-point iteration"
     contracting: bool = True  # whether it needs f to contract
     trace: list[Tensor] = field(default_factory=list)  # one (2,) or (2, samples) a step: absolute, relative
@@ -89,8 +94,11 @@ class Convergence:
         self.worst.append(absolute)
         if not math.isfinite(absolute + relative):
             raise RuntimeError(f"{self.solving} diverges: the residual is not finite after {n} steps. {self.hint()}")
-        if self.report is not None:
-            self.report(n, y, residual)
+        if self.bar is not None:
+            self.bar.update(n - self.bar.n)
+            self.bar.set_postfix_str(f"residual={residual:.1e}", refresh=False)
+        if self.tell is not None:
+            self.tell(n, y)
         self.content = residual <= self.criterion.tol
         enough = n >= self.criterion.min_steps
         if self.criterion.rests:

@@ -147,8 +147,10 @@ def fixed_point(
     last_steps = options["last_steps"] if gradient == "truncated" else 0
     last_steps = min(last_steps, criterion.max_steps) if criterion.tol == 0.0 else last_steps
     with tqdm(total=criterion.max_steps, desc="fixed point") if progress else nullcontext() as bar:
-        report = functools.partial(_report, bar, None if reversible else callback, term.unpack)
-        convergence = Convergence(criterion.before(last_steps), packing, report)
+        tell = None
+        if callback is not None and not reversible:
+            tell = lambda n, y: callback(AcceptedStep(n, float(n), 1.0, term.unpack(y.detach()), 0))  # noqa: E731
+        convergence = Convergence(criterion.before(last_steps), packing, bar, tell)
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient not in AT_THE_END):
             if reversible:
                 by_step, more = takes_step(f) or noise == "step", (lambda n: [n + last_steps]) if last_steps else None
@@ -256,21 +258,6 @@ def _relaxation(
         callback=callback,
         compile=compile,
     )
-
-
-def _report(
-    bar: Any,
-    callback: Callable[[AcceptedStep], Any] | None,
-    unpack: Callable[[Tensor], Any],
-    n: int,
-    y: Tensor,
-    residual: float,
-) -> None:
-    if bar is not None:
-        bar.update(n - bar.n)
-        bar.set_postfix_str(f"residual={residual:.1e}", refresh=False)
-    if callback is not None:
-        callback(AcceptedStep(n, float(n), 1.0, unpack(y.detach()), 0))
 
 
 def _full_output(z: Any, convergence: Convergence, stats: Stats) -> FixedPoint:

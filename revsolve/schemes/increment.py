@@ -60,14 +60,11 @@ class OneEvaluation:
     """The increment of the term over t0 -> t1 with the field frozen at the fraction `at` of the span."""
 
     at: float
+    ends_in_value = False
 
     @property
     def nodes(self) -> tuple[float, ...]:
         return (self.at,)
-
-    @property
-    def ends_in_value(self) -> bool:
-        return False
 
     def __call__(
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
@@ -82,10 +79,7 @@ class Given:
 
     value: Tensor | None = None
     nodes = ()
-
-    @property
-    def ends_in_value(self) -> bool:
-        return False
+    ends_in_value = False
 
     def __call__(
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False

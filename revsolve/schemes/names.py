@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 
 from revsolve.core.coupling import Scheme
 from revsolve.schemes.composition import FIVE_STAGES, KAHAN_LI6, SUZUKI4, THREE_STAGES, YOSHIDA4
 from revsolve.schemes.reversible import alf, leapfrog, plain, reversible, reversible_heun
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
-NATIVE: dict[str, Callable[[], Scheme]] = {
+METHODS: dict[str, Callable[[], Scheme]] = {
+    **{name: partial(plain, tableau) for name, tableau in TABLEAUS.items()},
+    **{f"rev_{name}": partial(reversible, tableau) for name, tableau in TABLEAUS.items()},
     "reversible_heun": reversible_heun,
     "reversible_heun4": lambda: reversible_heun(SUZUKI4, order=4),
     "reversible_heun4_yoshida": lambda: reversible_heun(YOSHIDA4, order=4),
@@ -25,7 +28,7 @@ NATIVE: dict[str, Callable[[], Scheme]] = {
     "alf6": lambda: alf(1.0, KAHAN_LI6, order=6),
     "leapfrog": leapfrog,
 }
-
+MADE: dict[str, Scheme] = {}  # torch.compile knows no functools.cache
 
 _NO_MULTISTEP = (
     "there are no Adams or other multistep methods here, implicit ones neither, take 'rev_dopri5' or 'dopri5'"
@@ -49,7 +52,7 @@ ELSEWHERE = {  # names that methods have in other packages
 
 def method_names() -> list[str]:
     """All names that `method=` takes: every tableau, its reversible twin, and the natively reversible methods."""
-    return [*TABLEAUS, *(f"rev_{name}" for name in TABLEAUS), *NATIVE]
+    return [*METHODS]
 
 
 def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: float | None = None) -> Scheme:
@@ -71,8 +74,10 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         return plain(method)
     if not isinstance(method, str):
         raise TypeError(f"method must be a name, a Tableau or a Scheme, but it is {method!r}.")
-    if method in NATIVE or name in TABLEAUS:
-        return _named(method)
+    if method in METHODS:
+        if method not in MADE:
+            MADE[method] = METHODS[method]()
+        return MADE[method]
     known = method_names()
     if name.lower() in ELSEWHERE:
         hint = f": {ELSEWHERE[name.lower()]}."
@@ -82,16 +87,3 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         close = difflib.get_close_matches(method.lower(), known, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
     raise ValueError(f"unknown method {method!r}{hint} Known methods: {', '.join(known)}.")
-
-
-MADE: dict[str, Scheme] = {}  # torch.compile knows no functools.cache
-
-
-def _named(method: str) -> Scheme:
-    if method not in MADE:
-        tableau = TABLEAUS.get(method.removeprefix("rev_"))
-        if tableau is None:
-            MADE[method] = NATIVE[method]()
-        else:
-            MADE[method] = plain(tableau) if method in TABLEAUS else reversible(tableau)
-    return MADE[method]

@@ -54,14 +54,11 @@ class StochasticRungeKutta:
     """One step of a stochastic tableau from x, as an increment. It multiplies values by (h, None), (None, W) and (None, H)."""
 
     tableau: StochasticTableau
+    ends_in_value = False
 
     @property
     def nodes(self) -> tuple[float, ...]:
         return self.tableau.c
-
-    @property
-    def ends_in_value(self) -> bool:
-        return False
 
     def __call__(
         self, term: Memo, x: Tensor, t0: Time, t1: Time, with_error: bool = False
@@ -102,19 +99,12 @@ class StochasticRungeKutta:
         return [[driver for driver in DRIVERS if (driver, i) in used] for i in range(len(self.tableau.c))]
 
 
-def stochastic(tableau: StochasticTableau) -> Scheme:
-    """The method itself (Foster, dos Reis & Strange 2023, arXiv 2210.17543): its steps cannot be undone."""
-    return _over(tableau, plain(TABLEAUS["heun_euler"]), tableau.name)
-
-
-def reversible_stochastic(tableau: StochasticTableau) -> Scheme:
-    """The reversible pair over the method (McCallum & Foster 2024, arXiv 2410.11648)."""
-    return _over(tableau, reversible(TABLEAUS["heun_euler"]), f"rev_{tableau.name}")
-
-
-def _over(tableau: StochasticTableau, scheme: Scheme, name: str) -> Scheme:
+def stochastic(tableau: StochasticTableau, pair: bool) -> Scheme:
+    """The method itself (Foster, dos Reis & Strange 2023, arXiv 2210.17543), whose steps cannot be undone, or the reversible pair
+    over it (McCallum & Foster 2024, arXiv 2410.11648)."""
+    scheme = (reversible if pair else plain)(TABLEAUS["heun_euler"])
     updates = tuple(replace(update, increment=StochasticRungeKutta(tableau)) for update in scheme.updates)
-    return replace(scheme, name=name, updates=updates)
+    return replace(scheme, name=f"rev_{tableau.name}" if pair else tableau.name, updates=updates)
 
 
 def _keyed(driver: str, row: Row) -> list[tuple[tuple[str, int], float]]:

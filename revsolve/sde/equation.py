@@ -16,9 +16,10 @@ from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import FEW, InitialValueProblem, Posed, values_hidden
 from revsolve.prepare.state import Packing, form
+from revsolve.schemes.stochastic import StochasticRungeKutta
 from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
-from revsolve.sde.methods import needs_area, solves_ito
+from revsolve.sde.methods import solves_ito
 from revsolve.sde.noise import Path, brownian, of_each_sample
 from revsolve.sde.term import LogRatioTerm, SDETerm
 
@@ -49,7 +50,8 @@ class Equation:
         self.parts, self.options, self.times, self.bm = parts, options, times, bm
         self.x0 = y0 if parts.prior is None else torch.cat((y0, torch.zeros_like(y0[..., :1])), -1)
         self.packing = Packing(y0) if parts.prior is None else WithLogRatio(self.x0)
-        self.area, self.path = needs_area(options.scheme), None  # type: bool, Path | None
+        self.area = any(isinstance(update.increment, StochasticRungeKutta) for update in options.scheme.updates)
+        self.path: Path | None = None
         y0, now = y0.detach(), clock(times[0])
         f0, g0 = parts.f_and_g(now, y0)
         check_value("drift", f0, y0, tuple(y0.shape))

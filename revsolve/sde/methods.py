@@ -11,7 +11,7 @@ from revsolve.core.coupling import Scheme
 from revsolve.prepare.options import ADAPTIVE_OPTIONS, SolverOptions, check_options
 from revsolve.restarts.growth import Restarts
 from revsolve.schemes.names import scheme as named_scheme
-from revsolve.schemes.stochastic import STOCHASTIC, StochasticRungeKutta, reversible_stochastic, stochastic
+from revsolve.schemes.stochastic import STOCHASTIC, stochastic
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 from revsolve.sde.coefficients import Coefficients
 
@@ -92,18 +92,13 @@ def solves_ito(scheme: Scheme, noise_type: str) -> bool:
     return scheme.order == 1 and noise_type != "additive"
 
 
-def needs_area(scheme: Scheme) -> bool:
-    """Whether the steps of a scheme ask for the space-time area."""
-    return any(isinstance(update.increment, StochasticRungeKutta) for update in scheme.updates)
-
-
 def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
     if isinstance(method, str):
         name = method.removeprefix("rev_")
         if name in ELSEWHERE:
             raise ValueError(f"method {method!r} does not exist here: {ELSEWHERE[name]}.")
         if name in STOCHASTIC and coupling is None:
-            return reversible_stochastic(STOCHASTIC[name]) if method != name else stochastic(STOCHASTIC[name])
+            return stochastic(STOCHASTIC[name], pair=method != name)
         if not method.startswith(("alf", "leapfrog", "reversible_heun")) and method not in (
             known := sde_method_names()
         ):
