@@ -24,6 +24,8 @@ EVENT_OPTIONS = ("event_direction", "max_num_steps")
 MAX_NUM_STEPS = 10_000
 # Without max_num_steps, the search ends as well after so many steps, once it is so many times as far from t[0] as t[1] is.
 FEW_STEPS, HORIZON = 1_000, 1_000.0
+# Where steps grow without bound it ends where rounding hides t[1] - t[0], and before numbers of float32 end.
+FARTHEST, LATEST = 2.0**53, 1e30
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,18 @@ class UntilEvent(Recording):
         self.stepper, self.grid, self.control = stepper, stepper.grid, stepper.control
         self.event, self.max_num_steps = event, max_num_steps or MAX_NUM_STEPS
         self.few_steps, self.horizon = max_num_steps or FEW_STEPS, HORIZON * unit
+        self.farthest = min(FARTHEST * unit, LATEST)
         self.done = False
         self.latest: tuple[Tensor | None, list[float]] = (None, [])
 
     def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
         n, t0 = self.num_steps, self.grid.times[-1]
         before = self._values(t0, pair[0])
-        taken, far = n + self.num_rejected, abs(t0 - self.grid.times[0]) > self.horizon
-        if taken >= (self.few_steps if far else self.max_num_steps) or self.stepper.done or not math.isfinite(t0):
+        taken, distance = n + self.num_rejected, abs(t0 - self.grid.times[0])
+        lost = not distance <= self.farthest
+        if taken >= (self.few_steps if distance > self.horizon else self.max_num_steps) or self.stepper.done or lost:
             remedy = "give the path over a longer time" if self.stepper.done else "raise the option max_num_steps"
+            remedy = "count time in larger units" if lost else remedy
             raise RuntimeError(
                 f"no event by t = {t0}, where event_fn is {before!s:.80}, after {n} steps and {self.num_rejected} rejected ones: "
                 f"make sure that it changes sign, check the direction of time and event_direction, or {remedy}."

@@ -96,6 +96,16 @@ def test_a_search_that_finds_nothing_ends_by_time(way: dict[str, Any], sign: flo
     assert time.perf_counter() - begin < 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", [{}, {"method": "dopri5"}, {"method": "reversible_heun", "rtol": 1e-3}], ids=str)
+@pytest.mark.parametrize("unit", [1.0, 1e25])
+def test_steps_that_grow_without_bound_end(way: dict[str, Any], dtype: torch.dtype, unit: float) -> None:
+    """Every step of y' = 1 is exact, so each is ten times as long as the one before: numbers must not run out first."""
+    field = lambda t, y: torch.ones_like(y)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"no event by t = .* or count time in larger units"):
+        odeint(field, torch.zeros(1, dtype=dtype), [0.0, unit], event_fn=lambda t, y: y + 1, **way)
+
+
 def test_a_given_number_of_steps_is_the_limit() -> None:
     field = lambda t, y: torch.ones_like(y)  # noqa: E731
     way: dict[str, Any] = {"method": "euler", "options": {"step_size": 1.0, "max_num_steps": 2000}}
