@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from revsolve.schemes.tableau import Tableau
 def odeint(
     func: Callable[..., Any],
     y0: Any,
-    t: Tensor,
+    t: Tensor | Sequence[float],
     *,
     args: Any = (),
     rtol: float | Tensor | None = None,
@@ -118,7 +118,7 @@ def odeint(
 def odeint_event(
     func: Callable[..., Any],
     y0: Any,
-    t0: Tensor,
+    t0: Tensor | float,
     *,
     event_fn: Callable[..., Any],
     reverse_time: bool = False,

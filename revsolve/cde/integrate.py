@@ -41,7 +41,7 @@ def cdeint(
     X: Any,
     func: Callable[..., Any],
     z0: Any,
-    t: Tensor,
+    t: Tensor | Sequence[float],
     *,
     adjoint: bool = True,
     method: str | Tableau | Scheme = "rev_dopri5",

@@ -168,8 +168,8 @@ class PerSampleSteps(Recording):
         )
         if self.num_steps + self.num_rejected >= c.max_num_steps:
             raise RuntimeError(
-                f"max_num_steps = {c.max_num_steps} was reached {told}: raise it, loosen rtol and atol, or use a method for "
-                "stiff problems."
+                f"max_num_steps = {c.max_num_steps} was reached {told}: raise it, or loosen rtol and atol; if that does not "
+                "help, see docs: Stiff problems."
             )
         short = (start < 1) & (self.h < SHORTEST * torch.finfo(torch.float64).eps * t) & (self.spans[i] > 0)
         if bool(short.any()):

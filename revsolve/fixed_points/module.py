@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -108,10 +109,18 @@ class RevDEQ(Layer):
         Raises:
             RuntimeError: the iteration diverges, or does not converge with on_failure="raise".
         """
+        like_x = z0 is None and self.init is None
         if z0 is None:
             z0 = tree_map(torch.zeros_like, x) if self.init is None else self.init(x)
         more = {} if self.training or self.eval_max_steps is None else {"max_steps": self.eval_max_steps}
-        return self.solve(fixed_point, self.f, z0, args=(x, *args), beta=self.beta, **more)
+        try:
+            return self.solve(fixed_point, self.f, z0, args=(x, *args), beta=self.beta, **more)
+        except (RuntimeError, ValueError) as error:
+            if like_x and re.search("shape|size|channels", str(error)):
+                raise type(error)(
+                    f"{error} (z starts as zeros shaped like x; if it has another shape, pass init=.)"
+                ) from error
+            raise
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, tol={self.tol}, max_steps={self.max_steps}, method={self.method!r}"

@@ -37,7 +37,8 @@ def anchor_spacing(beta: Scalar, pair: torch.dtype, computed: torch.dtype, value
     closest = (eps / own) ** (1 / 3) if own > eps else eps**SHARE
     if least < closest:
         raise ValueError(
-            f"beta is {least:.1e} away from 1, but undoing steps in {pair} needs {closest:.1e}: move beta away from 1, or use "
+            f"beta must not be {'1' if least == 0.0 else f'so near to 1, from which it is {least:.1e} away'}: undoing a step "
+            f"divides by 1 - beta, which must be at least {closest:.1e} in {pair}. Move beta away from 1, say to 0.8, or use "
             "gradient='checkpoint'."
         )
     exact = 0 if isinstance(beta, Tensor) else _exact_steps(least, eps, torch.finfo(value).eps)

@@ -20,7 +20,7 @@ from revsolve.fixed_points.convergence import RESIDUALS, STOPS, Convergence, Cri
 from revsolve.fixed_points.implicit import AT_THE_END, gradient_at_the_end, gradient_options, iterate, rule
 from revsolve.fixed_points.iteration import Iteration, ValueTerm, check_whole, output_steps, steps, takes_step
 from revsolve.fixed_points.precision import anchor_spacing, packed_beta, pair_dtype_of
-from revsolve.prepare.options import check_choice
+from revsolve.prepare.options import check_choice, explains_keywords
 from revsolve.prepare.problem import GRADIENTS
 from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation
@@ -47,6 +47,7 @@ class FixedPoint:
     stats: Stats
 
 
+@explains_keywords
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

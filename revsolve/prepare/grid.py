@@ -19,11 +19,10 @@ from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
 from revsolve.prepare.diagnosis import explain_step
-from revsolve.prepare.options import ADAPTIVE_OPTIONS, TARGETS, SolverOptions, Tolerance
+from revsolve.prepare.options import ADAPTIVE_OPTIONS, SolverOptions, Tolerance
 from revsolve.prepare.times import check_times
 from revsolve.steppers.adaptive import Adaptive, ErrorControl, first_step, root_mean_square
 
-OF_ADAPTIVE_STEPS = {*ADAPTIVE_OPTIONS} - {*TARGETS}  # alone
 MAX_NUM_STEPS = 100_000
 EXACT = torch.finfo(torch.float64).eps
 
@@ -58,7 +57,7 @@ def choose_steps(
 def check_fixed(options: SolverOptions) -> None:
     """Raise for options that fixed steps do not have, and warn of tolerances."""
     name = options.scheme.name
-    useless = options.given & OF_ADAPTIVE_STEPS
+    useless = options.given & {*ADAPTIVE_OPTIONS}
     if useless:
         raise ValueError(f"option {min(useless)!r} is for adaptive steps, but these are fixed ({name!r}).")
     if options.tolerances_given:

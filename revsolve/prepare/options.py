@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from revsolve.core.coupling import Scheme
+from revsolve.prepare.diagnosis import wrong_calls
 from revsolve.prepare.state import Packing
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
@@ -37,7 +38,7 @@ LIMITS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "step_size": ("be a positive number", lambda x: 0 < x < math.inf, FROM_T),
     "checkpoint_every": ("be a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ""),
 }
-ADAPTIVE_OPTIONS = (*(name for name in LIMITS if name not in ("step_size", "checkpoint_every")), *TARGETS, "norm")
+ADAPTIVE_OPTIONS = (*(name for name in LIMITS if name not in ("step_size", "checkpoint_every")), "norm")
 EXPLAINED = {  # names that options have elsewhere
     "restart": "pass the keyword restarts=, a number of steps say",
     "perturb": "leave it out, jump_t alone says where a step sees one side of the field",
@@ -56,6 +57,7 @@ _ONE_GRADIENT = "leave it out, the gradient is that of the steps themselves, and
 _IN_OPTIONS = (
     *FIXED_OPTIONS,
     *ADAPTIVE_OPTIONS,
+    *TARGETS,
     *SCHEME_OPTIONS,
     "checkpoint_every",
     "dense",
@@ -161,9 +163,11 @@ def read_options(
     if not isinstance(told, Mapping):
         raise TypeError(f"options must be a dict, such as {{'step_size': 0.1}}, but it is {told!r:.80}.")
     scheme = named_scheme(method, *map(_number, map(told.get, SCHEME_OPTIONS)))
-    known = FIXED_OPTIONS if scheme.error_order is None else (*FIXED_OPTIONS, *ADAPTIVE_OPTIONS)
-    given = check_options(told, (*known, *SCHEME_OPTIONS, *TARGETS, "checkpoint_every", *extra), scheme.name)
-    for name in SCHEME_OPTIONS:
+    fixed = scheme.error_order is None or any(told.get(name) is not None for name in FIXED_OPTIONS)
+    of_scheme = {"alf": ["eta"]}.get(scheme.name, ["coupling"] if scheme.name.startswith("rev_") else [])
+    known = (*FIXED_OPTIONS, *(() if fixed else ADAPTIVE_OPTIONS), *TARGETS, *of_scheme, "checkpoint_every", *extra)
+    given = check_options(told, known, scheme.name)
+    for name in of_scheme:
         given.pop(name, None)
     return SolverOptions(scheme, given=frozenset(given), **keywords, **given)
 
@@ -176,6 +180,8 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str], metho
             continue
         if name in EXPLAINED:
             raise ValueError(f"option {name!r} does not exist here: {EXPLAINED[name]}.")
+        if name not in known and name in ADAPTIVE_OPTIONS:
+            raise ValueError(f"option {name!r} is for adaptive steps, but these are fixed ({method!r}).")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f": did you mean {close[0]!r}?" if close else "."
@@ -212,9 +218,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def explains_keywords(door: Door) -> Door:
-    """A door that says what to write instead of the keywords of other packages; None for one of these is not given."""
+    """A door that says what to write instead of the keywords of other packages, of which None is not given, and how a function
+    is called where its signature does not allow that."""
     known = inspect.signature(door).parameters
-    told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE
+    told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE if "t" in known else {}
     unknown = told.keys() - known.keys()
 
     @functools.wraps(door)
@@ -222,6 +229,11 @@ def explains_keywords(door: Door) -> Door:
         for name in unknown.intersection(keywords) if keywords else ():
             if keywords.pop(name) is not None:
                 raise TypeError(f"{door.__name__} has no keyword {name!r}: {told[name]}.")
-        return door(*args, **keywords)
+        try:
+            return door(*args, **keywords)
+        except TypeError as error:
+            if hints := wrong_calls(door, args, keywords):
+                raise TypeError(f"{error}. {hints}") from error
+            raise
 
     return checked  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revsolve.core.caller import warn
 from revsolve.core.coupling import Scheme
 from revsolve.core.problem import Problem, Stats
 from revsolve.core.restart import Restarting
@@ -114,11 +115,18 @@ class InitialValueProblem:
         num_steps: int | None = None,
     ) -> Problem:
         """What the engine takes. t: the times where these have a gradient; num_steps: if known."""
+        options, dtype = self.options, self.packing.real_dtype
+        undone = options.scheme.reversible and options.gradient in (None, "reversible")
+        if undone and dtype.itemsize < 4 and torch.is_grad_enabled():
+            warn(
+                f"undoing steps in {dtype} keeps two or three digits: make y0 float32 (under torch.autocast the field computes "
+                "in half precision all the same), or use gradient='checkpoint'."
+            )
         explained = partial(explain, posed.rates or posed.term, self.remedy)
-        source = self.source(posed.term) if self.options.compile and self.source else None
+        source = self.source(posed.term) if options.compile and self.source else None
         span = posed.span or (times[0], times[1])
         return prepare(
-            posed.term, posed.owners, span, self.x0, t, self.options, make_stepper, explained, num_steps, source=source
+            posed.term, posed.owners, span, self.x0, t, options, make_stepper, explained, num_steps, source=source
         )
 
 

@@ -100,8 +100,11 @@ class Packing:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r:.80}.")
             if leaf.shape != shape:
+                swapped = (
+                    ": it is called as func(t, y), with the time first" if leaf.ndim == 0 and self.name == "y0" else ""
+                )
                 raise ValueError(
-                    f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}."
+                    f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}{swapped}."
                 )
             if leaf.device != self.device:
                 raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")

@@ -44,7 +44,8 @@ ELSEWHERE = {  # names that methods have in other packages
     "rk23": "that method is called 'bosh3' here",
     **dict.fromkeys(
         ("lsoda", "bdf", "radau", "implicit_euler", "trapezoid", "kvaerno5"),
-        "there are no methods for stiff equations here, implicit ones, take 'rev_dopri5'",
+        "all methods here are explicit, there are no methods for stiff equations: see docs: Stiff problems, and 'rev_dopri8' "
+        "where a few hundred steps do not matter",
     ),
     **dict.fromkeys(("srk", "milstein", "euler_heun", "log_ode"), _OF_SDES),
 }
@@ -78,12 +79,12 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         if method not in MADE:
             MADE[method] = METHODS[method]()
         return MADE[method]
-    known = method_names()
-    if name.lower() in ELSEWHERE:
-        hint = f": {ELSEWHERE[name.lower()]}."
-    elif (twin := method.lower().replace("reversible", "rev")) in known:
-        hint = f": did you mean {twin!r}?"
-    else:
-        close = difflib.get_close_matches(method.lower(), known, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"unknown method {method!r}{hint} Known methods: {', '.join(known)}.")
+    hint = f": {ELSEWHERE[name.lower()]}." if name.lower() in ELSEWHERE else _nearest(method.lower())
+    raise ValueError(f"unknown method {method!r}{hint} Known methods: see revsolve.method_names().")
+
+
+def _nearest(method: str) -> str:
+    """The known names that are most like this one, as a question."""
+    twins = (method.replace("reversible", "rev"), method.replace("rev_", "reversible_"))
+    close = [*filter(METHODS.get, twins), *difflib.get_close_matches(method, METHODS, n=2)]
+    return f": did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?" if close else "."

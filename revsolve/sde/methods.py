@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from revsolve.core.coupling import Scheme
-from revsolve.prepare.options import ADAPTIVE_OPTIONS, SolverOptions, check_options
+from revsolve.prepare.options import ADAPTIVE_OPTIONS, TARGETS, SolverOptions, check_options
 from revsolve.restarts.growth import Restarts
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, stochastic
@@ -25,7 +25,7 @@ ELSEWHERE = {
 
 ARGUMENTS = {"first_step": "dt", "step_size": "dt", "min_step": "dt_min"}  # what these options are called here
 LONGER = 1 / 16  # so much longer, relative to dt, fixed steps may be
-KNOWN = (*(name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS), *ARGUMENTS, "coupling", "dense")
+KNOWN = (*(name for name in ADAPTIVE_OPTIONS if name not in ARGUMENTS), *TARGETS, *ARGUMENTS, "coupling", "dense")
 
 
 def sde_method_names() -> list[str]:
@@ -104,7 +104,9 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
         ):
             close = difflib.get_close_matches(method, known, n=1)
             hint = f": did you mean {close[0]!r}?" if close else "."
-            raise ValueError(f"unknown method {method!r} of sdeint{hint} It has {', '.join(known)}.")
+            raise ValueError(
+                f"unknown method {method!r} of sdeint{hint} Known methods: see revsolve.sde_method_names()."
+            )
     return named_scheme(method, coupling)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revsolve import ConvergenceWarning, FixedPoint, ReconstructionWarning, fixed_point
+from revsolve import ConvergenceWarning, FixedPoint, ReconstructionWarning, RevDEQ, fixed_point
 from tests.fixed_points.cells import Dense, difference
 
 
@@ -165,8 +165,8 @@ def test_a_field_that_differs_when_repeated_is_found_out() -> None:
     [
         ({"beta": 0.0}, r"beta must lie in \(0, 2\), but it reaches from 0.0 to 0.0"),
         ({"beta": 2.5}, r"beta must lie in \(0, 2\)"),
-        ({"beta": 1.0}, "beta is 0.0e.00 away from 1, but undoing steps"),
-        ({"beta": 1 + 1e-6}, "move beta away from 1"),
+        ({"beta": 1.0}, "beta must not be 1: undoing a step divides by 1 - beta"),
+        ({"beta": 1 + 1e-6}, "so near to 1, from which it is 1.0e-06 away.* Move beta away from 1"),
         ({"beta": torch.full((5,), 0.5)}, r"beta of shape \(5,\) does not broadcast"),
         ({"tol": -1.0}, "tol must be 0 or positive"),
         ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
@@ -264,3 +264,24 @@ def test_inside_vmap_steps_are_shared() -> None:
     expected = fixed_point(lambda z: 0.5 * torch.tanh(z) + x, torch.zeros_like(x), tol=0, max_steps=30)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
     torch.testing.assert_close(mapped(x, tol=1e-6), expected, rtol=0, atol=1e-5)
+
+
+class Wider(torch.nn.Module):
+    """A cell whose state is wider than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.inject = torch.nn.Linear(5, 5), torch.nn.Linear(2, 5)
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.1 * self.recurrent(z) + self.inject(x))
+
+
+def test_an_input_of_another_shape_than_the_state() -> None:
+    with pytest.raises(RuntimeError, match=r"z starts as zeros shaped like x; if it has another shape, pass init="):
+        RevDEQ(Wider())(torch.ones(3, 2))
+
+
+def test_a_missing_input() -> None:
+    with pytest.raises(TypeError, match=r"The solver calls f\(z\), but the function takes \(z, x\): pass args= for x"):
+        fixed_point(Wider(), torch.zeros(3, 5))

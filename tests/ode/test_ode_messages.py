@@ -101,13 +101,47 @@ def test_structure_of_the_field(func: Any) -> None:
         odeint(func, {"a": torch.ones(2), "b": torch.ones(3)}, T, **FINE)
 
 
+WRONG_CALLS: dict[str, tuple[Any, Any, str]] = {
+    "module of the state": (
+        torch.nn.Linear(2, 2),
+        (),
+        r"The solver calls func\(t, y\), but .* takes \(input\): wrap it, as in",
+    ),
+    "with arguments": (lambda t, y: y, (1.0,), r"The solver calls func\(t, y, args\[0\]\), but"),
+    "more arguments": (lambda t, y, a, b: y, 1.0, r"but the function takes \(t, y, a, b\): pass args= for b"),
+}
+
+
+@pytest.mark.parametrize(("func", "args", "message"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_how_the_field_is_called(func: Any, args: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        odeint(func, torch.ones(3, 2), T, args=args)
+
+
+def test_type_errors_of_the_field_are_its_own() -> None:
+    with pytest.raises(TypeError) as raised:
+        odeint(lambda t, y: math.sin(y, 2), torch.ones(3), T)  # type: ignore[call-arg]
+    assert "The solver calls" not in str(raised.value)
+
+
+def test_arguments_in_the_wrong_order() -> None:
+    with pytest.raises(ValueError, match=r"it is called as func\(t, y\), with the time first"):
+        odeint(lambda y, t: torch.tanh(y), torch.ones(2), T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_in_half_precision(dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match=f"undoing steps in {dtype} keeps two or three digits"):
+        odeint(lambda t, y: -y, torch.ones(2, dtype=dtype), T, method="rev_rk4", options={"step_size": 0.5})
+
+
 def test_not_callable() -> None:
     with pytest.raises(TypeError, match=r"func must be callable as func\(t, y\)"):
         odeint(torch.ones(2), torch.ones(2), T)
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "method": ({"method": "rk5"}, ValueError, "unknown method 'rk5': did you mean 'rk4'.*reversible_heun"),
+    "method": ({"method": "rk5"}, ValueError, "unknown method 'rk5': did you mean 'rk4'.*revsolve.method_names"),
     "method of another type": ({"method": 4}, TypeError, "name, a Tableau or a Scheme"),
     "option": (
         {"method": "rk4", "options": {"stepsize": 0.1}},
