@@ -14,7 +14,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.core.tape import Term
-from revsolve.field.holders import Memory
+from revsolve.field.snapshot import Snapshot
 from revsolve.prepare.grid import adaptive_grid, knot_grid
 from revsolve.prepare.options import TARGETS
 from revsolve.prepare.problem import InitialValueProblem
@@ -54,7 +54,7 @@ class Event:
     ) -> None:
         self.func, self.direction, self.end, self.rounding, self.jumps = func, direction, end, rounding, jumps
         self.crossing: Crossing | None = None
-        self.memory = Memory()  # of the event function
+        self.snapshot = Snapshot()  # of the event function
 
     def value(self, t: Time, x: Tensor) -> Tensor:
         """The components as a vector."""

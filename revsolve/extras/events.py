@@ -25,9 +25,9 @@ from revsolve.core.problem import Problem
 from revsolve.core.tape import Memo
 from revsolve.extras.event_steps import Crossing, Event, steps_until
 from revsolve.extras.progress import watched_steps
-from revsolve.field.autograd import boundary
+from revsolve.field.discover import boundary
 from revsolve.field.functorch import dual_numbers
-from revsolve.field.holders import Holdings, Memory
+from revsolve.field.snapshot import Snapshot
 from revsolve.prepare.problem import InitialValueProblem, values_hidden
 from revsolve.prepare.times import as_tensor, check_times, next_to, resolution
 from revsolve.solution import Solution
@@ -59,8 +59,7 @@ def solve_until_event(ivp: InitialValueProblem, t: Any, event_fn: Callable[..., 
     event = Event(
         lambda s, x: event_fn(clock(s), packing.unpack(x)), direction, end, resolution(t), {*ivp.options.jump_t}
     )
-    holdings = Holdings(event_fn)
-    event.memory = Memory(holdings.places, holdings.keepers)
+    event.snapshot = Snapshot(event_fn)
     with torch.no_grad():
         make = steps_until(event, ivp, times, posed.term, ivp.discontinuities)
     problem = ivp.problem(posed, [times[0], end], watched_steps(make, ivp, None))
@@ -84,7 +83,7 @@ def solve_until(event: Event, problem: Problem, x0: Tensor) -> tuple[Tensor, Ten
             found, component = last.locate(event.crossing)
         time = torch.tensor(found, dtype=torch.float64, device="cpu")
         if torch.is_grad_enabled():
-            with event.memory.restored():  # what event_fn kept during the search was computed without a graph
+            with event.snapshot.restored():  # what event_fn kept during the search was computed without a graph
                 time = last.differentiable(found, component)
         return time, torch.stack([x0, last.state(time, middle)])
 

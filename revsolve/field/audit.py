@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from revsolve.field.autograd import boundary, edge_of, leaf_at
-from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product
+from revsolve.core.arithmetic import Time
+from revsolve.core.tape import Guarded
+from revsolve.field.discover import boundary, edge_of, inputs_of, leaf_at
+from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product, version
+from revsolve.field.snapshot import tensors_in
 
 KEPT = (
     "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
@@ -21,11 +25,11 @@ KEPT = (
 
 class Expected(Protocol):
     """What is known of a field: `tensors` are those outside that it depends on, `own_leaves` the shapes and dtypes of leaves
-    that it makes itself, `constants` other tensors that it may use, with versions, `coefficients` those of the scheme."""
+    that it makes itself, `constants` other tensors that it may use, `coefficients` those of the scheme."""
 
     tensors: tuple[Tensor, ...]
     own_leaves: frozenset[Any]
-    constants: Sequence[tuple[Tensor, int]]
+    constants: Constants
     coefficients: Sequence[Tensor]
 
 
@@ -109,7 +113,7 @@ class Audit:
             self.made[id(leaf)] = weakref.ref(leaf)
 
     def _judged(self, leaf: Tensor) -> RuntimeError:
-        if any(leaf is x for x, _ in self.field.constants):
+        if any(leaf is x for x, _ in self.field.constants.versions):
             return RuntimeError(
                 f"requires_grad of a tensor of shape {tuple(leaf.shape)} that the field uses was set since it was solved: set it "
                 "before the solve."
@@ -123,6 +127,22 @@ class Audit:
         return lost(leaf)
 
 
+class Constant(Guarded):
+    """A term that nothing found asks for a gradient of. Raises RuntimeError if its values depend on something that does."""
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        if torch.is_grad_enabled():  # a leaf of the solver's own
+            return call(*args)
+        with torch.enable_grad():
+            value = call(*args)
+        outputs = [part for part in tensors_in(value) if part.requires_grad]
+        own = {id(x) for x in tensors_in(args)}  # the state, of which the field may want gradients
+        leaves = [leaf for leaf in boundary(outputs)[0] if id(leaf) not in own]
+        if leaves:
+            raise lost(leaves[0])
+        return tree_map_only(Tensor, Tensor.detach, value) if outputs else value
+
+
 def products(*given: Any) -> tuple[Tensor | None, ...]:
     """The products of cotangents, as `vector_jacobian_product` gives them, or the reason why there are none."""
     try:
@@ -131,6 +151,28 @@ def products(*given: Any) -> tuple[Tensor | None, ...]:
         if "through the graph a second time" in str(error):
             raise RuntimeError(KEPT.format("the graph of which is gone")) from error
         raise
+
+
+class Constants:
+    """Tensors without a gradient that a field may use: each of them with its version."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self.versions = [(x, version(x)) for x in tensors]
+
+    def settle(self, buffers: Any) -> None:
+        """Keep those that have not changed yet and are no buffers."""
+        self.versions = [(x, number) for x, number in self.versions if version(x) == number and x not in buffers]
+
+    def check(self, again: Callable[[], Any] | None) -> None:
+        """Raise RuntimeError if one of them was changed in place that `again`, an evaluation, uses; None: all are used."""
+        changed = [x for x, number in self.versions if version(x) != number]
+        used = inputs_of(again) if changed and again is not None else {}
+        for x in changed:
+            if again is None or id(x) in used:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} that the field uses was modified by an inplace operation between the "
+                    "solve and its gradient, which needs it as it was: change it later, or give the field a copy."
+                )
 
 
 def lost(x: Tensor) -> RuntimeError:

@@ -1,4 +1,4 @@
-"""Finding every differentiable tensor that a field touches, whether or not anybody named it.
+"""What a call of a field depends on: every differentiable tensor that it touches, whether or not anybody named it.
 
 One recorded call tells: the graph names every leaf exactly, and where it comes upon intermediate results (an encoder's output)
 that nobody holds, a dispatch mode sees them in another call. What the graph needs but nobody saw raises.
@@ -6,71 +6,127 @@ that nobody holds, a dispatch mode sees them in another call. What the graph nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import filterfalse
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from revsolve.field.autograd import Edge, boundary, edge_of, inputs_of
-from revsolve.field.functorch import num_nodes
-from revsolve.field.holders import Holdings, Place, changed
+from revsolve.field.functorch import made_before, num_nodes, watching
+from revsolve.field.snapshot import Changes, Snapshot, tensors_in
 
+Edge = tuple[Any, int]  # a node of the graph, and which of its results
+ACCUMULATE = "torch::autograd::AccumulateGrad"
 REQUIRES_GRAD, SHAPE_AND_DTYPE = attrgetter("requires_grad"), attrgetter("shape", "dtype")
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing them takes longer than most solves
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a field's first call showed.
-
-    tensors: those outside that its gradient reaches, and held ones that it may reach later. own_leaves: shape and dtype of
-    leaves that the field makes itself. places: where the field's holders keep values, but for those that the call changed.
-    """
-
-    tensors: list[Tensor]
-    own_leaves: frozenset[Any]
-    places: list[Place]
+def leaf_at(node: Any) -> Tensor | None:
+    """The leaf where a path ends. A node of a user's Function may have an attribute `variable`, too: the name decides."""
+    return node.variable if node.name() == ACCUMULATE else None
 
 
-def discover(call: Callable[[], Sequence[Tensor]], holdings: Holdings, own: Tensor, again: Any) -> Found:
+def edge_of(x: Tensor) -> Edge:
+    """Where the graph of a tensor that requires a gradient begins; for a leaf, the node that accumulates its gradient."""
+    node, number = get_gradient_edge(x)[:2]
+    return node, number
+
+
+def boundary(outputs: Iterable[Tensor | Edge], since: int = -1) -> tuple[list[Tensor], list[Edge]]:
+    """The leaves below `outputs`, and the edges into what was recorded before the node number `since`."""
+    leaves, old, seen = [], [], set()
+    stack: list[Edge] = []
+    for x in outputs:
+        if not isinstance(x, Tensor):
+            stack.append(x)
+        elif x.requires_grad:
+            stack.append(edge_of(x))
+    while stack:
+        edge = stack.pop()
+        node = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        further = node.next_functions
+        if not further and (leaf := leaf_at(node)) is not None:
+            leaves.append(leaf)
+        elif since >= 0 and made_before(node, since):
+            old.append(edge)
+        else:
+            stack.extend(further)
+    return leaves, old
+
+
+def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the tensors was computed from another of them."""
+    stack = [edge for x in tensors if x.grad_fn is not None for edge in x.grad_fn.next_functions]
+    edges, seen = set(map(edge_of, tensors)), set()
+    while stack:
+        edge = stack.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        if edge in edges:
+            return True
+        seen.add(edge)
+        stack.extend(edge[0].next_functions)
+    return False
+
+
+def inputs_of(call: Callable[[], Any]) -> dict[int, Tensor]:
+    """All tensors that the operations of a call take, by identity."""
+    seen: dict[int, Tensor] = {}
+
+    def add(things: Sequence[Any]) -> None:
+        for x in things:
+            if isinstance(x, Tensor):
+                seen[id(x)] = x
+            elif isinstance(x, (list, tuple)):
+                add(x)
+
+    with watching(lambda operation, args, kwargs: add((args, *kwargs.values()))):
+        call()
+    return seen
+
+
+def discover(
+    call: Callable[[], Sequence[Tensor]], snapshot: Snapshot, own: Tensor, again: Any
+) -> tuple[list[Tensor], frozenset[Any], Changes]:
     """Record `call()`, whose results are differentiable; `own` is the solver's leaf. Further calls are made in the context
-    `again`."""
-    held = holdings.tensors.values()
+    `again`.
+
+    Returns the tensors outside that the gradient reaches, and held ones that it may reach later; shapes and dtypes of leaves that
+    the field makes itself; and what the call changed of what is held.
+    """
+    held = list(snapshot.tensors.values())
     plain = list(filterfalse(REQUIRES_GRAD, held))
     birthday, outputs = num_nodes(), call()
     if any(map(REQUIRES_GRAD, plain)):
         _refuse_written(plain)
-    moved = changed(holdings.places)
-    kept = [x for _, x in moved if isinstance(x, Tensor) and x.grad_fn is not None] if moved else []
+    changes, kept = snapshot.changes(), []  # type: Changes, list[Tensor]
+    unused = snapshot.listed  # unless the call's graph ends there
+    if changes:
+        values = [x for _, found in changes for value in found.values() for x in tensors_in(value)]
+        kept = [x for x in values if x.grad_fn is not None]
+        before = (then.get(key) for (_, _, then), found in changes for key in found)
+        unused = unused.union(id(x) for value in before for x in tensors_in(value))
     if kept:  # if they are used again, later calls find them as results computed outside
         with again:
             birthday, outputs = num_nodes(), call()
     leaves, outside = boundary(outputs, since=birthday)
-    found, unused = {}, holdings.listed
-    if moved:
-        unused = unused.union(id(place.value) for place, _ in moved)
-    for x in held:
-        if x.requires_grad and (x.is_leaf or id(x) not in unused):  # unless the call's graph ends there
-            found[id(x)] = x
-    unheld = {}
-    for x in leaves:
-        if x is not own and id(x) not in found:
-            unheld[id(x)] = x
+    found = {id(x): x for x in held if x.requires_grad and (x.is_leaf or id(x) not in unused)}
+    unheld = {id(x): x for x in leaves if x is not own and id(x) not in found}
     if unheld:  # is it there when the field is called again, or does the field make it?
         with again:
             there = unheld.keys() & map(id, boundary(call())[0])
         found |= {key: unheld.pop(key) for key in there}
     if outside:
         found |= {id(x): x for x in _intermediate(outside, [*held, *kept], call, again)}
-    gone = {id(place) for place, _ in moved} if moved else ()
-    places = [place for place in holdings.places if id(place) not in gone] if moved else holdings.places
-    return Found(list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), places)
+    return list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), changes
 
 
 def _intermediate(
@@ -90,11 +146,9 @@ def _intermediate(
         yield known[edge]
 
 
-def _refuse_written(tensors: Sequence[Tensor]) -> None:
-    """Raise: the field wrote what needs a gradient into a tensor of its own, which is left as it was found."""
-    written = list(filter(REQUIRES_GRAD, tensors))
-    for x in written:
-        x.detach_()
+def _refuse_written(tensors: Iterable[Tensor]) -> None:
+    """Raise: the field wrote what needs a gradient into tensors of its own, which are left as they were."""
+    written = [x.detach_() for x in tensors if x.requires_grad]
     raise ValueError(
         f"the field writes into a tensor of shape {tuple(written[0].shape)} that it keeps (a preallocated buffer), so that "
         "all its values share the same memory: return a new tensor in every call."

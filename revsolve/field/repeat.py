@@ -1,17 +1,21 @@
-"""What makes an evaluation of a field the same when it is made again: its random numbers, its buffers, the autocast state."""
+"""What makes an evaluation of a field the same when it is made again: its random numbers, its buffers, the autocast state, and
+memory of its own for its value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Guarded, Term
-from revsolve.field.functorch import entries_of
+from revsolve.field.functorch import entries_of, is_borrowed, version, watching
+from revsolve.field.snapshot import tensors_in
 
 DEVICES = ("cpu", "cuda")
 
@@ -59,6 +63,17 @@ def set_random_state(states: tuple[Tensor, ...], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
+def drawing(call: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a call returns, and whether it draws from a default generator of torch; draws of other threads do not count."""
+    seeded, found = torch.Tag.nondeterministic_seeded, [False]
+
+    def see(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        found[0] |= seeded in operation.tags and kwargs.get("generator") is None
+
+    with watching(see):
+        return call(), found[0]
+
+
 class Repeatable(Guarded):
     """A term whose evaluations depend on time, state and tensors alone, though its field draws random numbers or changes buffers.
 
@@ -83,6 +98,34 @@ class Repeatable(Guarded):
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
             return call(*args)
+
+
+class OwnValues(Guarded):
+    """A term whose field returns the same preallocated memory in every call: values are copied out of it."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self.is_rate = False  # no evaluation is recorded where no gradient is wanted: it would stay in that memory
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.clone, call(*args))
+
+
+def own(x: Tensor) -> Tensor:
+    """x, or a copy if it was written in place, perhaps where the next call writes again."""
+    return x.clone() if version(x) > 0 else x
+
+
+def in_one_memory(value: Any, call: Callable[[], Any]) -> bool:
+    """Whether `call` gives the memory of this value again, which was written in place or is numpy's."""
+    written = [x for x in tensors_in(value) if version(x) > 0 or is_borrowed(x)]
+    there = set(map(address_of, tensors_in(call()))) if written else set()
+    return any(address_of(x) in there for x in written)
+
+
+def address_of(x: Tensor) -> int:
+    """That of its memory, or of the object where it has none of its own."""
+    return x.untyped_storage().data_ptr() if type(x) in (Tensor, Parameter) and x.layout is torch.strided else id(x)
 
 
 class Buffers:

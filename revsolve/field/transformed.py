@@ -23,7 +23,7 @@ from revsolve.core.gradient import Differentiable, Solve, keep_in
 from revsolve.core.integrate import march, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Term
-from revsolve.field.audit import products
+from revsolve.field.audit import Constants, products
 from revsolve.field.batch import Batch
 from revsolve.field.functorch import (
     core,
@@ -31,11 +31,10 @@ from revsolve.field.functorch import (
     outside,
     stray,
     transforms,
-    version,
     wrapped,
 )
-from revsolve.field.holders import Holdings, Memory
 from revsolve.field.repeat import Repeatable, autocast_state, random_state, same_random_state, set_random_state
+from revsolve.field.snapshot import Snapshot
 from revsolve.field.substitute import Substitution
 
 PLAIN = (Tensor, float, int, type(None))
@@ -47,9 +46,9 @@ class Transformed:
     state_size = tape_size = 0
     differentiate = staticmethod(products)
 
-    def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor], memory: Memory) -> None:
-        self.term, self.tensors, self.memory = term, tuple(tensors), memory
-        self.constants = [(x, version(x)) for x in constants]
+    def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor], snapshot: Snapshot) -> None:
+        self.term, self.tensors, self.snapshot = term, tuple(tensors), snapshot
+        self.constants = Constants(constants)
         self.autocast = autocast_state()
 
     def take_first(self) -> None:
@@ -62,13 +61,8 @@ class Transformed:
 
     @contextmanager
     def as_solved(self) -> Iterator[None]:
-        for x, number in self.constants:
-            if version(x) != number:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} that the field uses was modified by an inplace operation between the "
-                    "solve and its gradient, which needs it as it was: change it later, or give the field a copy."
-                )
-        with self.memory.restored(), self.autocast():
+        self.constants.check(None)
+        with self.snapshot.restored(), self.autocast():
             yield
 
     def stand_ins(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -91,10 +85,9 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
     if torch.compiler.is_compiling() or not have_rules():
         return None
     before = random_state(x0.device)
-    holdings = Holdings(owners)
-    memory = Memory(holdings.places, holdings.keepers)
-    free = _taken_from_outside(call, x0, list(holdings.tensors.values()))
-    memory.forget()  # what was kept was computed without derivatives
+    snapshot = Snapshot(owners)
+    free = _taken_from_outside(call, x0, list(snapshot.tensors.values()))
+    snapshot.forget(snapshot.changes())  # what was kept was computed without derivatives
     draws = not same_random_state(before, random_state(x0.device))
     if draws:
         set_random_state(before, x0.device)
@@ -104,7 +97,7 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
         with outside():
             seed = int(torch.randint(2**62, (), device="cpu"))
         term = Repeatable(term, seed, x0.device, None)
-    return Transformed(term, *free, memory)
+    return Transformed(term, *free, snapshot)
 
 
 def _taken_from_outside(

@@ -162,10 +162,9 @@ def prepare(
     scheme, few = options.scheme, t is None and num_steps is not None and num_steps <= FEW
     mode, restarts = _gradient_mode(options, few), check_restarts(options.restarts, scheme)
     pair_dtype = None if pair_dtype == x0.dtype else pair_dtype
-    x = x0 if pair_dtype is None else x0.to(pair_dtype)
     hidden, field, followed = values_hidden(), None, False  # type: bool, Any, bool
     if hidden and mode != "direct" and not scheme.tensors:
-        field = transformed_field(term, x, span, owners)
+        field = transformed_field(term, x0 if pair_dtype is None else x0.to(pair_dtype), span, owners)
     operation = None if field is None else TransformedSolve
     if field is None:
         followed = hidden or dual_numbers()  # looking at values would cut them off from their tangents
@@ -175,9 +174,7 @@ def prepare(
                 "forward mode differentiates the solve itself (docs: Works with): leave it out, or say gradient='direct'."
             )
         mode = "direct" if followed else mode
-        field = Pure(term) if hidden else pure(term, x, span, owners, mode, t is not None, scheme.tensors)
-        if not hidden:
-            field.opening.x = x0.detach()  # where the pair is wider, its copy of the start is not to be held
+        field = Pure(term) if hidden else pure(term, x0, pair_dtype, span, owners, mode, t is not None, scheme.tensors)
     readable, undoes = not (capturing() or (hidden and followed)), mode == "reversible"
     problem = Problem(
         scheme,

@@ -18,8 +18,8 @@ from revsolve.extras.per_sample_steps import BatchedTime
 from revsolve.extras.progress import AcceptedStep
 from revsolve.extras.solve import solution_of
 from revsolve.field.functorch import followed
-from revsolve.field.holders import Holdings
 from revsolve.field.repeat import Buffers
+from revsolve.field.snapshot import Snapshot
 from revsolve.prepare.options import explains_keywords
 from revsolve.prepare.times import Clock, check_times
 from revsolve.schemes.tableau import Tableau
@@ -192,6 +192,6 @@ def _of_functions(sde: tuple[Any, ...], start: Tensor, y0: Tensor) -> SDE:
 def _given_back(sde: Any, y0: Tensor) -> ExitStack:
     """A context after which the random numbers drawn in it are drawn again, and the buffers of modules are what they were."""
     within = ExitStack()
-    within.enter_context(Buffers(Holdings(sde).modules.values()))
+    within.enter_context(Buffers(Snapshot(sde).modules.values()))
     within.enter_context(torch.random.fork_rng([y0.device] if y0.device.type == "cuda" else []))
     return within

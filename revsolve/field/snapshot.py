@@ -1,0 +1,244 @@
+"""A snapshot of what a callable holds, wherever Python lets it: tensors, modules, and all that is kept beside them.
+
+A field that is called again later must find what it found when it was solved, though other values may have been put there in
+between, by its user or by itself.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import operator
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from types import BuiltinMethodType, CodeType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from revsolve.field.functorch import cached_parametrizations, entries_of
+
+DEPTH = 6
+OF_MODULES = frozenset(vars(nn.Module()))  # attributes in which no field keeps anything of its own
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+LEAVES = frozenset((*PLAIN, type, ModuleType))
+OF_OTHERS = sys.stdlib_module_names | {"torch", "numpy", "revsolve"}  # packages whose classes keep nothing of a field's
+MISSING = object()
+MANY = 4096  # entries of what is data, not a cache: it is not copied in every solve
+GIVEN, HELD, LISTED = range(3)  # by the caller; in an attribute, a cell or a global; in a list or dictionary there
+
+# A list or dictionary, or an object whose attributes count; the names of these, WHOLE for all entries, or CALLS for the number of
+# results that a function keeps (functools.lru_cache), which can only be cleared; and what stood there.
+Entries = tuple[Any, Any, dict[Any, Any]]
+Changes = list[tuple[Entries, dict[Any, Any]]]  # what stands there now instead, MISSING for nothing
+WHOLE, CELL, CALLS = None, ("cell_contents",), ("misses",)
+
+
+class Snapshot:
+    """All that the owners hold: `tensors`, `modules`, and the `entries` in which these and other values stand.
+
+    `listed` are tensors that stand in a list or dictionary which a function or an object keeps, such as a log of earlier values.
+    """
+
+    def __init__(self, *owners: Any) -> None:
+        self.tensors: dict[int, Tensor] = {}
+        self.listed: set[int] = set()
+        self.modules: dict[int, nn.Module] = {}
+        self.entries: list[Entries] = []
+        self.unsteady = set[tuple[int, Any]]()  # what the field changes in every call, it seems
+        self.seen = set[int]()
+        # What is still to be looked into, how deep, and how it is held.
+        self.ahead: list[tuple[Any, int, int]] = [(owner, DEPTH, GIVEN) for owner in owners]
+        if owners:
+            self._keep(cached_parametrizations(), WHOLE, 0)
+            self._walk()
+
+    def changes(self) -> Changes:
+        """What is another value now. What comes new, or changes in every call, counts only where the field keeps tensors that it
+        computed: what it keeps besides belongs to these."""
+        changed: Changes = []
+        for entries in self.entries:
+            owner, names, then = entries
+            now = owner if names is WHOLE and isinstance(owner, dict) else _read(owner, names)
+            if len(now) == len(then) and all(map(operator.is_, now.values(), then.values())):
+                continue
+            found = {key: x for key, x in now.items() if not _same(x, then.get(key, MISSING))}
+            found |= {key: MISSING for key in then if key not in now}
+            if not (names is CALLS or computed_in(list(found.values()))):
+                found = {k: x for k, x in found.items() if k in then and (id(then), k) not in self.unsteady}
+            if found:
+                changed.append((entries, found))
+        return changed
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """All as it was, for as long as the context is open."""
+        changes = self.changes()
+        try:
+            self.forget(changes)
+            yield
+        finally:
+            for entries, found in changes:
+                _put(entries, found)
+
+    def forget(self, changes: Changes, kept: Callable[[Tensor], bool] | None = None) -> None:
+        """Put back what stood there before these changes; if `kept` is given, only where they hold such tensors, or where nobody
+        can look."""
+        for entries, found in changes:
+            _, names, then = entries
+            if kept is None or names is CALLS or any(map(kept, computed_in(list(found.values())))):
+                _put(entries, {key: then.get(key, MISSING) for key in found})
+
+    def settle(self, changes: Changes) -> None:
+        """Take what is there now as it was, after a call of the field that made these changes."""
+        for (owner, names, then), found in changes:
+            if names is not CALLS:
+                self.unsteady |= {(id(then), key) for key in found}
+            then.clear()
+            then |= _read(owner, names)
+            self.ahead += [(x, DEPTH - 2, HELD) for x in found.values() if not isinstance(x, Tensor)]
+        self._walk()
+
+    def _walk(self) -> None:
+        ahead, seen = self.ahead, self.seen
+        while ahead:
+            thing, depth, how = ahead.pop()
+            if isinstance(thing, Tensor):
+                if how != LISTED:
+                    self.listed.discard(id(thing))
+                elif id(thing) not in self.tensors:
+                    self.listed.add(id(thing))
+                self.tensors[id(thing)] = thing
+            elif thing.__class__ in LEAVES or id(thing) in seen:
+                continue
+            elif isinstance(thing, nn.Module):
+                seen.add(id(thing))
+                self._open_module(thing, max(depth, 2))
+            elif depth > 0:
+                seen.add(id(thing))
+                if isinstance(thing, (list, dict)) and len(thing) <= MANY:
+                    self._keep(thing, WHOLE, depth, LISTED if how else GIVEN)
+                elif isinstance(thing, (list, dict, tuple, set, frozenset)):
+                    items = thing.values() if isinstance(thing, dict) else thing
+                    ahead += [(x, depth - 1, LISTED if how else GIVEN) for x in items]
+                elif not isinstance(thing, (type, ModuleType)):
+                    self._open_object(thing, depth)
+
+    def _keep(self, owner: Any, names: Any, depth: int, how: int = HELD, but: Collection[str] = ()) -> None:
+        """Note what stands there, which is to be looked into."""
+        then = _read(owner, names)
+        self.entries.append((owner, names, then))
+        for name, x in then.items():
+            if x.__class__ not in LEAVES and name not in but:
+                self.ahead.append((x, depth - 1, how))
+
+    def _open_module(self, module: nn.Module, depth: int) -> None:
+        self.modules[id(module)] = module
+        own, of_torch = vars(module), type(module).__module__.startswith("torch.")
+        for entries in entries_of(module):
+            if entries or not of_torch:
+                self._keep(entries, WHOLE, depth + 1)
+        self._keep(own, WHOLE, depth, but=OF_MODULES)
+        if not of_torch:
+            self._open_class(module, depth)
+
+    def _open_object(self, thing: Any, depth: int) -> None:
+        if not callable(thing):  # of a large program's objects, those near the field only
+            depth = min(depth, 3) if depth > DEPTH - 4 else 0
+        code = getattr(thing, "__code__", None)
+        if isinstance(code, CodeType):
+            for cell in thing.__closure__ or ():
+                self._keep(cell, CELL, depth)
+            self._keep(thing.__globals__, global_names(code), depth)
+            self.ahead += ((thing.__defaults__, depth, GIVEN), (thing.__kwdefaults__, depth, GIVEN))
+        elif isinstance(thing, functools.partial):
+            self.ahead += [(x, depth - 1, GIVEN) for x in (thing.func, thing.args, thing.keywords)]
+        elif isinstance(thing, (MethodType, BuiltinMethodType)):
+            self.ahead += ((thing.__self__, depth - 1, GIVEN), (getattr(thing, "__func__", None), depth, GIVEN))
+        own = getattr(thing, "__dict__", None)
+        if isinstance(own, dict) and depth:
+            self._keep(own, WHOLE, depth)
+        if depth and code is None:
+            self._open_class(thing, depth)
+
+    def _open_class(self, thing: Any, depth: int) -> None:
+        """What a user's class keeps: slots, attributes of all its instances, and results that functions remember."""
+        remembering = [thing] if hasattr(thing, "cache_clear") else []
+        for kind in type(thing).__mro__:
+            if kind.__module__.partition(".")[0] in OF_OTHERS:
+                continue
+            attributes = list(vars(kind).items())
+            slots = [name for name, x in attributes if isinstance(x, MemberDescriptorType)]
+            if slots:
+                self._keep(thing, slots, depth)
+            if id(kind) not in self.seen:
+                self.seen.add(id(kind))
+                remembering += [x for _, x in attributes if hasattr(x, "cache_clear")]
+                values = (Tensor, list, dict, type(None))
+                names = [name for name, x in attributes if isinstance(x, values) and not name.startswith("__")]
+                if names:
+                    self._keep(kind, names, depth)
+        for function in remembering:
+            self._keep(function, CALLS, 0)
+
+
+def _read(owner: Any, names: Any) -> dict[Any, Any]:
+    if isinstance(owner, dict):
+        return owner.copy() if names is WHOLE else {name: owner[name] for name in names if name in owner}
+    if names is WHOLE:
+        return dict(enumerate(owner))
+    if names is CALLS:
+        return {"misses": owner.cache_info().misses}
+    try:
+        return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+    except ValueError:  # a cell that is not filled yet
+        return {}
+
+
+def _put(entries: Entries, values: dict[Any, Any]) -> None:
+    """Put these values there, or nothing for MISSING."""
+    owner, names, then = entries
+    if names is CALLS:
+        owner.cache_clear()
+        then["misses"] = 0  # all that comes now is new
+        return
+    gone = [key for key, value in values.items() if value is MISSING]
+    for key, value in values.items():
+        if value is MISSING:
+            continue
+        if isinstance(owner, list):
+            owner[key : key + (key in then)] = [value]  # what came new is inserted where it was
+        elif isinstance(owner, dict):
+            owner[key] = value
+        else:
+            setattr(owner, key, value)
+    for key in reversed(gone):
+        if isinstance(owner, list):
+            del owner[key : key + 1]
+        elif isinstance(owner, dict):
+            owner.pop(key, None)
+        elif hasattr(owner, key):
+            delattr(owner, key)
+
+
+def _same(now: Any, then: Any) -> bool:
+    return now is then or (isinstance(then, PLAIN) and type(now) is type(then) and now == then)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """A tensor, or those of a pytree."""
+    return [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def computed_in(value: Any) -> list[Tensor]:
+    """Its tensors, but for leaves that require a gradient, such as parameters."""
+    return [x for x in tensors_in(value) if not (x.is_leaf and x.requires_grad)]
+
+
+@functools.lru_cache(maxsize=1024)
+def global_names(code: CodeType) -> tuple[str, ...]:
+    """The global names that code reads; names of attributes are none."""
+    read = (x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return tuple(dict.fromkeys(read))
