@@ -13,7 +13,6 @@ What becomes of torchdeq's configuration keys:
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from revsolve.core.problem import Stats
 from revsolve.fixed_points import FixedPoint, fixed_point
 from revsolve.fixed_points.convergence import STOPS
+from revsolve.schemes.names import did_you_mean
 
 try:
     import torchdeq
@@ -172,8 +172,8 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
         return  # a program's own settings stand beside those of torchdeq
     for name in config:
         if name not in KNOWN_KEYS:
-            close = difflib.get_close_matches(name, sorted(KNOWN_KEYS), n=1, cutoff=0.0)
-            raise ValueError(f"unknown key {name!r} for the reversible core: did you mean {close[0]!r}?")
+            hint = did_you_mean(name, sorted(KNOWN_KEYS), cutoff=0.0)
+            raise ValueError(f"unknown key {name!r} for the reversible core{hint}")
 
 
 def _for_this_call(solver_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

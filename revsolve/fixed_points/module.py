@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from revsolve.fixed_points.loop import is_one, reversible_loop
 from revsolve.fixed_points.solve import FixedPoint, fixed_point
+from revsolve.schemes.names import did_you_mean
 
 # Where a learnable beta may lie: on its side of 1, and so far from it that a step undone costs little more than one digit.
 BELOW, ABOVE = (0.05, 0.95), (1.05, 1.95)
@@ -34,8 +34,7 @@ class Layer(nn.Module):
     def __init__(self, defaults: dict[str, Any], given: dict[str, Any]) -> None:
         super().__init__()
         for name in given.keys() - defaults.keys():
-            close = difflib.get_close_matches(name, defaults, n=1, cutoff=0.0)
-            raise TypeError(f"{type(self).__name__} has no keyword {name!r}: did you mean {close[0]!r}?")
+            raise TypeError(f"{type(self).__name__} has no keyword {name!r}{did_you_mean(name, defaults, cutoff=0.0)}")
         self.passed_on = {name: PROGRAMS.get(name, name) for name in defaults}
         for name, value in {**defaults, **given}.items():
             setattr(self, self.passed_on[name], value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -16,6 +15,7 @@ from torch import Tensor
 from revsolve.core.coupling import Scheme
 from revsolve.prepare.diagnosis import wrong_calls
 from revsolve.prepare.state import Packing
+from revsolve.schemes.names import did_you_mean
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
@@ -183,8 +183,7 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str], metho
         if name not in known and name in ADAPTIVE_OPTIONS:
             raise ValueError(f"option {name!r} is for adaptive steps, but these are fixed ({method!r}).")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else "."
+            hint = did_you_mean(name, known)
             raise ValueError(f"unknown option {name!r} for method {method!r}{hint} Options: {', '.join(known)}.")
         given[name] = _number(value)
     return given

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import partial
 
 from revsolve.core.coupling import Scheme
@@ -51,6 +51,12 @@ ELSEWHERE = {  # names that methods have in other packages
 }
 
 
+def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6, twins: Sequence[str] = ()) -> str:
+    """The end of a message about an unknown name: the known one that is closest to it, or a twin and two close ones."""
+    close = [*(x for x in twins if x in known), *get_close_matches(name, known, n=2 if twins else 1, cutoff=cutoff)]
+    return f": did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?" if close else "."
+
+
 def method_names() -> list[str]:
     """All names that `method=` takes: every tableau, its reversible twin, and the natively reversible methods."""
     return [*METHODS]
@@ -79,12 +85,10 @@ def scheme(method: str | Tableau | Scheme, coupling: float | None = None, eta: f
         if method not in MADE:
             MADE[method] = METHODS[method]()
         return MADE[method]
-    hint = f": {ELSEWHERE[name.lower()]}." if name.lower() in ELSEWHERE else _nearest(method.lower())
+    twins = [method.lower().replace("reversible", "rev"), method.lower().replace("rev_", "reversible_")]
+    hint = (
+        f": {ELSEWHERE[name.lower()]}."
+        if name.lower() in ELSEWHERE
+        else did_you_mean(method.lower(), METHODS, twins=twins)
+    )
     raise ValueError(f"unknown method {method!r}{hint} Known methods: see revsolve.method_names().")
-
-
-def _nearest(method: str) -> str:
-    """The known names that are most like this one, as a question."""
-    twins = (method.replace("reversible", "rev"), method.replace("rev_", "reversible_"))
-    close = [*filter(METHODS.get, twins), *difflib.get_close_matches(method, METHODS, n=2)]
-    return f": did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?" if close else "."

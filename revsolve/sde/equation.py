@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revsolve.backends import TensorControl
-from revsolve.brownian.path import BrownianPath
-from revsolve.compat.torchsde import ForeignBrownian
+from revsolve.brownian.path import BrownianPath, clamped
+from revsolve.compat.torchsde import ForeignBrownian, as_brownian
+from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term
 from revsolve.extras.per_sample_steps import BatchedTime
-from revsolve.field.functorch import dual_numbers, transformed
+from revsolve.field.functorch import dual_numbers, outside, sample_numbers, transformed
 from revsolve.prepare.options import SolverOptions
 from revsolve.prepare.problem import FEW, InitialValueProblem, Posed, values_hidden
 from revsolve.prepare.state import Packing, form
@@ -20,8 +23,7 @@ from revsolve.schemes.stochastic import StochasticRungeKutta
 from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
 from revsolve.sde.methods import solves_ito
-from revsolve.sde.noise import Path, brownian, of_each_sample
-from revsolve.sde.term import LogRatioTerm, SDETerm
+from revsolve.sde.term import LogRatioTerm, Path, SDETerm
 
 
 class WithLogRatio(Packing):
@@ -119,6 +121,92 @@ class Equation:
         if parts.noise_type == "additive" and not plain and not torch.compiler.is_compiling():
             parts = additive(parts, self.weights, always, readable)
         on_demand = area and parts.prior is None and not values_hidden()
-        path = of_each_sample(path, clock) if isinstance(clock, BatchedTime) else path
+        if isinstance(
+            clock, BatchedTime
+        ):  # where time runs at the rate r, W of a span has r times the variance, and so has H
+            path = _Mapped(path, lambda x, s0, s1: x * clock.rate(s0, s1).sqrt())
         term = SDETerm(parts, path, clock, self.shift, self.size, self.forms, always, readable, area, on_demand)
         return term if parts.prior is None else LogRatioTerm(term)
+
+
+def brownian(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, knots: dict[str, Any]) -> Path:
+    """A Brownian motion over the times: `bm`, or a new one with these knots."""
+    if torch.compiler.is_dynamo_compiling():
+        return _followed(bm, size, y0, area, **knots)
+    return _new(times, size, y0, area, knots) if bm is None else _given(bm, times, size, y0, area)
+
+
+def _given(bm: Any, times: list[float], size: tuple[int, ...], y0: Tensor, area: bool) -> Path:
+    """The Brownian motion that was passed. Raises unless it fits the equation."""
+    path = as_brownian(bm, area=area)
+    if tuple(path.shape) != size:
+        raise ValueError(f"bm has shape {tuple(path.shape)}, but this SDE needs {size}: make the path with that size.")
+    if path.dtype != y0.dtype or path.device != y0.device:
+        raise ValueError(
+            f"bm is of {path.dtype} on {path.device}, but y0 of {y0.dtype} on {y0.device}: make the path with those."
+        )
+    for t in (times[0], times[-1]):
+        clamped(t, path.t0, path.t1, path.dtype)
+    return path
+
+
+def _new(times: list[float], size: tuple[int, ...], y0: Tensor, area: bool, knots: dict[str, Any]) -> Path:
+    """One whose seed comes from torch's generator; inside torch.vmap for all samples or each, as its `randomness` says."""
+    num_samples, number = sample_numbers(y0.device)
+    with outside():
+        path = BrownianPath(
+            times[0],
+            times[-1],
+            size if number is None else (num_samples, *size),
+            dtype=y0.dtype,
+            device=y0.device,
+            levy_area="space-time" if area else "none",
+            **knots,
+        )
+    return path if number is None else _Mapped(path, lambda x, t0, t1: _row(x, number))
+
+
+def _followed(bm: Any, size: tuple[int, ...], y0: Tensor, area: bool, grid: Sequence[float]) -> Path:
+    """One that torch.compile can follow. Raises where there is none."""
+    if bm is not None:
+        raise ValueError(
+            "torch.compile cannot follow how a Brownian path draws its noise: leave out bm=, and the compiled program draws it, "
+            "or solve outside of what is compiled."
+        )
+    if area:
+        raise ValueError(
+            "methods with space-time area need noise that torch.compile cannot follow: use another, say 'reversible_heun', or "
+            "solve outside of what is compiled."
+        )
+    return _Presampled(grid, size, y0)
+
+
+class _Presampled:
+    """A Brownian motion known at the knots alone, sampled at once by torch's default generator."""
+
+    def __init__(self, knots: Sequence[float], size: tuple[int, ...], y0: Tensor) -> None:
+        self.position = {t: n for n, t in enumerate(knots)}
+        normal = torch.randn(len(knots) - 1, *size, dtype=y0.dtype, device=y0.device)
+        self.increments = [(b - a) ** 0.5 * x for (a, b), x in zip(pairwise(knots), normal.unbind(), strict=True)]
+
+    def __call__(self, ta: float, tb: float) -> Tensor:
+        start, stop = self.position[ta], self.position[tb]
+        return self.increments[start] if start < stop else -self.increments[stop]
+
+
+class _Mapped:
+    """A path whose answers over a span are changed: apply(W, t0, t1), and the same for H."""
+
+    def __init__(self, path: Path, apply: Callable[[Tensor, Time, Time], Tensor]) -> None:
+        self.path, self.apply = path, apply
+
+    def __call__(self, t0: Time, t1: Time, return_H: bool = False) -> Any:
+        if not return_H:
+            return self.apply(self.path(t0, t1), t0, t1)
+        W, H = self.path(t0, t1, return_H=True)
+        return self.apply(W, t0, t1), self.apply(H, t0, t1)
+
+
+def _row(x: Tensor, number: Tensor) -> Tensor:
+    """x[number], for which torch 2.9 would read the number."""
+    return x.index_select(0, number.reshape(1)).squeeze(0)

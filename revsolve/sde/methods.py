@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from revsolve.core.coupling import Scheme
 from revsolve.prepare.options import ADAPTIVE_OPTIONS, TARGETS, SolverOptions, check_options
 from revsolve.restarts.growth import Restarts
+from revsolve.schemes.names import did_you_mean
 from revsolve.schemes.names import scheme as named_scheme
 from revsolve.schemes.stochastic import STOCHASTIC, stochastic
 from revsolve.schemes.tableau import TABLEAUS, Tableau
@@ -102,8 +102,7 @@ def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
         if not method.startswith(("alf", "leapfrog", "reversible_heun")) and method not in (
             known := sde_method_names()
         ):
-            close = difflib.get_close_matches(method, known, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else "."
+            hint = did_you_mean(method, known)
             raise ValueError(
                 f"unknown method {method!r} of sdeint{hint} Known methods: see revsolve.sde_method_names()."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from revsolve.prepare.state import form
 from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.derivative import differentiated
 from revsolve.sde.ito import Shift
-from revsolve.sde.noise import Path
+
+Path = Callable[..., Any]  # path(t0, t1) is W over a span in either direction, path(t0, t1, return_H=True) is (W, H)
 
 
 @dataclass

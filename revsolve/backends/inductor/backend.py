@@ -16,10 +16,9 @@ from torch import Tensor
 
 from revsolve.backends import CompilationError, TensorControl
 from revsolve.backends.inductor.adaptive import CompiledSteps
-from revsolve.backends.inductor.checkpoints import recompute
 from revsolve.backends.inductor.compiler import Compiler, compiler
 from revsolve.backends.inductor.context import CompileContext
-from revsolve.backends.inductor.segments import Backward, Forward
+from revsolve.backends.inductor.sweeps import Backward, Forward, recompute
 from revsolve.backends.inductor.tables import Tabulated, Untabulated
 from revsolve.backends.inductor.torch_internals import LOWEST, supported
 from revsolve.core import gradient

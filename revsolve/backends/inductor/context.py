@@ -60,9 +60,11 @@ class CompileContext:
         wanted = [leaves[place] for _, place in self.wanted]
         return self.programs.setdefault(derivative_trace(*self.call, wanted, field.at(leaves)), {})
 
-    def constants(self, **more: Any) -> Constants:
-        """The inputs of every sweep that it does not change."""
-        return {"times": self.times, "due": self.due, "outside": [x.detach() for x in self.outside], **more}
+    def constants(self, begin: int, end: int, **more: Any) -> Constants:
+        """The inputs that a sweep between two numbers of steps does not change."""
+        outside, controls = [x.detach() for x in self.outside], self.term.table(min(begin, end), max(begin, end))
+        own = {"times": self.times, "due": self.due, "outside": outside, "first": counter(begin), "controls": controls}
+        return own | more
 
     def run(
         self,
