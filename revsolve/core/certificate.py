@@ -37,7 +37,7 @@ class Certificate:
 
     def compare(self, y: Tensor, stored: Tensor, start: Tensor) -> None:
         """Note the distance of y, reconstructed, from what was stored, at one end of the segment that begins at `start`."""
-        self.distances.append(mean_size((y - stored) / self.scale))
+        self.distances.append(mean_size((y - stored).div_(self.scale)))  # a state less at the peak
         self.sizes.append(mean_size(start / self.scale))
 
     def conclude(self) -> None:
