@@ -1,11 +1,13 @@
 """The python blocks of README and docs run as they stand, page by page, in order."""
 
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
 import pytest
+from packaging.version import Version
 
 from tests.pages import PAGES, fences, page_name
 
@@ -14,9 +16,11 @@ NOT_RUN = {"text", "console", "bibtex"}
 
 
 def is_run(info: str, body: str) -> bool:
-    """A block that begins with `# needs PACKAGE` runs where that package, which no test requires, is installed."""
-    needed = re.match(r"# needs (\w+)\n", body)
-    return info == "python" and (needed is None or find_spec(needed[1]) is not None)
+    """A block that begins with `# needs PACKAGE` or `# needs PACKAGE VERSION` runs where that is installed."""
+    needed = re.match(r"# needs (\w+)(?: ([\d.]+))?\n", body)
+    if info != "python" or needed is None or find_spec(needed[1]) is None:
+        return info == "python" and needed is None
+    return needed[2] is None or Version(version(needed[1])) >= Version(needed[2])
 
 
 def run_blocks(page: Path) -> None:

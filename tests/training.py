@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -166,13 +167,24 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # FSDP of older releases asks the CPU's streams for it
+
+
+class Found(dict[str, Any]):
+    """What a process found, by the names of the cases that this release of torch can run."""
+
+    def __missing__(self, name: str) -> Any:
+        pytest.skip(f"this release of torch does not run {name} here")
+
+
 def in_this_process(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    found = {name: case() for name, case in CASES.items()}
+    runs = SHARDS_ON_CPU or backend == "nccl"
+    found = {name: case() for name, case in CASES.items() if runs or not name.startswith("fsdp")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -180,4 +192,4 @@ def in_this_process(rank: int, folder: str, backend: str) -> None:
 def in_two_processes(folder: Path, backend: str) -> list[dict[str, Any]]:
     """What each of two processes found in each of the cases; with "nccl" each has a GPU of its own."""
     spawn(in_this_process, args=(str(folder), backend), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(WORLD)]
+    return [Found(torch.load(folder / f"{rank}.pt", map_location="cpu")) for rank in range(WORLD)]

@@ -85,7 +85,7 @@ def fixed_grid(
             "pass options={'step_size': ...}."
         )
     points = ends[:1]
-    slack = rounding * max(map(abs, times))
+    slack = rounding * max(abs(times[0]), abs(times[-1]))
     for a, b in itertools.pairwise(ends):
         n = 1 if step_size is None else num_steps(abs(b - a), step_size, slack, longer)
         for i in range(1, n):

@@ -32,6 +32,7 @@ REST = [name for name in method_names() if scheme(name).reversible and name not 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
 )
+compiles = pytest.mark.skipif(not supported(), reason="compile= needs a newer release of torch")
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
 
 
@@ -285,6 +286,7 @@ def test_a_tensor_given_twice_is_two_inputs() -> None:
     torch.testing.assert_close(got, torch.full((3,), 3.0))
 
 
+@compiles
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_program_that_does_something_else_is_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled_wrongly(self: Compiler, loop: Any, example: Any) -> Any:
@@ -495,6 +497,7 @@ def test_compile_must_say_how() -> None:
         )
 
 
+@compiles
 def test_a_field_that_looks_at_numbers() -> None:
     with pytest.raises(CompilationError, match=r"may not look at numbers.*compile=False"):
         through(lambda t, y: -y if t < 0.5 else y)
@@ -502,6 +505,7 @@ def test_a_field_that_looks_at_numbers() -> None:
         through(lambda t, y: -y * torch.arange(int(y.abs().sum())).sum())
 
 
+@compiles
 def test_a_branch_is_refused_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "record", None)
     with pytest.raises(CompilationError, match=r"records one branch.*torch\.where"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from revsolve import Solution, odeint
 from revsolve.backends import CompilationError
 from revsolve.backends.inductor.programs import PROGRAMS
-from tests.backends.test_compiled import EXACT, RECORDED, needs_compiler, quiet
+from tests.backends.test_compiled import EXACT, RECORDED, compiles, needs_compiler, quiet
 from tests.equations import BACKWARD, EQUATIONS, FORWARD, loss_of, worst_difference
 
 TIGHT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -126,6 +126,7 @@ def test_programs_are_found_again() -> None:
     assert len(PROGRAMS.known) == made + 1
 
 
+@compiles
 def test_a_norm_that_looks_at_numbers() -> None:
     with pytest.raises(CompilationError, match="may not look at numbers"):
         solved(RECORDED, "rev_dopri5", options={"norm": lambda x: torch.tensor(x.abs().max().item())})

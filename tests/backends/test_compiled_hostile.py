@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from revsolve import CompilationError, odeint
 from revsolve.backends.inductor.torch_internals import is_fake
+from tests.backends.test_compiled import compiles
 from tests.equations import worst_difference
 
 RECORDED = {"backend": "eager"}
@@ -224,6 +225,7 @@ def or_refused(field: Field, **solve: Any) -> dict[str, Tensor] | None:
         return None
 
 
+@compiles
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("kind", KEPT)
 def test_the_gradient_through_what_was_kept_is_right_or_refused(kind: str, mode: str) -> None:
@@ -232,6 +234,7 @@ def test_the_gradient_through_what_was_kept_is_right_or_refused(kind: str, mode:
     assert worst_difference(got, wanted)[0] < EXACT
 
 
+@compiles
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_field_whose_state_or_gradient_a_program_would_miss_is_refused(kind: str) -> None:
     field = Field(kind)
@@ -239,6 +242,7 @@ def test_a_field_whose_state_or_gradient_a_program_would_miss_is_refused(kind: s
         gradients(field, compile=RECORDED)
 
 
+@compiles
 @pytest.mark.parametrize("kind", [*KINDS, *KEPT, *REFUSED])
 def test_no_tensor_without_numbers_stays(kind: str) -> None:
     field = Field(kind)
