@@ -110,13 +110,15 @@ def cdeint(
     """
     if not callable(func) and not hasattr(func, "prod"):
         raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
+    if not adjoint and gradient not in (None, "direct"):
+        raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
     read = read_options(
         method,
         options,
         ("form", *EVENT_OPTIONS) if event_fn is not None else ("form", "dense", "steps_of_each"),
         rtol=rtol,
         atol=atol,
-        gradient=choose_gradient(adjoint, gradient),
+        gradient=gradient if adjoint else "direct",
         restarts=restarts,
         progress=progress,
         callback=callback,
@@ -228,12 +230,3 @@ def choose_form(options: SolverOptions) -> SolverOptions:
             "form='derivative'."
         )
     return replace(options, form=form, scheme=replace(scheme, error_order=None))
-
-
-def choose_gradient(adjoint: bool, gradient: str | None) -> str | None:
-    """The gradient mode, which adjoint=False sets."""
-    if adjoint or gradient == "direct":
-        return gradient
-    if gradient is not None:
-        raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
-    return "direct"

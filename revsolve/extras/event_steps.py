@@ -142,7 +142,9 @@ class UntilEvent(Recording):
         if n == 0:
             eps = torch.finfo(pair[0].dtype).eps
             nearby = max(self.event.rounding * abs(t0), eps * max(min(abs(t0), 1.0), abs(t1 - t0)))
-            before = _without_initial_zeros(before, values, abs(t1 - t0), 16 * nearby)
+            # A zero within a few roundings of the initial time is that of an event just handled.
+            h, near = abs(t1 - t0), 16 * nearby
+            before = [0.0 if abs(a) * h < near * abs(b - a) else a for a, b in zip(before, values, strict=True)]
         signs = self.event.crossed(before, values)
         if not signs:
             return after
@@ -200,8 +202,3 @@ def equal_steps(t0: float, step_size: float, end: float) -> Callable[[int], floa
         return None if left <= 1e-9 else end if left <= 1 + 1e-9 else t0 + n * h
 
     return when
-
-
-def _without_initial_zeros(before: list[float], after: list[float], h: float, nearby: float) -> list[float]:
-    """The first values, with those set to zero whose zero lies within `nearby` of the initial time: an event just handled."""
-    return [0.0 if abs(a) * h < nearby * abs(b - a) else a for a, b in zip(before, after, strict=True)]

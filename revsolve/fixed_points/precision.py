@@ -41,7 +41,9 @@ def anchor_spacing(beta: Scalar, pair: torch.dtype, computed: torch.dtype, value
             f"divides by 1 - beta, which must be at least {closest:.1e} in {pair}. Move beta away from 1, say to 0.8, or use "
             "gradient='checkpoint'."
         )
-    exact = 0 if isinstance(beta, Tensor) else _exact_steps(least, eps, torch.finfo(value).eps)
+    (fraction, exponent), exact = math.frexp(least), 0
+    if fraction == 0.5 and not isinstance(beta, Tensor):  # 1 - beta = 2**-m costs 2 m bits a step, without any rounding
+        exact = int((math.log2(torch.finfo(value).eps / eps) - SPARE_BITS) / (2 * (1 - exponent)))
     return max(exact, steps_undone(least**2, pair, computed))
 
 
@@ -50,12 +52,6 @@ def steps_undone(factor: float, pair: torch.dtype, computed: torch.dtype) -> int
     eps, own = torch.finfo(pair).eps, torch.finfo(computed).eps
     growth = math.sqrt(own / eps) / MARGIN if own > eps else eps**-SHARE
     return max(1, int(math.log(max(growth, 1.0)) / -math.log(factor)))
-
-
-def _exact_steps(least: float, eps: float, value_eps: float) -> int:
-    """How many steps are undone without any rounding: 1 - beta = 2**-m costs 2 m bits a step, and the pair has some to spare."""
-    fraction, exponent = math.frexp(least)
-    return int((math.log2(value_eps / eps) - SPARE_BITS) / (2 * (1 - exponent))) if fraction == 0.5 else 0
 
 
 def pair_dtype_of(packing: Packing, wanted: torch.dtype | None) -> torch.dtype:

@@ -33,11 +33,6 @@ KAHAN_LI6 = halved((*_KAHAN_LI, 1 - 2 * sum(_KAHAN_LI), *reversed(_KAHAN_LI)))
 ERROR_NODES = 4
 
 
-def is_halved(composition: Sequence[float]) -> bool:
-    """True where the substeps come in equal pairs."""
-    return len(composition) % 2 == 0 and composition[::2] == composition[1::2]
-
-
 def compose(base: Sequence[CouplingUpdate], composition: Sequence[float]) -> list[CouplingUpdate]:
     """The same updates over the substeps one after another; two that meet and do the same become one over both substeps."""
     updates: list[CouplingUpdate] = []

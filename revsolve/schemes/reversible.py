@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, moment
 from revsolve.core.coupling import CouplingUpdate, Increment, ScheduledUpdate, Scheme
-from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, is_halved, partial_sums
+from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, partial_sums
 from revsolve.schemes.increment import Given, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau, as_tableau
 
@@ -89,8 +89,9 @@ def reversible_heun(composition: Sequence[float] = (1.0,), order: int = 2) -> Sc
         kick = updates[2 * i]
         updates[2 * i] = replace(kick, error=error / (kick.end - kick.start))
     error_order = min(len(composition), ERROR_NODES - 1)
-    name = _composed_name("reversible_heun", order)
-    defect_order = order + 1 if is_halved(composition) else 2
+    name = "reversible_heun" if order == 2 else f"reversible_heun{order}"
+    halved = composition[::2] == composition[1::2]
+    defect_order = order + 1 if halved else 2
     merged = functools.partial(_two_step, nodes)
     return Scheme(name, tuple(updates), (COPY,), order, error_order, defect_order=defect_order, merged=merged)
 
@@ -139,7 +140,7 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
             updates[2 * i + 1] = replace(updates[2 * i + 1], error=error / composition[i])
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, min(len(composition), ERROR_NODES) - 1)
-    name = _composed_name("alf", order)
+    name = "alf" if order == 2 else f"alf{order}"
     return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, has_velocity=True)
 
 
@@ -160,15 +161,15 @@ def leapfrog() -> Scheme:
 
 
 @dataclass(frozen=True)
-class _MaskedRelaxation(CouplingUpdate):
-    """A relaxation in which entries that have stopped stay as they are: keep 1, gain 0."""
+class _Numbered(CouplingUpdate):
+    """An update whose keep and gain are others in every step, `of_step(number)`."""
 
-    active: Callable[[int], Tensor] | None = None  # in the step of this number 1, or 0 for an entry that has stopped
+    of_step: Callable[[int], tuple[Scalar, Scalar]] | None = None
 
     def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
-        assert self.active is not None
-        gain = self.gain * self.active(int(t0))
-        return 1.0 - gain, 0.0, gain
+        assert self.of_step is not None
+        keep, gain = self.of_step(int(t0))
+        return keep, self.mix, gain
 
 
 def relaxation(beta: Scalar, active: Callable[[int], Tensor] | None = None) -> Scheme:
@@ -180,35 +181,22 @@ def relaxation(beta: Scalar, active: Callable[[int], Tensor] | None = None) -> S
     entries where it is 0 in a step stay as they are.
     """
     value = OneEvaluation(0.0)
-    if active is None:
-        update = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=value)
-    else:
-        update = _MaskedRelaxation(Z, Y, gain=beta, increment=value, active=active)
+    update = CouplingUpdate(Z, Y, keep=1.0 - beta, gain=beta, increment=value)
+    if active is not None:
+        going = lambda n: (1.0 - beta * active(n), beta * active(n))  # noqa: E731
+        update = _Numbered(Z, Y, gain=beta, increment=value, of_step=going)
     return Scheme("relaxation", (update, replace(update, target=Y, source=Z)), (COPY,), order=1)
-
-
-@dataclass(frozen=True)
-class _Started(CouplingUpdate):
-    """An update whose gain is another one in the step from time 0."""
-
-    first_gain: Scalar = 1.0
-
-    def coefficients(self, t0: Time, t1: Time) -> tuple[Scalar, Scalar, Scalar]:
-        return self.keep, self.mix, self.first_gain if t0 == 0.0 else self.gain
 
 
 def two_step(name: str, keep: float, gain: float, first_gain: float) -> Scheme:
     """y_{n+1} = y_n + v_{n+1} with v_{n+1} = keep v_n + gain f(y_n), from v_0 = 0; in the step from time 0 with `first_gain`."""
     kick = CouplingUpdate(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0))
     if first_gain != gain:
-        kick = _Started(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), first_gain=first_gain)
+        started = lambda n: (keep, gain if n else first_gain)  # noqa: E731
+        kick = _Numbered(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), of_step=started)
     return starting_from(ZERO, Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (COPY,), order=1))
 
 
 def starting_from(increment: Increment, scheme: Scheme) -> Scheme:
     """The scheme with this increment as its z at the start."""
     return replace(scheme, restart=(CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=increment),))
-
-
-def _composed_name(name: str, order: int) -> str:
-    return name if order == 2 else f"{name}{order}"

@@ -22,7 +22,6 @@ from revsolve.prepare.state import Packing, form
 from revsolve.schemes.stochastic import StochasticRungeKutta
 from revsolve.sde.coefficients import Coefficients, check_value, noise_shape
 from revsolve.sde.ito import additive, perturbed, powers_of_two, shift_of
-from revsolve.sde.methods import solves_ito
 from revsolve.sde.term import LogRatioTerm, Path, SDETerm
 
 
@@ -61,7 +60,7 @@ class Equation:
         self.forms, self.shift, self.weights = (form(f0), form(g0)), None, None
         if parts.noise_type == "additive":
             self.weights = powers_of_two(y0.shape if parts.product_only else g0.shape, y0)
-        elif parts.sde_type == "ito" and not solves_ito(options.scheme, parts.noise_type):
+        elif parts.sde_type == "ito" and options.scheme.order > 1:  # Euler-Maruyama takes it in the sense of Ito
             self.shift = shift_of(parts.noise_type, lambda y: parts.f_and_g(now, y)[1], y0)
         if parts.noise_type == "additive" and not torch.compiler.is_compiling():
             rates, start = self._rates(clock), times[0]

@@ -175,7 +175,9 @@ def _of_columns(at: Derivative) -> Tensor | None:
 def perturbed(y: Tensor) -> Tensor:
     """A state nearby, with nothing special about it; the user's random state stays where it is."""
     with outside():
-        noise = torch.randn(y.shape, generator=_generator(), dtype=torch.float64, device="cpu").to(y.device, y.dtype)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
+            y.device, y.dtype
+        )
     return y + noise
 
 
@@ -185,14 +187,10 @@ def powers_of_two(shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     if number == 1:
         return None
     with outside():
-        exponents = torch.randperm(number, generator=_generator(), device="cpu") % (2 * largest + 1) - min(
-            largest, number // 2
-        )
+        exponents = torch.randperm(number, generator=torch.Generator().manual_seed(0), device="cpu") % (
+            2 * largest + 1
+        ) - min(largest, number // 2)
         return torch.pow(2.0, exponents.double()).reshape(shape).to(like.device, like.dtype)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def _shows(wrong: Tensor) -> bool:

@@ -87,11 +87,6 @@ def default_restarts(scheme: Scheme) -> Restarts:
     return Restarts(growth=growth, adds_up=True)
 
 
-def solves_ito(scheme: Scheme, noise_type: str) -> bool:
-    """Whether the method takes the equation in the sense of Ito: Euler-Maruyama alone does."""
-    return scheme.order == 1 and noise_type != "additive"
-
-
 def _named(method: str | Tableau | Scheme, coupling: float | None) -> Scheme:
     if isinstance(method, str):
         name = method.removeprefix("rev_")

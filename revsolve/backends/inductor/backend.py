@@ -157,13 +157,11 @@ def compiled(
         "compile= needs steps that nobody watches, fixed ones where noise or a path drives the equation, and no tol: give "
         "options={'step_size': ...} or dt, no progress and no callback, or": not isinstance(stepper, taken),
         f"compile= takes no jump_t with method {problem.scheme.name!r}, whose velocity jumps with the field: use one like "
-        "'reversible_heun' or 'rev_rk4', or": problem.scheme.has_velocity and _jumps(stepper),
+        "'reversible_heun' or 'rev_rk4', or": (
+            problem.scheme.has_velocity and bool(getattr(stepper, "jumps", stepper.grid.jumps))
+        ),
     }
     for why, applies in refused.items():
         if applies:
             raise ValueError(f"{why} leave out compile=.")
     return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, source))
-
-
-def _jumps(stepper: Any) -> bool:
-    return bool(stepper.jumps if isinstance(stepper, Adaptive) else stepper.grid.jumps)
