@@ -151,13 +151,13 @@ def compare(model: Model, horizons: tuple[int, ...] = HORIZONS) -> list[Result]:
 
 
 def print_table(results: list[Result]) -> None:
-    print(f"\n{'steps':>5}  {'gradient':<20}{'its error':>10}{'numbers held':>14}{'seconds':>9}")
+    print(f"\n{'steps':>5}  {'gradient':<20}{'its error':>10}{'values stored':>14}{'seconds':>9}")
     for result in results:
         if result.years in SHOWN:
             print(
                 f"{result.num_steps:>5}  {result.mode:<20}{result.error:>10.0e}{result.numbers:>14,}{result.seconds:>9.2f}"
             )
-    print("error relative to backpropagation through the same steps; numbers held at most, parameters left out")
+    print("error relative to backpropagation through the same steps; values stored at most, parameters left out")
 
 
 def save_plot(years: Tensor, pelts: Tensor, fit_years: Tensor, fit: Tensor, results: list[Result]) -> None:
@@ -180,7 +180,7 @@ def save_plot(years: Tensor, pelts: Tensor, fit_years: Tensor, fit: Tensor, resu
         if mode in ("reversible", "continuous adjoint"):
             right.loglog(steps, [result.error for result in found], "o-", color=colour, markersize=3)
             right.text(1.15 * steps[-1], found[-1].error, mode.replace(" ", "\n"), color=colour, va="center")
-    middle.set(xlabel="steps", title="numbers held for one gradient")
+    middle.set(xlabel="steps", title="values stored for one gradient")
     right.set(xlabel="steps", title="relative error of the gradient")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

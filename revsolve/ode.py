@@ -69,7 +69,7 @@ def odeint(
             `event_fn(t, y)` crosses zero. A zero at t[0] does not count, nor does one that is left again within a step.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
-        compile: make machine code of the steps and of their undoing, once for each field, method and shape, on the CPU:
+        compile: compile the forward steps and their reversal, once for each field, method and shape, on the CPU:
             True, or a dict with "options" or "mode" of `torch.compile`, or "backend": "eager" to look for errors.
 
     Returns:

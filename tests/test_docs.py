@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 
 import revsolve
 from tests.pages import PAGES, ROOT, page_name
@@ -104,6 +105,28 @@ def test_files_on_the_page_exist(page: Path) -> None:
 def test_every_public_name_is_on_the_api_page() -> None:
     listed = re.findall(r"^\.\. auto\w+:: (\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == PUBLIC
+
+
+TABLES = re.compile(r"^### (\w+)\n(?:(?!^#|^\|).*\n)*((?:\|.*\n)+)", re.MULTILINE)
+API_TABLES = dict(TABLES.findall((ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", API_TABLES)
+def test_tables_of_arguments_are_the_signatures(name: str) -> None:
+    """The same names in the same order, those below * given by keyword, with the same defaults."""
+    rows = [re.findall(r"(?<=\|) *(.*?) *(?=\|)", row)[:2] for row in API_TABLES[name].splitlines()[2:]]
+    known = {"torch": torch, "odeint": revsolve.odeint}
+    found = {
+        name.strip("`"): eval(default.strip("`"), known) if default else inspect.Parameter.empty
+        for name, default in rows
+    }
+    parameters = inspect.signature(public(name)).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    wanted = {("**" if p.kind is p.VAR_KEYWORD else "") + p.name: p.default for p in parameters}
+    names = [*found]
+    assert not keywords or names[names.index("*") + 1] == keywords[0]
+    found.pop("*", None)
+    assert [*found.items()] == [*wanted.items()]
 
 
 def test_citation_names_this_version() -> None:

@@ -43,7 +43,7 @@ def horizon() -> None:
         if mode in ("reversible", "continuous adjoint"):
             curve(below, steps, errors, mode.replace(" ", "\n"), colour)
             assert errors[-1] > 0.05 if mode == "continuous adjoint" else max(errors) < 1e-13
-    above.set(title="numbers held for one gradient", ylim=(1e3, 3e7))
+    above.set(title="values stored for one gradient", ylim=(1e3, 3e7))
     below.set(title="relative error of the gradient", xlabel="steps", ylim=(1e-17, 1e2))
     below.set_yticks([1e-15, 1e-10, 1e-5, 1])
     save(figure, "horizon")
@@ -100,5 +100,5 @@ def memory() -> None:
     ):
         kept = [number(text) for text in row("memory", name) if text]
         curve(axes, steps[: len(kept)], kept, text, colour, dy)
-    axes.set(xlabel="steps", title="numbers kept from the forward to the backward pass")
+    axes.set(xlabel="steps", title="values stored from the forward to the backward pass")
     save(figure, "memory")

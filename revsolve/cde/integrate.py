@@ -85,7 +85,7 @@ def cdeint(
             `event_fn(t, z)` crosses zero; see `odeint`.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
-        compile: make machine code of the steps, as in `odeint`; for one state, a field that gives matrices, and a path without
+        compile: compile the steps, as in `odeint`; for one state, a field that gives matrices, and a path without
             gradients.
 
     Returns:

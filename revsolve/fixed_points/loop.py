@@ -78,7 +78,7 @@ def reversible_loop(
         save_at: return the states after these steps, stacked in front; a number k stands for every k-th step and the last one.
         pair_dtype: what the pair is kept in; by default float64, and float32 on devices without it.
         anchor_every: keep the pair after so many steps; by default 32, or fewer where the dtypes, momentum or beta ask for it.
-        compile: make machine code of the steps, as in `odeint`: for one block without a `step`.
+        compile: compile the steps, as in `odeint`: for one block without a `step`.
         full_output: return a `FixedPoint`, whose z is the state, instead of the state alone.
 
     Returns:

@@ -117,7 +117,7 @@ def fixed_point(
         full_output: return a `FixedPoint` instead of z alone.
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every step; by the methods for comparison only if tol > 0.
-        compile: make machine code of the steps, as in `odeint`: for the reversible method, tol=0 and a number beta.
+        compile: compile the steps, as in `odeint`: for the reversible method, tol=0 and a number beta.
 
     Returns:
         The last y, like z0; with `save_at` those asked for, in an additional leading dimension.

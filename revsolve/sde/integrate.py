@@ -90,7 +90,7 @@ def sdeint(
         event_fn: raises: steps do not resolve the first crossing of a rough path (docs/events.md).
         progress: show a progress bar.
         callback: called with an `AcceptedStep` after every accepted step.
-        compile: make machine code of the steps, as in `odeint`; not for methods that use space-time area.
+        compile: compile the steps, as in `odeint`; not for methods that use space-time area.
 
     Returns:
         The states, shape (T, *y0.shape); with logqp the pair of them and log-ratios of shape (T - 1, *y0.shape[:-1]).
