@@ -156,12 +156,9 @@ def products(*given: Any) -> tuple[Tensor | None, ...]:
 class Constants:
     """Tensors without a gradient that a field may use: each of them with its version."""
 
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self.versions = [(x, version(x)) for x in tensors]
-
-    def settle(self, buffers: Any) -> None:
-        """Keep those that have not changed yet and are no buffers."""
-        self.versions = [(x, number) for x, number in self.versions if version(x) == number and x not in buffers]
+    def __init__(self, versions: Iterable[tuple[Tensor, int]], buffers: Any = ()) -> None:
+        """But for those that have changed already, or are buffers."""
+        self.versions = [(x, number) for x, number in versions if version(x) == number and x not in buffers]
 
     def check(self, again: Callable[[], Any] | None) -> None:
         """Raise RuntimeError if one of them was changed in place that `again`, an evaluation, uses; None: all are used."""

@@ -40,11 +40,11 @@ from revsolve.field.repeat import (
     same_random_state,
     set_random_state,
 )
-from revsolve.field.snapshot import Snapshot, computed_in, tensors_in
+from revsolve.field.snapshot import Changes, Snapshot, computed_in, tensors_in
 from revsolve.field.substitute import Substitution
 
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
-NO_BUFFERS, NO_CONSTANTS, NOTHING_HELD, NOWHERE = Buffers(), Constants(), Snapshot(), nullcontext()
+NO_BUFFERS, NO_CONSTANTS, NOTHING_HELD, NOWHERE = Buffers(), Constants(()), Snapshot(), nullcontext()
 IS_LEAF = operator.attrgetter("is_leaf")
 NUDGE = 2.0**-10  # how far from the start, relative to it, a field is asked whether its buffers matter
 
@@ -132,7 +132,8 @@ class Pure:
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
             )
-        self._forget(t, y.detach())
+        if changes := self.snapshot.changes():
+            self._forget(changes, t, y.detach())
         before, self.random = self.random, ()  # 5 kB that nobody asks for again
         if before and not same_random_state(before, random_state(y.device)):
             with self.lent, torch.no_grad():
@@ -144,9 +145,9 @@ class Pure:
                     "numbers through args=."
                 )
 
-    def _forget(self, t: float, y: Tensor) -> None:
+    def _forget(self, changes: Changes, t: float, y: Tensor) -> None:
         """Take out what the field keeps since a late call, without a graph, and uses: it would be a constant of later solves."""
-        changes, used = self.snapshot.changes(), {}  # type: Any, dict[int, Tensor]
+        used: dict[int, Tensor] = {}
         if any(computed_in(list(found.values())) for _, found in changes):
             before = random_state(y.device)
             used = inputs_of(partial(self.opening.at, t, y, self.lent))
@@ -234,7 +235,8 @@ def pure(
     buffers, held = Buffers(snapshot.modules.values()), records and gradient != "direct"
     if captured and buffers:
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
-    constants = Constants(filterfalse(REQUIRES_GRAD, snapshot.tensors.values()) if held else ())
+    plain = list(filterfalse(REQUIRES_GRAD, snapshot.tensors.values())) if held else []
+    versions = list(zip(plain, map(version, plain), strict=True))
 
     # What an evaluation depends on, and whether it draws random numbers.
     x = x0 if pair_dtype is None else x0.to(pair_dtype)
@@ -263,9 +265,8 @@ def pure(
 
     tensors, own_leaves, changes = found if held else ((), frozenset(), [])
     wanted = held and (moving or x.requires_grad or bool(tensors))
-    if wanted:
+    if changes and wanted:
         snapshot.settle(changes)
-        constants.settle(buffers)
     del opening.value  # and with it what the graph of an evaluation holds
     opening.x = x0.detach()  # not its copy in the dtype of the pair
     untouched = buffers.but(changing) if buffers else buffers
@@ -279,7 +280,7 @@ def pure(
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,
-        constants=constants,
+        constants=Constants(versions, buffers) if versions else NO_CONSTANTS,
         snapshot=snapshot if wanted else NOTHING_HELD,
         coefficients=coefficients,
         state_size=x.nbytes if saved else 0,

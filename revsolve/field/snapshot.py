@@ -37,12 +37,12 @@ WHOLE, CELL, CALLS = None, ("cell_contents",), ("misses",)
 
 
 class Snapshot:
-    """All that the owners hold: `tensors`, `modules`, and the `entries` in which these and other values stand.
+    """All that `owners` hold: `tensors`, `modules`, and the `entries` in which these and other values stand.
 
     `listed` are tensors that stand in a list or dictionary which a function or an object keeps, such as a log of earlier values.
     """
 
-    def __init__(self, *owners: Any) -> None:
+    def __init__(self, owners: Any = None) -> None:
         self.tensors: dict[int, Tensor] = {}
         self.listed: set[int] = set()
         self.modules: dict[int, nn.Module] = {}
@@ -50,8 +50,8 @@ class Snapshot:
         self.unsteady = set[tuple[int, Any]]()  # what the field changes in every call, it seems
         self.seen = set[int]()
         # What is still to be looked into, how deep, and how it is held.
-        self.ahead: list[tuple[Any, int, int]] = [(owner, DEPTH, GIVEN) for owner in owners]
-        if owners:
+        self.ahead: list[tuple[Any, int, int]] = [(owners, DEPTH, GIVEN)]
+        if owners is not None:
             self._keep(cached_parametrizations(), WHOLE, 0)
             self._walk()
 
@@ -121,8 +121,8 @@ class Snapshot:
                 if isinstance(thing, (list, dict)) and len(thing) <= MANY:
                     self._keep(thing, WHOLE, depth, LISTED if how else GIVEN)
                 elif isinstance(thing, (list, dict, tuple, set, frozenset)):
-                    items = thing.values() if isinstance(thing, dict) else thing
-                    ahead += [(x, depth - 1, LISTED if how else GIVEN) for x in items]
+                    for x in thing.values() if isinstance(thing, dict) else thing:
+                        ahead.append((x, depth - 1, LISTED if how else GIVEN))
                 elif not isinstance(thing, (type, ModuleType)):
                     self._open_object(thing, depth)
 
@@ -169,17 +169,18 @@ class Snapshot:
         for kind in type(thing).__mro__:
             if kind.__module__.partition(".")[0] in OF_OTHERS:
                 continue
-            attributes = list(vars(kind).items())
-            slots = [name for name, x in attributes if isinstance(x, MemberDescriptorType)]
-            if slots:
-                self._keep(thing, slots, depth)
-            if id(kind) not in self.seen:
-                self.seen.add(id(kind))
-                remembering += [x for _, x in attributes if hasattr(x, "cache_clear")]
-                values = (Tensor, list, dict, type(None))
-                names = [name for name, x in attributes if isinstance(x, values) and not name.startswith("__")]
+            new, slots, others = id(kind) not in self.seen, [], []  # type: bool, list[str], list[str]
+            self.seen.add(id(kind))
+            for name, x in list(vars(kind).items()):
+                if isinstance(x, MemberDescriptorType):
+                    slots.append(name)
+                elif new and isinstance(x, (Tensor, list, dict, type(None))) and not name.startswith("__"):
+                    others.append(name)
+                elif new and hasattr(x, "cache_clear"):
+                    remembering.append(x)
+            for owner, names in ((thing, slots), (kind, others)):
                 if names:
-                    self._keep(kind, names, depth)
+                    self._keep(owner, names, depth)
         for function in remembering:
             self._keep(function, CALLS, 0)
 

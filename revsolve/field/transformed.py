@@ -31,6 +31,7 @@ from revsolve.field.functorch import (
     outside,
     stray,
     transforms,
+    version,
     wrapped,
 )
 from revsolve.field.repeat import Repeatable, autocast_state, random_state, same_random_state, set_random_state
@@ -48,7 +49,7 @@ class Transformed:
 
     def __init__(self, term: Term, tensors: Sequence[Tensor], constants: Sequence[Tensor], snapshot: Snapshot) -> None:
         self.term, self.tensors, self.snapshot = term, tuple(tensors), snapshot
-        self.constants = Constants(constants)
+        self.constants = Constants((x, version(x)) for x in constants)
         self.autocast = autocast_state()
 
     def take_first(self) -> None:
