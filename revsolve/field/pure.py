@@ -150,7 +150,8 @@ class Pure:
         used: dict[int, Tensor] = {}
         if any(computed_in(list(found.values())) for _, found in changes):
             before = random_state(y.device)
-            used = inputs_of(partial(self.opening.at, t, y, self.lent))
+            with self.snapshot.undone(changes):
+                used = inputs_of(partial(self.opening.at, t, y, self.lent))
             if not same_random_state(before, random_state(y.device)):
                 set_random_state(before, y.device)
         self.snapshot.forget(changes, lambda x: id(x) in used)

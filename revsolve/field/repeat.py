@@ -141,7 +141,7 @@ class Buffers:
             if module.training:
                 buffers = entries_of(module)[1]
                 for name, buffer in buffers.items():
-                    if buffer is not None:
+                    if buffer is not None and not buffer.requires_grad:  # else a result that is kept there
                         self.kept.append((buffers, name, buffer, buffer.clone()))
 
     def changed(self) -> Buffers:

@@ -10,9 +10,10 @@ import dis
 import functools
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import BuiltinMethodType, CodeType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from revsolve.field.functorch import cached_parametrizations, entries_of
 DEPTH = 6
 OF_MODULES = frozenset(vars(nn.Module()))  # attributes in which no field keeps anything of its own
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-LEAVES = frozenset((*PLAIN, type, ModuleType))
+LEAVES = frozenset((*PLAIN, ModuleType))
 OF_OTHERS = sys.stdlib_module_names | {"torch", "numpy", "revsolve"}  # packages whose classes keep nothing of a field's
 MISSING = object()
 MANY = 4096  # entries of what is data, not a cache: it is not copied in every solve
@@ -83,6 +84,16 @@ class Snapshot:
             for entries, found in changes:
                 _put(entries, found)
 
+    @contextmanager
+    def undone(self, before: Changes) -> Iterator[None]:
+        """What is changed within the context is put back to what `before` says."""
+        try:
+            yield
+        finally:
+            self.forget(self.changes())
+            for entries, found in before:
+                _put(entries, found)
+
     def forget(self, changes: Changes, kept: Callable[[Tensor], bool] | None = None) -> None:
         """Put back what stood there before these changes; if `kept` is given, only where they hold such tensors, or where nobody
         can look."""
@@ -118,13 +129,16 @@ class Snapshot:
                 self._open_module(thing, max(depth, 2))
             elif depth > 0:
                 seen.add(id(thing))
-                if isinstance(thing, (list, dict)) and len(thing) <= MANY:
+                if isinstance(thing, (list, dict, deque)) and len(thing) <= MANY:
                     self._keep(thing, WHOLE, depth, LISTED if how else GIVEN)
-                elif isinstance(thing, (list, dict, tuple, set, frozenset)):
+                elif isinstance(thing, (list, dict, deque, tuple, set, frozenset)):
                     for x in thing.values() if isinstance(thing, dict) else thing:
                         ahead.append((x, depth - 1, LISTED if how else GIVEN))
                 elif not isinstance(thing, (type, ModuleType)):
                     self._open_object(thing, depth)
+                elif isinstance(thing, type) and not _of_others(thing.__module__):
+                    seen.discard(id(thing))
+                    self._open_class(thing, depth)
 
     def _keep(self, owner: Any, names: Any, depth: int, how: int = HELD, but: Collection[str] = ()) -> None:
         """Note what stands there, which is to be looked into."""
@@ -142,47 +156,67 @@ class Snapshot:
                 self._keep(entries, WHOLE, depth + 1)
         self._keep(own, WHOLE, depth, but=OF_MODULES)
         if not of_torch:
-            self._open_class(module, depth)
+            self._open_classes(module, depth)
 
     def _open_object(self, thing: Any, depth: int) -> None:
-        if not callable(thing):  # of a large program's objects, those near the field only
-            depth = min(depth, 3) if depth > DEPTH - 4 else 0
+        if not callable(thing):  # of a large program's objects, those near the field, and what others hold themselves
+            depth = min(depth, 3) if depth > DEPTH - 4 else 1
         code = getattr(thing, "__code__", None)
         if isinstance(code, CodeType):
-            for cell in thing.__closure__ or ():
-                self._keep(cell, CELL, depth)
-            self._keep(thing.__globals__, global_names(code), depth)
-            self.ahead += ((thing.__defaults__, depth, GIVEN), (thing.__kwdefaults__, depth, GIVEN))
+            self._open_function(thing, code, depth)
         elif isinstance(thing, functools.partial):
             self.ahead += [(x, depth - 1, GIVEN) for x in (thing.func, thing.args, thing.keywords)]
         elif isinstance(thing, (MethodType, BuiltinMethodType)):
             self.ahead += ((thing.__self__, depth - 1, GIVEN), (getattr(thing, "__func__", None), depth, GIVEN))
         own = getattr(thing, "__dict__", None)
-        if isinstance(own, dict) and depth:
+        if isinstance(own, dict):
             self._keep(own, WHOLE, depth)
-        if depth and code is None:
-            self._open_class(thing, depth)
+        if code is None:
+            self._open_classes(thing, depth)
 
-    def _open_class(self, thing: Any, depth: int) -> None:
-        """What a user's class keeps: slots, attributes of all its instances, and results that functions remember."""
-        remembering = [thing] if hasattr(thing, "cache_clear") else []
+    def _open_function(self, function: Any, code: CodeType, depth: int) -> None:
+        for cell in function.__closure__ or ():
+            self._keep(cell, CELL, depth)
+        self.ahead += ((function.__defaults__, depth, HELD), (function.__kwdefaults__, depth, HELD))
+        names, known = global_names(code), function.__globals__
+        if names and not _of_others(known.get("__name__")):
+            self._keep(known, names, depth)
+            for name in names:
+                x = known.get(name)
+                if x.__class__ is ModuleType and not _of_others(x.__name__):
+                    self._keep(vars(x), code.co_names, depth - 1)
+
+    def _open_classes(self, thing: Any, depth: int) -> None:
+        """What a user's classes keep: slots, attributes of all instances, and results that functions remember."""
+        if hasattr(thing, "cache_clear"):
+            self._keep(thing, CALLS, 0)
         for kind in type(thing).__mro__:
-            if kind.__module__.partition(".")[0] in OF_OTHERS:
+            if not _of_others(kind.__module__):
+                self._open_class(kind, depth, thing)
+
+    def _open_class(self, kind: type, depth: int, thing: Any = None) -> None:
+        """Attributes of a class; methods, if it is that of a `thing`."""
+        new, slots, others = id(kind) not in self.seen, [], []  # type: bool, list[str], list[str]
+        self.seen.add(id(kind))
+        for name, x in list(vars(kind).items()):
+            if isinstance(x, MemberDescriptorType):
+                slots.append(name)
+            elif not new or (name.startswith("__") and name != "__call__"):
                 continue
-            new, slots, others = id(kind) not in self.seen, [], []  # type: bool, list[str], list[str]
-            self.seen.add(id(kind))
-            for name, x in list(vars(kind).items()):
-                if isinstance(x, MemberDescriptorType):
-                    slots.append(name)
-                elif new and isinstance(x, (Tensor, list, dict, type(None))) and not name.startswith("__"):
-                    others.append(name)
-                elif new and hasattr(x, "cache_clear"):
-                    remembering.append(x)
-            for owner, names in ((thing, slots), (kind, others)):
-                if names:
-                    self._keep(owner, names, depth)
-        for function in remembering:
-            self._keep(function, CALLS, 0)
+            elif isinstance(x, FunctionType):
+                if thing is not None:
+                    self.ahead.append((x, depth, HELD))
+            elif isinstance(x, (Tensor, list, dict, tuple, deque, type(None))):
+                others.append(name)
+            elif hasattr(x, "cache_clear"):
+                self._keep(x, CALLS, 0)
+        for owner, names in ((thing, slots), (kind, others)):
+            if names and owner is not None:
+                self._keep(owner, names, depth)
+
+
+def _of_others(module: Any) -> bool:
+    return str(module).partition(".")[0] in OF_OTHERS
 
 
 def _read(owner: Any, names: Any) -> dict[Any, Any]:
@@ -205,23 +239,22 @@ def _put(entries: Entries, values: dict[Any, Any]) -> None:
         owner.cache_clear()
         then["misses"] = 0  # all that comes now is new
         return
-    gone = [key for key, value in values.items() if value is MISSING]
+    if isinstance(owner, (list, deque)):
+        items: list[Any] = list(owner)
+        for key, value in values.items():
+            items[key : key + (key in then or value is MISSING)] = [value]  # what came new is inserted where it was
+        owner.clear()
+        owner.extend(x for x in items if x is not MISSING)
+        return
     for key, value in values.items():
-        if value is MISSING:
-            continue
-        if isinstance(owner, list):
-            owner[key : key + (key in then)] = [value]  # what came new is inserted where it was
-        elif isinstance(owner, dict):
+        if isinstance(owner, dict):
             owner[key] = value
-        else:
+        elif value is not MISSING:
             setattr(owner, key, value)
-    for key in reversed(gone):
-        if isinstance(owner, list):
-            del owner[key : key + 1]
-        elif isinstance(owner, dict):
-            owner.pop(key, None)
         elif hasattr(owner, key):
             delattr(owner, key)
+        if value is MISSING and isinstance(owner, dict):
+            del owner[key]
 
 
 def _same(now: Any, then: Any) -> bool:
@@ -233,13 +266,18 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
-def computed_in(value: Any) -> list[Tensor]:
-    """Its tensors, but for leaves that require a gradient, such as parameters."""
-    return [x for x in tensors_in(value) if not (x.is_leaf and x.requires_grad)]
+def computed_in(values: Any) -> list[Tensor]:
+    """The tensors that these values hold, but for those of modules, and leaves that require a gradient, such as parameters."""
+    inner = Snapshot()
+    inner.ahead = [(values, DEPTH - 2, GIVEN)]
+    inner._walk()
+    of_modules = {id(x) for module in inner.modules.values() for x in module.buffers(recurse=False)}
+    return [x for x in inner.tensors.values() if not ((x.is_leaf and x.requires_grad) or id(x) in of_modules)]
 
 
 @functools.lru_cache(maxsize=1024)
 def global_names(code: CodeType) -> tuple[str, ...]:
-    """The global names that code reads; names of attributes are none."""
-    read = (x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return tuple(dict.fromkeys(read))
+    """The global names that code reads, or functions within it; names of attributes are none."""
+    read = [x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for x in code.co_consts if isinstance(x, CodeType) for name in global_names(x)]
+    return tuple(dict.fromkeys([*read, *inner]))

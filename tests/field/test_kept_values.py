@@ -60,8 +60,6 @@ def right_or_refused(door: Callable[..., Tensor], kind: type[Hostile], batch: in
 @pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_LATE, *LATE, *OTHERS], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("door", "mode"), CASES, ids=str)
 def test_the_gradient_is_right_or_refused(door: str, mode: str, kind: type[Hostile]) -> None:
-    if door == "sdeint" and kind.__name__ == "InSlotLate":
-        pytest.xfail("a slot so far from the door, in an object of a module of a function of a pair, is not looked at")
     right_or_refused(DOORS[door], kind, gradient=mode)
 
 
@@ -100,10 +98,6 @@ def by_functorch(door: Callable[..., Tensor], field: Hostile) -> list[Tensor]:
 @pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_LATE, LateLayer], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("door", ["odeint", "cdeint", "fixed_point"])
 def test_the_gradient_of_torch_func_is_right_or_refused(door: str, kind: type[Hostile]) -> None:
-    if kind.__name__.startswith("InSlot"):
-        pytest.xfail(
-            "a slot so far from the door, in an object of a module of a function of a function, is not looked at"
-        )
     wanted = by_functorch(DOORS[door], made(kind, start_of(4), plain=True))
     field = made(kind, start_of(4), plain=False)
     try:
