@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -188,6 +190,153 @@ class InParametrization(Hostile):
     kept = derived
 
 
+GLOBAL: dict[str, Tensor] = {}
+
+
+class InGlobal(Hostile):
+    """In a dictionary of the module, which only a method names."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        GLOBAL.clear()
+
+    def kept(self) -> Tensor:
+        if "w" not in GLOBAL:
+            GLOBAL["w"] = self.derived()
+        return GLOBAL["w"]
+
+
+class Elsewhere:
+    weight: Tensor | None = None
+
+
+class InOtherClass(Hostile):
+    """In a class that only a method names."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        Elsewhere.weight = None
+
+    def kept(self) -> Tensor:
+        if Elsewhere.weight is None:
+            Elsewhere.weight = self.derived()
+        return Elsewhere.weight
+
+
+@functools.cache
+def derived_from(field: Hostile) -> Tensor:
+    return field.derived()
+
+
+class InGlobalLruCache(Hostile):
+    def kept(self) -> Tensor:
+        return derived_from(self)
+
+
+class InDefault(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        InDefault.kept.__defaults__[0].clear()  # type: ignore[index]
+
+    def kept(self, cache: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
+        if "w" not in cache:
+            cache["w"] = self.derived()
+        return cache["w"]
+
+
+class InNewBuffer(Hostile):
+    def kept(self) -> Tensor:
+        if not hasattr(self, "weight"):
+            self.register_buffer("weight", self.derived())
+        return self.weight
+
+
+class InNewDictionary(InDictionary):
+    """In one that the first call makes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        del self.cache
+
+    def forward(self, y: Tensor) -> Tensor:
+        if not hasattr(self, "cache"):
+            self.cache = {}
+        return super().forward(y)
+
+
+class InDeque(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cache: deque[Tensor] = deque()
+
+    def kept(self) -> Tensor:
+        if not self.cache:
+            self.cache.append(self.derived())
+        return self.cache[0]
+
+
+class InNewObject(Hostile):
+    """In an object that comes with it."""
+
+    store: Any = None
+
+    def kept(self) -> Tensor:
+        if self.store is None:
+            self.store = SimpleNamespace(weight=self.derived())
+        return self.store.weight
+
+
+class ByKey(Hostile):
+    """The latest value beside its key."""
+
+    key: float | None = None
+    weight: Tensor | None = None
+
+    def forward(self, y: Tensor) -> Tensor:
+        key = float(y.detach().sum())
+        if self.plain or key != self.key:
+            self.key, self.weight = key, self.derived()
+        assert self.weight is not None
+        return self.first(y) + self.second(y, self.weight)
+
+
+class ByKeys(Hostile):
+    """A value for every state, to a digit."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cache: dict[float, Tensor] = {}
+
+    def forward(self, y: Tensor) -> Tensor:
+        key = round(float(y.detach().sum()), 1)
+        if self.plain or key not in self.cache:
+            self.cache[key] = self.derived()
+        return self.first(y) + self.second(y, self.cache[key])
+
+
+class LatestResult(Hostile):
+    """The latest state, and the value there."""
+
+    latest: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.plain or self.latest is None or not torch.equal(self.latest[0], y):
+            self.latest = y.detach().clone(), super().forward(y)
+        return self.latest[1]
+
+
+KEEPERS_ELSEWHERE = [
+    InGlobal,
+    InOtherClass,
+    InGlobalLruCache,
+    InDefault,
+    InNewBuffer,
+    InNewDictionary,
+    InDeque,
+    InNewObject,
+]
+KEEPERS_BY_KEY = [ByKey, ByKeys, LatestResult]
+
 KEEPERS = [
     InAttribute,
     InNewAttribute,
@@ -202,6 +351,7 @@ KEEPERS = [
     InParametrization,
 ]
 KEEPERS_LATE = [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS]
+KEEPERS_ELSEWHERE += [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS_ELSEWHERE]
 
 
 class LateLayer(Hostile):
@@ -347,7 +497,7 @@ class NumpyBuffer(OneBuffer):
 BUFFERS = [OneBuffer, TwoBuffers, PartOfABuffer, LateBuffer, NumpyBuffer]
 
 
-EVERY = [Hostile, Scales, *KEEPERS, *KEEPERS_LATE, *LATE, *OTHERS]
+EVERY = [Hostile, Scales, *KEEPERS, *KEEPERS_LATE, *KEEPERS_ELSEWHERE, *KEEPERS_BY_KEY, *LATE, *OTHERS]
 REASONS = r"kept|did not use|random numbers|buffers|same memory|computed outside"  # of refusals
 
 

@@ -124,6 +124,11 @@ def discover(
         with again:
             there = unheld.keys() & map(id, boundary(call())[0])
         found |= {key: unheld.pop(key) for key in there}
+    if kept and any(leaf is own for leaf in boundary(outside)[0]):
+        raise ValueError(
+            "the field uses a value that it computed from its state and kept from an earlier call, so its gradient would be "
+            "lost: compute it in every call."
+        )
     if outside:
         found |= {id(x): x for x in _intermediate(outside, [*held, *kept], call, again)}
     return list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), changes

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from revsolve.field.functorch import cached_parametrizations, entries_of
 
-DEPTH = 6
+DEPTH = 7
 OF_MODULES = frozenset(vars(nn.Module()))  # attributes in which no field keeps anything of its own
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 LEAVES = frozenset((*PLAIN, ModuleType))
@@ -126,7 +126,7 @@ class Snapshot:
                 continue
             elif isinstance(thing, nn.Module):
                 seen.add(id(thing))
-                self._open_module(thing, max(depth, 2))
+                self._open_module(thing, max(depth, 4))
             elif depth > 0:
                 seen.add(id(thing))
                 if isinstance(thing, (list, dict, deque)) and len(thing) <= MANY:
@@ -159,8 +159,12 @@ class Snapshot:
             self._open_classes(module, depth)
 
     def _open_object(self, thing: Any, depth: int) -> None:
-        if not callable(thing):  # of a large program's objects, those near the field, and what others hold themselves
-            depth = min(depth, 3) if depth > DEPTH - 4 else 1
+        if not callable(
+            thing
+        ):  # of a large program's objects, those near the field, and what those of modules hold themselves
+            depth = min(depth, 3 if depth > 3 else 2)
+            if depth < 2:
+                return
         code = getattr(thing, "__code__", None)
         if isinstance(code, CodeType):
             self._open_function(thing, code, depth)

@@ -23,7 +23,7 @@ from revsolve.core.gradient import Differentiable, Solve, keep_in
 from revsolve.core.integrate import march, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Term
-from revsolve.field.audit import Constants, products
+from revsolve.field.audit import KEPT, Constants, products
 from revsolve.field.batch import Batch
 from revsolve.field.functorch import (
     core,
@@ -35,7 +35,7 @@ from revsolve.field.functorch import (
     wrapped,
 )
 from revsolve.field.repeat import Repeatable, autocast_state, random_state, same_random_state, set_random_state
-from revsolve.field.snapshot import Snapshot
+from revsolve.field.snapshot import Snapshot, computed_in
 from revsolve.field.substitute import Substitution
 
 PLAIN = (Tensor, float, int, type(None))
@@ -88,7 +88,12 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
     before = random_state(x0.device)
     snapshot = Snapshot(owners)
     free = _taken_from_outside(call, x0, list(snapshot.tensors.values()))
-    snapshot.forget(snapshot.changes())  # what was kept was computed without derivatives
+    changes = snapshot.changes()
+    if free is not None:
+        seen = {id(x) for _, found in changes for x in computed_in(list(found.values()))}
+        if any(id(x) not in seen for x in free[2]):
+            raise RuntimeError(KEPT.format("where nobody looks"))
+    snapshot.forget(changes)  # what was kept was computed without derivatives
     draws = not same_random_state(before, random_state(x0.device))
     if draws:
         set_random_state(before, x0.device)
@@ -98,15 +103,15 @@ def transformed_field(term: Term, x0: Tensor, span: tuple[float, float], owners:
         with outside():
             seed = int(torch.randint(2**62, (), device="cpu"))
         term = Repeatable(term, seed, x0.device, None)
-    return Transformed(term, *free, snapshot)
+    return Transformed(term, *free[:2], snapshot)
 
 
 def _taken_from_outside(
     call: Callable[[Tensor], Any], x: Tensor, held: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]] | None:
-    """All that `call(x)` takes from outside and that some derivative or batch may concern (those `held` first), and the
-    constants that it uses besides. None if that cannot be said: its value is no pytree of tensors and numbers, or it hands
-    tensors from outside to transforms of its own.
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+    """All that `call(x)` takes from outside and that some derivative or batch may concern (those `held` first), the constants
+    that it uses besides, and what it kept from one call to the next. None if that cannot be said: its value is no pytree of
+    tensors and numbers, or it hands tensors from outside to transforms of its own.
     """
     watches = [_Watch(), _Watch()]
     with torch.no_grad():
@@ -130,7 +135,8 @@ def _taken_from_outside(
     used = {key: x for key, x in used.items() if key in before}
     found = {id(x): x for x in held} | used
     constants = [x for x in used.values() if not (_concerns(x) or x.is_inference())]
-    return [x for x in found.values() if _concerns(x)], constants
+    kept = [x for key, x in used.items() if key in first.made and _concerns(x)]
+    return [x for x in found.values() if _concerns(x)], constants, kept
 
 
 def _concerns(x: Tensor) -> bool:

@@ -16,6 +16,8 @@ from tests.front_doors import DOORS, difference
 from tests.hostile import (
     BUFFERS,
     KEEPERS,
+    KEEPERS_BY_KEY,
+    KEEPERS_ELSEWHERE,
     KEEPERS_LATE,
     LATE,
     OTHERS,
@@ -82,6 +84,30 @@ def test_states_are_those_of_new_tensors(door: str, kind: type[Hostile], mode: b
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_ELSEWHERE, *KEEPERS_BY_KEY], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+def test_solves_and_calls_of_one_field_with_one_gradient(kind: type[Hostile], mode: str) -> None:
+    """What a solve leaves in a field is no constant of the next, nor of the field's own use."""
+
+    def gradient(plain: bool, gradient: str) -> list[Tensor]:
+        field, y0 = made(kind, start_of(4), plain), start_of(4).requires_grad_()
+        first = DOORS["odeint"](field, y0, gradient=gradient, restarts=4)[-1]
+        again, then = (
+            DOORS["odeint"](field, torch.stack([y0, first])[0], gradient=gradient, restarts=4)[-1],
+            field(first),
+        )
+        loss = first.sum() + again.square().sum() + then.square().sum()
+        return list(torch.autograd.grad(loss, [y0, *field.parameters()], materialize_grads=True))
+
+    try:
+        found = gradient(False, mode)
+    except (RuntimeError, ValueError) as refusal:
+        with pytest.raises(type(refusal), match=f"{REASONS}|backward through the graph a second time"):
+            raise
+    else:
+        assert difference(found, gradient(True, "direct")) < TOLERANCE
+
+
 def by_functorch(door: Callable[..., Tensor], field: Hostile) -> list[Tensor]:
     inputs = {"y0": start_of(4), **{name: p.detach() for name, p in field.named_parameters()}}
 
@@ -95,7 +121,7 @@ def by_functorch(door: Callable[..., Tensor], field: Hostile) -> list[Tensor]:
     return list(grad(loss)(inputs).values())
 
 
-@pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_LATE, LateLayer], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*KEEPERS, *KEEPERS_LATE, *KEEPERS_BY_KEY, LateLayer], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("door", ["odeint", "cdeint", "fixed_point"])
 def test_the_gradient_of_torch_func_is_right_or_refused(door: str, kind: type[Hostile]) -> None:
     wanted = by_functorch(DOORS[door], made(kind, start_of(4), plain=True))
