@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -111,12 +112,12 @@ class Scheme:
         object.__setattr__(self, "tensors", tuple(c for c in coefficients if isinstance(c, Tensor)))
         object.__setattr__(self, "reversible", bool(self.restart))
 
-    @property
+    @cached_property
     def num_evaluations(self) -> int:
         """In a step, but for those that are the same as the latest one."""
         return sum(len(update.increment.nodes) for update in self.updates if update.increment is not None)
 
-    @property
+    @cached_property
     def alternates(self) -> bool:
         """Whether z's parasitic part changes sign with every step."""
         return bool(math.prod(value_of(update.keep) for update in self.updates if update.target == 1) < 0)
