@@ -227,15 +227,23 @@ def pull_back(move: ScheduledUpdate, state: State, grads: Grads, tape: Tape, res
         before = written(state, i, _undone(value_of(keep), target, mix, source, parts))
     else:
         before = written(state, i, restored[i]) if i < len(restored) else state[:i]
-    grad = grads[i]
+    grad, sign = grads.signed(i)
     if grad is not None:
-        for weight, k in parts:
-            tape.add(k, grad, weight)
+        if sign != 1.0:
+            parts = [(-weight, k) for weight, k in parts]
+        if len(parts) == 1:
+            tape.add(parts[0][1], grad, parts[0][0])
+        elif parts:
+            scaled: dict[Scalar, Tensor] = {1.0: grad}
+            for weight, k in parts:
+                if weight not in scaled:
+                    scaled[weight] = grad.mul(weight)
+                tape.add(k, scaled[weight])
         if isinstance(keep, Tensor) and keep.requires_grad and not overwritten:
             tape.watch(j, source, grads)
-            tape.add(keep * before[i], grad)
+            tape.add(keep * before[i], grad, sign)
         if mix != 0.0:
-            grads.add(j, grad, mix)
+            grads.add(j, grad, sign * mix)
         if not equals(keep, 1.0):
             grads.scale(i, value_of(keep))
     return before

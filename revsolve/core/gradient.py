@@ -219,7 +219,7 @@ def undo(
     are those recorded, among the tensors of the tape, if they have gradients."""
     scheme = problem.scheme
     certificate, state = Certificate(problem, marks, grid.num_steps), marks.pop(grid.num_steps)
-    grads = Grads([None] * len(state))
+    grads = Grads(*[None] * len(state))
     for start, stop, stored in segments_back(problem, grid, marks, tape):
         # Merged steps share times, and the graph of a time is gone once it has been differentiated.
         for first, last in reversed(list(grid.runs(start, stop, None if times is None else 1))):

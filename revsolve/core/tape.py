@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import Scalar, Time, equals, scaled_add
+from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
 
 
 class Term(Protocol):
@@ -116,17 +117,51 @@ def leaf_of(x: Tensor) -> Tensor:
     return x.detach().view_as(x).requires_grad_()
 
 
-class Grads(list["Tensor | None"]):
-    """The cotangents of a state's members, None for zero."""
+class Grads:
+    """The cotangents of a state's members, None for zero, by default those of a pair.
+
+    Scaling is lazy: a factor is applied when something is added. With the lazy weight of `Tape.add`, that is a kernel less for
+    each step, or 4 % of the gradient of a tiny field (reversible Heun, width 16, 200 steps).
+    """
+
+    def __init__(self, *totals: Tensor | None) -> None:
+        self.totals = list(totals) or [None, None]
+        self.factors = [1.0] * len(self.totals)
+
+    def __getitem__(self, member: int) -> Tensor | None:
+        total, factor = self.totals[member], self.factors[member]
+        if total is not None and factor != 1.0:
+            self[member] = total = linear(factor, total, 0.0, total)
+        return total
+
+    def signed(self, member: int) -> tuple[Tensor | None, float]:
+        """A cotangent and its sign, which has not been applied."""
+        factor = self.factors[member]
+        return (self.totals[member], -1.0) if factor == -1.0 else (self[member], 1.0)
+
+    def __setitem__(self, member: int, total: Tensor | None) -> None:
+        self.totals[member], self.factors[member] = total, 1.0
+
+    def scale(self, member: int, factor: Scalar) -> None:
+        if equals(factor, 0.0) or self.totals[member] is None:
+            self[member] = None
+        elif isinstance(factor, Tensor):
+            total = self[member]
+            self[member] = None if total is None else factor * total
+        else:
+            self.factors[member] *= factor
 
     def add(self, member: int, grad: Tensor | None, weight: Scalar = 1.0) -> None:
         """Add weight * grad."""
-        if grad is not None:
-            self[member] = scaled_add(self[member], grad, weight)
-
-    def scale(self, member: int, factor: Scalar) -> None:
-        total = self[member]
-        self[member] = None if total is None or equals(factor, 0.0) else factor * total
+        if grad is None:
+            return
+        total, factor = self.totals[member], self.factors[member]
+        if total is None:
+            self[member] = scaled_add(None, grad, weight)
+        elif factor == 1.0 or factor == -1.0:  # a sign goes on waiting
+            self.totals[member] = scaled_add(total, grad, weight, factor)
+        else:
+            self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
 
 
 # Raises RuntimeError if outputs, recorded since it was called last, depend on anything but the inputs.
@@ -156,6 +191,7 @@ class Tape:
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        self.dtypes = set(map(attrgetter("dtype"), self.tensors))
         self.audit = audit
         self._sums: list[Tensor | None] = [None] * len(self.tensors)
         self.member: int | None = None
@@ -178,6 +214,7 @@ class Tape:
         self.memo.latest = (None, None, None)
         self.outputs: list[Tensor] = []
         self.cotangents: list[Tensor] = []
+        self.weight = 1.0  # of them all
 
     def watch(self, member: int, source: Tensor, grads: Grads) -> Tensor:
         """The leaf that stands for `source` in what is recorded next."""
@@ -191,8 +228,18 @@ class Tape:
         return self.leaf
 
     def add(self, output: Tensor, cotangent: Tensor, weight: Scalar = 1.0) -> None:
-        """Record that weight * cotangent belongs to `output`."""
-        cotangent = scaled_add(None, cotangent, weight)
+        """Record that weight * cotangent belongs to `output`.
+
+        The weight of a single cotangent is applied to its products, which saves a kernel. Where the field may compute in fewer
+        digits it is applied to the cotangent, as autograd would, so that both round alike.
+        """
+        if not self.outputs and weight.__class__ is float and self.one_dtype and self.dtypes <= {cotangent.dtype}:
+            self.weight = weight
+        else:
+            cotangent = scaled_add(None, cotangent, weight)
+            if self.weight != 1.0:
+                self.cotangents = [x.mul(self.weight) for x in self.cotangents]
+                self.weight = 1.0
         if self.outputs and self.outputs[-1] is output:
             self.cotangents[-1] = self.cotangents[-1] + cotangent
         elif output.requires_grad:
@@ -207,7 +254,7 @@ class Tape:
             outputs, cotangents = self.outputs, self.cotangents
             if self.audit is not None:
                 self.audit(outputs, inputs)
-            total = grads[self.member]
+            total = grads[self.member] if self.weight == 1.0 else None
             joins = total is not None and total.dtype is self.leaf.dtype
             if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
@@ -215,19 +262,19 @@ class Tape:
             if joins:
                 grads[self.member] = got[0]
             else:
-                grads.add(self.member, got[0])
-            self.add_up(got[1:])
+                grads.add(self.member, got[0], self.weight)
+            self.add_up(got[1:], self.weight)
         self._forget()
 
-    def add_up(self, grads: Sequence[Tensor | None]) -> None:
-        """Add gradients of `tensors` to their sums."""
+    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add weight * gradients of `tensors` to their sums."""
         for i, grad in enumerate(grads):
             if grad is not None:
                 total = self._sums[i]
                 try:
-                    (self._sum(i) if total is None else total).add_(grad)
+                    (self._sum(i) if total is None else total).add_(grad, alpha=weight)
                 except RuntimeError:  # a batch of cotangents (is_grads_batched=True) fits into no sum of one
-                    self._sums[i] = self._sum(i) + grad
+                    self._sums[i] = scaled_add(self._sum(i), grad, weight)
 
 
 def vector_jacobian_product(

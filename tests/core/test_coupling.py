@@ -61,7 +61,7 @@ def test_undo_after_advance(name: str, y: list[float], t0: float, h: float) -> N
     tape = Tape(term, (), no_audit)
     with torch.enable_grad():
         for update in reversed(scheme(name).updates):
-            pair = pull_back(scheduled(update, t0, t0 + h), pair, Grads([None, None]), tape)
+            pair = pull_back(scheduled(update, t0, t0 + h), pair, Grads(), tape)
     assert pair[1] is not None
     assert before[1] is not None
     torch.testing.assert_close(pair[0], before[0], rtol=0, atol=1e-12)
@@ -84,7 +84,7 @@ def test_one_update(keep: float, mix: float, gain: float, t0: float, h: float, r
     wanted = torch.autograd.grad(after, [*pair, *numbers], cotangents)
 
     tape = Tape(term, numbers, no_audit)
-    grads = Grads(cotangents)
+    grads = Grads(*cotangents)
     with torch.enable_grad():
         undone = pull_back(scheduled(update, t0, t0 + h), tuple(x.detach() for x in after), grads, tape)
         tape.flush(grads)
@@ -107,7 +107,7 @@ def test_plain_numbers_are_as_good_as_tensors() -> None:
 def test_an_overwritten_member_is_restored_not_undone() -> None:
     copy = CouplingUpdate(1, 0, keep=0.0, mix=1.0)
     y, z, grad_y, grad_z = torch.randn(4, 3).unbind()
-    grads = Grads([grad_y, grad_z])
+    grads = Grads(grad_y, grad_z)
     tape = Tape(Field(torch.ones(())), (), no_audit)
     pair = pull_back(scheduled(copy, 0.0, 0.1), (y, y), grads, tape, restored=(y, z))
     assert pair == (y, z)
@@ -120,7 +120,7 @@ def test_undoing_evaluates_once_per_evaluation(name: str) -> None:
     term = Field(torch.tensor(0.7, dtype=torch.float64))
     pair = started(name, torch.ones(2, dtype=torch.float64), 0.0, 0.1, Memo(term))
     forward, backward = Memo(term), Tape(term, (), no_audit)
-    grads = Grads(torch.ones(2, 2, dtype=torch.float64))
+    grads = Grads(*torch.ones(2, 2, dtype=torch.float64))
     for update in scheme(name).updates:
         pair = advance(scheduled(update, 0.0, 0.1), pair, forward)
     with torch.enable_grad():

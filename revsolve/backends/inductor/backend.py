@@ -106,7 +106,7 @@ class InductorBackend:
             return gradient.undo(problem, grid, marks, grad_ys, tape, times)
         back = Backward(self.context, grad_ys, tape)
         certificate = Certificate(problem, marks, grid.num_steps)
-        pair, grads = marks.pop(grid.num_steps), Grads([None, None])
+        pair, grads = marks.pop(grid.num_steps), Grads()
         for start, stop, stored in segments_back(problem, grid, marks, tape):
             y = problem.widened(stored[0]).contiguous()
             undone = back(pair, grads, start, stop, (y, *stored[1:]), start in grid.restarts)

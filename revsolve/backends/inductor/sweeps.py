@@ -83,7 +83,7 @@ class Backward(SegmentSweep):
     def step(self, n: Tensor, stop: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         context, controls, known = self.context, constant["controls"], constant["known"]
         t0, t1, after, t2 = around(constant["times"], n - 1, constant["first"])
-        pair, grads = tuple(carried[:2]), Grads(carried[2:])
+        pair, grads = tuple(carried[:2]), Grads(*carried[2:])
         exactly = (lambda x: torch.where(n - 1 == stop, known[0], x)) if known and not context.lead else None
         with self.differentiating("step", constant, changed) as tape:
             pair = context.pulled_back(context.lead, pair, after, t2, row(controls, n - stop), grads, tape)
@@ -93,7 +93,7 @@ class Backward(SegmentSweep):
         return detached_clones(*pair, grads[0], grads[1])
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
-        grads = Grads(carried[2:])
+        grads = Grads(*carried[2:])
         with self.differentiating("end", constant, changed) as tape:
             undone = self.ended(n, tuple(carried[:2]), constant, grads, tape)
         return detached_clones(undone, *_filled(grads, torch.zeros_like(carried[2])))
@@ -101,7 +101,7 @@ class Backward(SegmentSweep):
 
 def _filled(grads: Grads, zero: Tensor) -> list[Tensor]:
     """The cotangents of all members, with a zero where there is none."""
-    return [zero if grad is None else grad for grad in grads]
+    return [zero if (grad := grads[member]) is None else grad for member in range(len(grads.totals))]
 
 
 def _source(scheme: Scheme, stored: State, restarted: bool) -> list[Tensor]:
@@ -179,7 +179,7 @@ class Differentiate(SegmentSweep):
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
         if len(carried) == 1:
             return carried
-        pair, grads = tuple(row(x, n - constant["origin"]) for x in constant["kept"]), Grads(carried)
+        pair, grads = tuple(row(x, n - constant["origin"]) for x in constant["kept"]), Grads(*carried)
         with self.differentiating("end", constant, changed) as tape:
             self.ended(n, pair, constant, grads, tape)
         return detached_clones(*_filled(grads, torch.zeros_like(constant["stored"])))
@@ -193,7 +193,7 @@ def recompute(
     end = marks.pop(stop)[0]
     most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
     repeat = Repeat(context, most, problem.widened(end))
-    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads([None] * len(repeat.kept))
+    differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads(*[None] * len(repeat.kept))
     for start in sorted(marks, reverse=True):
         pair = widened(problem, marks[start])
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
