@@ -197,7 +197,7 @@ def prepare(
         return problem
     from revsolve.backends.inductor.backend import compiled  # importing what compiles takes longer than many solves
 
-    return compiled(problem, options.compile, x0, t, source)
+    return compiled(problem, owners, options.compile, x0, t, source)
 
 
 def values_hidden() -> bool:

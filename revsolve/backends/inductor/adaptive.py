@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.backends.inductor.compiler import Compiler
-from revsolve.backends.inductor.context import TracedMemo
+from revsolve.backends.inductor.context import TracedMemo, without_fakes
 from revsolve.backends.inductor.operation_trace import Substituted, autocast_state, operation_trace
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.tables import as_seen
-from revsolve.backends.inductor.user_state import without_fakes
 from revsolve.core.coupling import Scheme, State, advance, scheduled
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.stepper import Measure
@@ -30,8 +29,10 @@ class CompiledSteps:
     Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
     """
 
-    def __init__(self, compiler: Compiler, time_dtype: torch.dtype, scheme: Scheme, memo: Memo) -> None:
-        self.compiler, self.time_dtype, self.scheme, self.memo = compiler, time_dtype, scheme, memo
+    def __init__(
+        self, compiler: Compiler, owners: Sequence[Any], time_dtype: torch.dtype, scheme: Scheme, memo: Memo
+    ) -> None:
+        self.compiler, self.owners, self.time_dtype, self.scheme, self.memo = compiler, owners, time_dtype, scheme, memo
         self.begins = next(update.source for update in scheme.updates if update.increment is not None)
         self.passes_on = _first_same_as_last(scheme, self.begins)
         self.program: Program | None = None
@@ -81,7 +82,7 @@ class CompiledSteps:
             eps = torch.finfo(y.dtype).eps
             rounded = torch.full_like(y, eps**0.75 * float(y.abs().max()))
             blur = measure(rounded, y, y)  # of an error that rounding alone makes
-            with torch.no_grad(), without_fakes(self.memo.term):
+            with torch.no_grad(), without_fakes(self.owners):
                 run = once(step, [*inputs, *(x.detach() for x in self.outside)], self.compiler, [float(blur)])
             made["attempt"] = Program(run, counts[-1])
         self.program = made["attempt"]

@@ -7,7 +7,7 @@ The same grid, restarts and updates: only what lies between two restarts is a pr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,8 @@ from revsolve.steppers.adaptive import Adaptive
 class InductorBackend:
     """Marches, undoes and recomputes by programs, in the place of the functions of these names."""
 
-    def __init__(self, by: Compiler, source: TensorControl | None) -> None:
-        self.compiler, self.source = by, source
+    def __init__(self, by: Compiler, owners: Sequence[Any], source: TensorControl | None) -> None:
+        self.compiler, self.owners, self.source = by, owners, source
 
     def march(
         self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None = None
@@ -53,7 +53,7 @@ class InductorBackend:
         policy = policy_of(problem, stepper, memo)
         most = policy.longest(grid.num_steps)
         table = Untabulated(term) if source is None else Tabulated(term, source, scheme, grid, most)
-        self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=store is not None)
+        self.context = CompileContext(problem, self.owners, table, grid, y0, self.compiler, graded=store is not None)
         ahead = Forward(self.context, grid, y0, most)
         while n < grid.num_steps:
             begin, first_step = pair, grid.seen(n, n + 1, grid.times[n : n + 2])
@@ -91,11 +91,11 @@ class InductorBackend:
         self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None
     ) -> tuple[Tensor, State, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
-        walking = functools.partial(CompiledSteps, self.compiler, y0.real.dtype)
+        walking = functools.partial(CompiledSteps, self.compiler, self.owners, y0.real.dtype)
         ys, pair, grid = march(problem, problem.field.term, y0, store, walking)
         if store is not None:
             table = Untabulated(problem.field.term)
-            self.context = CompileContext(problem, table, grid, y0, self.compiler, graded=True)
+            self.context = CompileContext(problem, self.owners, table, grid, y0, self.compiler, graded=True)
         return torch.stack(ys), pair, grid
 
     def undo(
@@ -131,7 +131,12 @@ def _known(numbers: list[float], n: int, scale: Tensor) -> float:
 
 
 def compiled(
-    problem: Problem, given: Any, x0: Tensor, moving: Tensor | None = None, source: TensorControl | None = None
+    problem: Problem,
+    owners: Sequence[Any],
+    given: Any,
+    x0: Tensor,
+    moving: Tensor | None = None,
+    source: TensorControl | None = None,
 ) -> Problem:
     """The problem, solved by programs, as `compile=` says. `source` is what drives the term, such as noise."""
     if not supported():
@@ -164,4 +169,6 @@ def compiled(
     for why, applies in refused.items():
         if applies:
             raise ValueError(f"{why} leave out compile=.")
-    return replace(problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, source))
+    return replace(
+        problem, make_stepper=lambda: stepper, field=field.unguarded(), backend=InductorBackend(by, owners, source)
+    )

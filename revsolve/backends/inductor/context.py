@@ -21,12 +21,13 @@ from revsolve.backends.inductor.operation_trace import (
 )
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
 from revsolve.backends.inductor.tables import Tabulated, Untabulated, at, counter, outputs_due, padded, row, times_seen
-from revsolve.backends.inductor.user_state import without_fakes
+from revsolve.backends.inductor.torch_internals import is_fake
 from revsolve.core.arithmetic import Time, scaled_add
 from revsolve.core.coupling import CouplingUpdate, Scheme, State, advance, pull_back, scheduled, written
 from revsolve.core.problem import Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
+from revsolve.field.snapshot import Snapshot
 
 Updates = tuple[CouplingUpdate, ...]
 
@@ -35,9 +36,17 @@ class CompileContext:
     """All that the sweeps of a solve share. Where a gradient will be taken, raises CompilationError if it would miss a tensor."""
 
     def __init__(
-        self, problem: Problem, term: Tabulated | Untabulated, grid: Grid, y: Tensor, compiler: Compiler, graded: bool
+        self,
+        problem: Problem,
+        owners: Sequence[Any],
+        term: Tabulated | Untabulated,
+        grid: Grid,
+        y: Tensor,
+        compiler: Compiler,
+        graded: bool,
     ) -> None:
         self.problem, self.scheme, self.compiler, self.term = problem, problem.scheme, compiler, term
+        self.owners = owners
         self.lead, self.rest = lead_and_rest(problem.scheme)
         self.call = term, grid.times[0], y, grid.times[1], term.first
         trace, self.outside = operation_trace(*self.call)
@@ -80,7 +89,7 @@ class CompileContext:
         there is one."""
         start, stop = map(counter, span)
         if name not in programs:
-            with without_fakes(self.term):
+            with without_fakes(self.owners):
                 made = loop(sweep, start, stop, given, constant, changed, self.compiler)
             programs[name] = Program(made, sweep.counts["begin"] + sweep.counts["end"], sweep.counts["step"])
         program = programs[name]
@@ -213,6 +222,16 @@ def check_found(outside: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
                 f"compile= would lose a gradient: the field keeps a tensor of shape {tuple(x.shape)} that it computed from "
                 f"others in a call before. Compute it in every call, or outside and pass it through args=, or {INSTEAD}."
             )
+
+
+@contextmanager
+def without_fakes(owners: Sequence[Any]) -> Iterator[None]:
+    """Put back what the owners of the field held before, where a recording leaves them a tensor without numbers."""
+    snapshot = Snapshot(*owners)
+    try:
+        yield
+    finally:
+        snapshot.forget(snapshot.changes(), is_fake)
 
 
 def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
