@@ -11,16 +11,14 @@ from revsolve.backends import TensorControl
 from revsolve.cde.drive import Drive, Slopes
 from revsolve.core.arithmetic import Time
 from revsolve.prepare.state import Packing, form
-from revsolve.prepare.times import Clock
 
 
 class CDETerm:
     """f(t, z) dX, whose control is what the path does over a span."""
 
-    def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any = None) -> None:
+    def __init__(self, func: Any, packing: Packing, drive: Drive, clock: Any) -> None:
         self.func, self.packing, self.control = func, packing, drive
-        self.clock = clock or Clock(packing.real_dtype, packing.device)
-        self.additive = drive.additive
+        self.clock, self.additive = clock, drive.additive
         self.form: Any = None
 
 

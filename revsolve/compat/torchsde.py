@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Literal, overload
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -41,15 +41,11 @@ class ForeignBrownian:
     def __reduce__(self) -> tuple[type, tuple[Any]]:
         return ForeignBrownian, (self.bm,)
 
-    @overload
-    def __call__(self, ta: float, tb: float, return_H: Literal[False] = False) -> Tensor: ...
-    @overload
-    def __call__(self, ta: float, tb: float, return_H: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def __call__(self, ta: float, tb: float, return_H: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, ta: float, tb: float, return_H: bool = False) -> Any:
         """Return W(tb) - W(ta), or (W, H), of shape `shape`; ValueError outside [t0, t1] or without H."""
         if transformed():  # what the path keeps must belong to no torch.func transform
             with outside():
-                return self(ta, tb, return_H)  # type: ignore[call-overload]
+                return self(ta, tb, return_H)
         if return_H:
             _require_area(self)
         a, b = (clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revsolve.backends.inductor.compiler import Compiler
 from revsolve.backends.inductor.context import TracedMemo, without_fakes
-from revsolve.backends.inductor.operation_trace import Substituted, autocast_state, operation_trace
+from revsolve.backends.inductor.operation_trace import Substituted, operation_trace
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.tables import as_seen
 from revsolve.core.coupling import Scheme, State, advance, scheduled
@@ -71,7 +71,7 @@ class CompiledSteps:
         (t0, t1), y = times, inputs[2]
         trace, self.outside = operation_trace(self.memo.term, t0, y, t1, y.new_zeros(0), lambda x: measure(x, x, x))
         states = [(x.shape, x.stride(), x.dtype) for x in inputs]
-        made = PROGRAMS.made((self.scheme, self.compiler, trace, *autocast_state(), *states))
+        made = PROGRAMS.made((self.scheme, self.compiler, trace, *states))
         if "attempt" not in made:
             counts: list[int] = []
 

@@ -12,13 +12,7 @@ from torch import Tensor
 
 from revsolve.backends import CompilationError
 from revsolve.backends.inductor.compiler import Compiler
-from revsolve.backends.inductor.operation_trace import (
-    INSTEAD,
-    Substituted,
-    autocast_state,
-    derivative_trace,
-    operation_trace,
-)
+from revsolve.backends.inductor.operation_trace import INSTEAD, Substituted, derivative_trace, operation_trace
 from revsolve.backends.inductor.programs import PROGRAMS, Constants, Program, Sweep, Tensors, loop
 from revsolve.backends.inductor.tables import Tabulated, Untabulated, at, counter, outputs_due, padded, row, times_seen
 from revsolve.backends.inductor.torch_internals import is_fake
@@ -58,7 +52,7 @@ class CompileContext:
         self.due = outputs_due(tuple(grid.outputs), len(self.times[0]))
         layout = y.shape, y.stride(), y.dtype, problem.pair_dtype
         states = *layout, len(self.times), len(self.due), len(grid.outputs), term.most
-        self.programs = PROGRAMS.made((problem.scheme, compiler, trace, *autocast_state(), *states))
+        self.programs = PROGRAMS.made((problem.scheme, compiler, trace, *states))
 
     @cached_property
     def differentiating(self) -> dict[Hashable, Program]:

@@ -122,7 +122,9 @@ def operation_trace(
     with torch.no_grad(), uncached(), OperationTrace([x, control]) as trace:
         value = term.value(t, x)
         trace.result(value, term.product(value, term.control(t, t, t1))[0], also(x))
-    return tuple(trace.lines), trace.outside
+    # The only state outside of a field that decides which operations it does.
+    autocast = ((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return (*trace.lines, *autocast), trace.outside
 
 
 def derivative_trace(
@@ -157,11 +159,6 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(cache)
-
-
-def autocast_state() -> list[Hashable]:
-    """The only state outside of a field that decides which operations it does."""
-    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
 
 
 def _metadata(x: Tensor) -> tuple[Hashable, ...]:
