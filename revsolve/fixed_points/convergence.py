@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from revsolve.core.caller import warn
 from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step
 from revsolve.field.functorch import batching, numbers, of_every_sample, outside
@@ -154,7 +154,7 @@ class Convergence:
         message = f"{self.solving} has not converged: {text}. Allow more steps, a larger tol, or: {self.hint()}"
         if on_failure == "raise":
             raise RuntimeError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        warn(message, ConvergenceWarning)
 
     def lost(self, t: float, y: Tensor) -> str:
         """The message where the state stops being finite in step t."""

@@ -5,7 +5,6 @@ missing value, and a sample of the batch may end early (`lengths`). Inside, the 
 runs along it. All work is vectorised over series and over time, and differentiable in observed values and times.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import widest
+from revsolve.core.caller import warn
 from revsolve.field.functorch import of_every_sample, outside
 from revsolve.paths.piecewise import Times
 
@@ -102,10 +102,9 @@ def staircase(obs: Observations, t: Times | None, channel: int) -> Observations:
         lower, _, before, _ = neighbours(obs)
         x, observed = obs.x.gather(0, lower), ~before
         if before.any():
-            warnings.warn(
-                "x begins with missing values, which are filled with the first later observation: the path is not "
-                "causal. Put a value (such as the channel's mean) into the first row.",
-                stacklevel=3,
+            warn(
+                "x begins with missing values, which are filled with the first later observation: the path is not causal. Put a "
+                "value (such as the channel's mean) into the first row."
             )
     source = torch.arange(2 * x.shape[0] - 1, device=x.device)
     rows, ahead = source // 2, (source + 1) // 2
