@@ -221,7 +221,7 @@ def check_found(outside: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 @contextmanager
 def without_fakes(owners: Sequence[Any]) -> Iterator[None]:
     """Put back what the owners of the field held before, where a recording leaves them a tensor without numbers."""
-    snapshot = Snapshot(*owners)
+    snapshot = Snapshot(owners)
     try:
         yield
     finally:
