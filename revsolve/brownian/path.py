@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -124,8 +124,8 @@ class BrownianPath:
         if transformed() or exported():  # what is kept must belong to no transform, nor to a program
             with outside():
                 return self(ta, tb, return_H)  # type: ignore[call-overload]
-        if return_H and self.levy_area == "none":
-            raise ValueError('H was asked of a path with levy_area="none": make it with levy_area="space-time".')
+        if return_H:
+            require_area(self)
         a, b = float(ta), float(tb)
         W, H = self._grid.between_knots(a, b) or (None, None)
         if W is None or (return_H and H is None):
@@ -174,6 +174,15 @@ def clamped(t: float | Tensor, t0: float, t1: float, dtype: torch.dtype) -> floa
             "make the path with t0 and t1 that cover all times of the solve."
         )
     return min(max(value, t0), t1)
+
+
+def require_area(path: Any) -> None:
+    """Raise ValueError where a path has no space-time area."""
+    if path.levy_area == "none":
+        raise ValueError(
+            'the space-time area H was asked of a Brownian motion without: make it with levy_area="space-time", paths of '
+            'torchsde with levy_area_approximation="space-time".'
+        )
 
 
 def _knots(t0: float, t1: float, grid: Sequence[float] | Tensor | None, dt: float | None) -> list[float]:

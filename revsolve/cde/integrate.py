@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -168,12 +167,6 @@ def check_path(control: Control, packing: Packing, t: Any, until_event: bool) ->
     each = isinstance(t, Tensor) and t.ndim == 2 and t.numel()
     knots, times = control.knots, [*map(float, t.detach().aminmax())] if each else check_times(t)
     times = times[:1] if until_event else times
-    for i, (before, after) in enumerate(pairwise(knots)):
-        if not before < after:
-            raise ValueError(
-                f"the knots of X must be strictly increasing, but knot {i + 1} at {after} follows knot {i} at {before}: "
-                "sort its data by time."
-            )
     check_inside(min(times), max(times), (knots[0], knots[-1]), t, control.interval)
     value = control.evaluate(times[0])
     if isinstance(value, Tensor) != packing.lone or (not packing.lone and len(value) != len(packing.shapes)):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class ForeignControl(Control):
         self.interval = path.interval if isinstance(path.interval, Tensor) else _times(*map(float, path.interval))
         self.grid_points = getattr(path, "grid_points", self.interval)
         self.knots = numbers(self.grid_points)
+        for i, (before, after) in enumerate(pairwise(self.knots)):
+            if not before < after:
+                raise ValueError(
+                    f"the knots of X must be strictly increasing, but knot {i + 1} at {after} follows knot {i} at {before}: "
+                    "sort its data by time."
+                )
         self.jump_times = self.grid_points[:0] if smooth else self.grid_points[1:-1]
         self.jumps = [] if smooth else self.knots[1:-1]
         self.tensors = (*path.buffers(), *path.parameters()) if isinstance(path, torch.nn.Module) else ()

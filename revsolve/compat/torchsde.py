@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from revsolve.brownian.path import BrownianPath, clamped
+from revsolve.brownian.path import BrownianPath, clamped, require_area
 from revsolve.field.functorch import outside, transformed
 
 _ATTRIBUTES = ("__call__", "shape", "dtype", "device", "levy_area_approximation")
@@ -47,7 +47,7 @@ class ForeignBrownian:
             with outside():
                 return self(ta, tb, return_H)
         if return_H:
-            _require_area(self)
+            require_area(self)
         a, b = (clamped(t, self.t0, self.t1, self.dtype) for t in (ta, tb))
         low, high = min(a, b), max(a, b)
         with self._lock:
@@ -88,13 +88,5 @@ def as_brownian(bm: Any, *, area: bool = False) -> BrownianPath | ForeignBrownia
             )
         path = ForeignBrownian(bm)
     if area:
-        _require_area(path)
+        require_area(path)
     return path
-
-
-def _require_area(path: BrownianPath | ForeignBrownian) -> None:
-    if path.levy_area == "none":
-        raise ValueError(
-            "The space-time area H was asked of a Brownian motion without: make BrownianPath with "
-            'levy_area="space-time", or torchsde\'s paths with levy_area_approximation="space-time".'
-        )
