@@ -88,15 +88,7 @@ def check_field(packing: Packing, f: Any, dx: Any) -> None:
             f"func must return one matrix for each of the {len(packing.shapes)} states in z0, but it returned {f!r:.60}."
         )
     for out, slope, shape, dtype in zip(fields, paths, packing.shapes, packing.dtypes, strict=True):
-        if not isinstance(out, Tensor):
-            raise TypeError(f"func must return tensors, but it returned {type(out).__name__} {out!r:.60}.")
         wanted = (*shape, slope.shape[-1])
-        if out.shape != wanted:
-            raise ValueError(
-                f"func must return (..., hidden, channels) = {wanted} for z of shape {tuple(shape)} and a path of {wanted[-1]} "
-                f"channels, but it returned {tuple(out.shape)}: reshape it, say with .view(*z.shape, {wanted[-1]})."
-            )
-        if out.device != packing.device:
-            raise ValueError(f"func returned a tensor on {out.device}, but {packing.name} is on {packing.device}.")
-        if out.dtype != dtype and not torch.is_autocast_enabled(out.device.type):
-            raise TypeError(f"func must return the dtype of {packing.name}, {dtype}, but it returned {out.dtype}.")
+        told = f"(..., hidden, channels) = {wanted} for z of shape {tuple(shape)} and a path of {wanted[-1]} channels"
+        hint = f": reshape it, say with .view(*z.shape, {wanted[-1]})"
+        packing.check_leaf(out, "func", wanted, dtype, told, hint)

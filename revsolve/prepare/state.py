@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,23 +98,28 @@ class Packing:
         """The leaves of what the field returned. Raises unless it has the structure and shapes of the state."""
         leaves = self.leaves_of(out, where)
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
-            if not isinstance(leaf, Tensor):
-                raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r:.80}.")
-            if leaf.shape != shape:
-                swapped = (
-                    ": it is called as func(t, y), with the time first" if leaf.ndim == 0 and self.name == "y0" else ""
-                )
-                raise ValueError(
-                    f"{where} must return the shape of {self.name}, {tuple(shape)}, but it returned {tuple(leaf.shape)}{swapped}."
-                )
-            if leaf.device != self.device:
-                raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")
-            if leaf.dtype != dtype and not torch.is_autocast_enabled(self.device.type):
-                raise TypeError(
-                    f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
-                    "(under torch.autocast the value is cast to the state's dtype)."
-                )
+            if isinstance(leaf, Tensor) and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, self.device):
+                continue  # without a word
+            swapped = isinstance(leaf, Tensor) and leaf.ndim == 0 and self.name == "y0"
+            hint = ": it is called as func(t, y), with the time first" if swapped else ""
+            self.check_leaf(leaf, where, shape, dtype, f"the shape of {self.name}, {tuple(shape)}", hint)
         return leaves
+
+    def check_leaf(
+        self, leaf: Any, where: str, shape: Sequence[int], dtype: torch.dtype, wanted: str, hint: str = ""
+    ) -> None:
+        """Raise unless it is a tensor of this shape, `wanted` in words, and of this dtype, on the device of the state."""
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{where} must return tensors, but it returned {type(leaf).__name__} {leaf!r:.80}.")
+        if leaf.shape != shape:
+            raise ValueError(f"{where} must return {wanted}, but it returned {tuple(leaf.shape)}{hint}.")
+        if leaf.device != self.device:
+            raise ValueError(f"{where} returned a tensor on {leaf.device}, but {self.name} is on {self.device}.")
+        if leaf.dtype != dtype and not torch.is_autocast_enabled(self.device.type):
+            raise TypeError(
+                f"{where} must return the dtype of {self.name}, {dtype}, but it returned {leaf.dtype}: cast one of them "
+                "(under torch.autocast the value is cast to the state's dtype)."
+            )
 
 
 def _as_tuples(state: Any) -> Any:
