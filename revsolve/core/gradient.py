@@ -193,22 +193,50 @@ class Solve:
         """The gradient as a differentiable function of all inputs, for higher derivatives: replayed with everything kept."""
         assert self.grid is not None
         field = self.problem.field
-        # Of a view, the history of what it views is not part of the gradient, but derivatives of the gradient reach it.
-        alias = lambda x: x.view_as(x)  # noqa: E731
-        start, times, stand_ins = alias(y0), None if t is None else alias(t), field.stand_ins(tensors, alias)
-        inputs = [start, times, *stand_ins]
-        audit = field.audit([x for x in inputs if x is not None])
-        with field.at(stand_ins) as term:
-            ys = torch.stack(replay_all(self.problem, term, self.grid, start, times))
-        if audit is not None:
-            audit([ys], [])
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        got = torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True)
+        with Gate() as gate:
+            start, times, stand_ins = gate(y0), None if t is None else gate(t), field.stand_ins(tensors, gate)
+            inputs = [start, times, *stand_ins]
+            audit = field.audit([x for x in inputs if x is not None])
+            with field.at(stand_ins) as term:
+                ys = torch.stack(replay_all(self.problem, term, self.grid, start, times))
+            if audit is not None:
+                audit([ys], [])
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            got = torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True)
         found = {id(x): g for x, g in zip(wanted, got, strict=True)}
         return tuple(None if x is None else found.get(id(x)) for x in inputs)
 
     def map_batch(self, info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]) -> tuple[Any, Any]:
         raise AssertionError("inside torch.func a problem brings an operation of its own")
+
+
+class Gate:
+    """Cuts tensors off from their history while the context is open, and joins them to it again afterwards.
+
+    A gradient that is itself differentiable must not run into the history of its inputs while it is taken (the surrounding
+    backward pass does that), but derivatives of it must.
+    """
+
+    def __enter__(self) -> Gate:
+        self.shut = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shut = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Gated.apply(self, x)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Gate, x: Tensor) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        return None, None if ctx.gate.shut else grad
 
 
 @torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
