@@ -214,7 +214,8 @@ class Gate:
     """Cuts tensors off from their history while the context is open, and joins them to it again afterwards.
 
     A gradient that is itself differentiable must not run into the history of its inputs while it is taken (the surrounding
-    backward pass does that), but derivatives of it must.
+    backward pass does that), but derivatives of it must. A view would do where no input was computed from another one, but a
+    field may use the start itself, and what that was computed from.
     """
 
     def __enter__(self) -> Gate:

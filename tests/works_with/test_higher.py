@@ -153,3 +153,20 @@ def test_gradients_of_implicit_differentiation_are_not_differentiated_again() ->
     z = fixed_point(lambda z: 0.5 * torch.tanh(z) + x, z0, method="simple", tol=1e-6)
     with pytest.raises(RuntimeError, match="gradient='implicit' cannot be differentiated again"):
         torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+@replayed
+@every_door
+def test_a_field_that_uses_the_start_itself(door: Callable[..., Any], gradient: str) -> None:
+    """The start comes in twice, by itself and through the field: neither derivative holds that of the other."""
+
+    def second(gradient: str) -> list[Tensor]:
+        net, x = make_net(), make_y0()
+        torch.manual_seed(1)
+        y0 = 1.5 * x  # a result, which the field takes too, and what it was computed from
+        loss = door(lambda y: net(y) + 0.3 * y0 - 0.1 * x, y0, gradient=gradient).square().sum()
+        inputs = [x, *net.parameters()]
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True))
+
+    assert difference(second(gradient), second("direct")) < EXACT
