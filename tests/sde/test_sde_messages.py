@@ -221,6 +221,16 @@ def test_the_path_may_be_the_fourth_argument() -> None:
     assert torch.equal(sdeint(DIAGONAL, Y0, [0.0, 1.0], bm, dt=0.25), sdeint(DIAGONAL, Y0, [0.0, 1.0], bm=bm, dt=0.25))
 
 
+def test_one_time_alone_is_a_solution_as_well() -> None:
+    solution = sdeint(DIAGONAL, Y0, [0.5], full_output=True)
+    assert torch.equal(solution.ys, Y0[None]) and solution.times == [0.5]
+
+
+def test_steps_that_the_field_cannot_tell_apart() -> None:
+    with pytest.warns(UserWarning, match="float32, which cannot tell these steps apart: count times from zero"):
+        sdeint(DIAGONAL, Y0, [1e6, 1e6 + 0.5], dt=0.01)
+
+
 @pytest.mark.parametrize("spelling", ["g_prod", "f_and_g_prod"])
 @pytest.mark.parametrize("sde_type", ["ito", "stratonovich"])
 @pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "additive", "general"])
