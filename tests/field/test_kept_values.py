@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vjp
 
-from revsolve import odeint
+from revsolve import odeint, reversible_loop
 from tests.front_doors import DOORS, difference
 from tests.hostile import (
     BUFFERS,
@@ -108,6 +109,44 @@ def test_solves_and_calls_of_one_field_with_one_gradient(kind: type[Hostile], mo
         assert difference(found, gradient(True, "direct")) < TOLERANCE
 
 
+def loop_of(field: Hostile, y0: Tensor, **settings: Any) -> Tensor:
+    return reversible_loop(lambda y: 0.2 * torch.tanh(field(y)), y0, num_steps=5, **settings)
+
+
+@pytest.mark.parametrize("kind", [*KEEPERS_LATE, *KEEPERS_BY_KEY, *LATE, *OTHERS], ids=lambda kind: kind.__name__)
+def test_the_gradient_of_a_loop_is_right_or_refused(kind: type[Hostile]) -> None:
+    right_or_refused(loop_of, kind)
+
+
+class Driven(torch.nn.Module):
+    """A field driven by numbers and a module, wherever they stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3).double() for _ in range(3))
+        self.layer, self.listed, self.named, self.far = self.layers[0], [1.0, [1.0]], {"gain": 1.0}, SimpleNamespace()
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.far.gain * self.listed[0] * torch.tanh(self.listed[1][0] * self.named["gain"] * self.layer(y))
+
+    def drive(self, n: int) -> None:
+        self.layer, self.far.gain = self.layers[n], 1.0 + n
+        self.listed[0], self.listed[1][0], self.named["gain"] = 0.5 + n, 1.0 - 0.2 * n, 1.0 + 0.1 * n
+
+
+@pytest.mark.parametrize(("door", "mode"), CASES, ids=str)
+def test_each_solve_finds_what_it_was_made_with(door: str, mode: str) -> None:
+    def gradient(mode: str) -> list[Tensor]:
+        torch.manual_seed(1)
+        field, y0, loss = Driven(), start_of(4).requires_grad_(), torch.zeros(())
+        for n in range(3):
+            field.drive(n)
+            loss = loss + DOORS[door](field, y0, gradient=mode).square().sum()
+        return list(torch.autograd.grad(loss, [y0, *field.parameters()]))
+
+    assert difference(gradient(mode), gradient("direct")) < TOLERANCE
+
+
 def by_functorch(door: Callable[..., Tensor], field: Hostile) -> list[Tensor]:
     inputs = {"y0": start_of(4), **{name: p.detach() for name, p in field.named_parameters()}}
 
@@ -137,13 +176,13 @@ def test_the_gradient_of_torch_func_is_right_or_refused(door: str, kind: type[Ho
 
 @pytest.mark.parametrize("method", ["rev_rk4", "rk4"])
 def test_an_attribute_set_before_the_product_of_torch_func_is_that_of_the_solve(method: str) -> None:
-    class Driven(torch.nn.Module):
+    class Scaled(torch.nn.Module):
         drive: Any = 1.0
 
         def forward(self, t: Tensor, y: Tensor) -> Tensor:
             return self.drive * torch.sin(y)
 
-    field, found = Driven(), []
+    field, found = Scaled(), []
     for later in (1.0, 5.0):
         field.drive = 1.0
         solve = lambda y: odeint(field, y, [0.0, 1.0], method=method, options={"step_size": 0.1})[-1]  # noqa: E731
