@@ -156,7 +156,7 @@ def products(*given: Any) -> tuple[Tensor | None, ...]:
 class Constants:
     """Tensors without a gradient that a field may use: each of them with its version."""
 
-    def __init__(self, versions: Iterable[tuple[Tensor, int]], buffers: Any = ()) -> None:
+    def __init__(self, versions: Iterable[tuple[Tensor, int]] = (), buffers: Any = ()) -> None:
         """But for those that have changed already, or are buffers."""
         self.versions = [(x, number) for x, number in versions if version(x) == number and x not in buffers]
 

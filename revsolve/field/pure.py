@@ -44,7 +44,7 @@ from revsolve.field.snapshot import Changes, Snapshot, computed_in, tensors_in
 from revsolve.field.substitute import Substitution
 
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
-NO_BUFFERS, NO_CONSTANTS, NOTHING_HELD, NOWHERE = Buffers(), Constants(()), Snapshot(), nullcontext()
+NO_BUFFERS, NO_CONSTANTS, NOTHING_HELD, NOWHERE = Buffers(), Constants(), Snapshot(), nullcontext()
 IS_LEAF = operator.attrgetter("is_leaf")
 NUDGE = 2.0**-10  # how far from the start, relative to it, a field is asked whether its buffers matter
 
@@ -65,12 +65,13 @@ class Pure:
     opening: Any = None
     first: tuple[Time, Any] | None = None
     repeats: bool = False
-    untouched: Buffers = NO_BUFFERS
-    lent: Buffers = NO_BUFFERS
+    # By functions, for torch.compile cannot take over objects that are defaults of a class.
+    untouched: Buffers = field(default_factory=lambda: NO_BUFFERS)
+    lent: Buffers = field(default_factory=lambda: NO_BUFFERS)
     random: tuple[Tensor, ...] = ()
     own_leaves: frozenset[Any] = frozenset()
-    constants: Constants = NO_CONSTANTS
-    snapshot: Snapshot = NOTHING_HELD
+    constants: Constants = field(default_factory=lambda: NO_CONSTANTS)
+    snapshot: Snapshot = field(default_factory=lambda: NOTHING_HELD)
     coefficients: Sequence[Tensor] = ()
     state_size: int = 0
     tape_size: int = 0
@@ -281,7 +282,7 @@ def pure(
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,
-        constants=Constants(versions, buffers) if versions else NO_CONSTANTS,
+        constants=Constants(versions, buffers),
         snapshot=snapshot if wanted else NOTHING_HELD,
         coefficients=coefficients,
         state_size=x.nbytes if saved else 0,

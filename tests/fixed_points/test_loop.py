@@ -323,7 +323,11 @@ def plain(x: Tensor) -> Tensor:
             ValueError,
             r"momentum must lie in \(0, 1\)",
         ),
-        (lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", beta=1.0), ValueError, "beta is 0.0"),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", beta=1.0),
+            ValueError,
+            "beta must not be 1",
+        ),
         (
             lambda x: reversible_loop(plain, x, num_steps=2, scheme="relaxation", previous=x),
             ValueError,
