@@ -138,7 +138,7 @@ def cost(method: str, num_steps: int, rounds: int, width: int = 64, batch: int =
 def costs(methods: list[str], tiny: bool) -> None:
     print("| method | steps | cost of deciding, % of a gradient (width 64, batch 128) |\n|---|---|---|")
     for method in methods:
-        for num_steps in (10,) if tiny else (100, 400):
+        for num_steps in (10,) if tiny else (50, 100, 400):
             print(
                 f"| {method} | {num_steps} | {100 * cost(method, num_steps, 2 if tiny else 6000 // num_steps):.1f} |",
                 flush=True,

@@ -22,7 +22,7 @@ from revsolve.core.tape import Memo, Term
 class Walking(Step, Protocol):
     """Takes steps after which the gap can be measured."""
 
-    def gap(self, state: State, h: float, scale: Tensor) -> Tensor: ...
+    def gap(self, state: State, h: float, weight: Tensor) -> Tensor: ...
 
 
 class Walk:
@@ -50,10 +50,9 @@ class Walk:
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def gap(self, state: State, h: float, scale: Tensor) -> Tensor:
-        """The largest entry, in units of the scale, of the distance of z from what a restart would make of it, after a step of
-        length h."""
-        return size_of(gap(self.scheme, state, self.begun[1], h) / scale)
+    def gap(self, state: State, h: float, weight: Tensor) -> Tensor:
+        """The largest entry, weighted, of the distance of z from what a restart would make of it, after a step of length h."""
+        return size_of(gap(self.scheme, state, self.begun[1], h) * weight)
 
 
 def march(

@@ -17,8 +17,8 @@ class RestartPolicy(Protocol):
     """The end of each segment, decided from nothing later than that step: what was solved is never solved again."""
 
     @property
-    def scale(self) -> Tensor | None:
-        """The units in which the gap is asked for, if it is."""
+    def weight(self) -> Tensor | None:
+        """The weights of its entries with which the gap is asked for, if it is."""
         ...
 
     def longest(self, num_steps: int) -> int:
@@ -36,7 +36,7 @@ class RestartPolicy(Protocol):
     def extend(self, stepper: Stepper, gap: Callable[[Tensor], Tensor | float]) -> int:
         """The number of steps after which to ask again; those taken so far if the segment ends here.
 
-        `gap(scale)` is the largest entry, in units of the scale, of the distance of z from what a restart would make of it.
+        `gap(weight)` is the largest entry of the distance of z from what a restart would make of it, each times its weight.
         """
         ...
 
@@ -69,7 +69,7 @@ def checkpoint_spacing(num_steps: int, state: int, tape: int) -> int:
 class FixedInterval:
     """Segments of so many steps each; or as many as `spacing` says of the number of all steps."""
 
-    scale = None
+    weight = None
 
     def __init__(self, interval: int | None, spacing: Callable[[int], int] = math.isqrt) -> None:
         self.interval, self.spacing = interval, spacing

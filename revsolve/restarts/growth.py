@@ -7,9 +7,8 @@ what the segment's first step left, after some of the segment's steps, which com
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +21,17 @@ from revsolve.core.tape import Memo
 from revsolve.restarts.spectrum import Spectrum
 
 LONGEST = 32  # steps of a segment, or the square root of twice the steps so far
-SETTLED = 2.4  # that many steps' growth is all that is allowed to a gap to which steps do not add
+FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
+SETTLED = 2.2  # that many steps' growth is all that is allowed to a gap to which steps do not add
 ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
 ROUNDING = 100.0  # roundings of an entry are no reason to restart
 TOLERATED = 0.1  # of the tolerance of adaptive steps is no reason to restart, either
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
-FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
-LATER = 0.75  # of the steps of the segment so far: no look is further from the one before, however small the gap
+WIDEST = 8  # steps between looks where the field's fastest mode is slow
+# From the first look of a segment to the second, as a share of the segment before; from one of the others to the next, as a share
+# of the steps so far. The first pair is for ODEs, the second where noise or a path drives.
+SECOND, LATER = (0.25, 0.5), (0.75, 0.25)
 
 
 @dataclass(frozen=True)
@@ -85,52 +87,55 @@ class Growth:
         self.growth = min(restarts.growth, ODD) if self.smooth and scheme.order % 2 else restarts.growth
         rough = scheme.has_velocity and not self.smooth  # then a velocity says nothing of the next step
         self.given = 1 if rough else restarts.longest or scheme.max_segment
-        evaluations = sum(len(update.increment.nodes) for update in scheme.updates if update.increment is not None)
-        self.stride = self._even(max(1 + scheme.alternates, STRIDE // evaluations if self.smooth else 1))
-        self.start, self.length = 0, FIRST_LENGTH / 2  # of this segment, of the one before
-        self.largest: Tensor | None = None
-        self.scale: Tensor | None = None
+        self.multiple = 2 if scheme.alternates else 1
+        self.least_stride = max(self.multiple, STRIDE // scheme.num_evaluations if self.smooth else 1)
+        self.start = self.previous = self.bound = (
+            0  # of this segment; the length of the one before; the longest it may be
+        )
+        self.weight: Tensor | None = None
 
     def longest(self, num_steps: int) -> int:
         return self.given or max(LONGEST, math.isqrt(2 * num_steps))
 
     def foreseen(self, num_steps: int) -> int:
         taken = num_steps - self.start
-        return self.start + min(self.bound, max(int(self.length), taken + max(taken, 1 + self.stride)))
+        return self.start + min(self.bound, max(self.previous, taken + max(taken, 1 + self.second)))
 
     def begin(self, stepper: Stepper, y: Tensor) -> int:
         n, size = stepper.num_steps, y.detach().abs()
-        self.length, self.start = n - self.start if n else self.length, n
-        bound = min(self.longest(n), int(2 * self.length))
-        if n:
+        self.previous, self.start = n - self.start, n
+        bound, stride = self.longest(n), self.least_stride
+        if n == 0:
+            self.largest, bound = size, min(bound, FIRST_LENGTH)
+        else:
             t0, t = stepper.grid.times[n - 1 : n + 1]
-            self.spectrum.follow(n, t, y)
-            bound = min(bound, self.spectrum.reach(t - t0))
-        self.bound = self._even(max(1, bound))
-        self.largest = size if self.largest is None else torch.maximum(self.largest, size)
+            lasting = self.spectrum.follow(n, t, y, t - t0, self.previous < self.bound)
+            self.largest, bound = torch.maximum(self.largest, size), min(bound, 2 * self.previous, lasting)
+            stride = max(stride, min(self.spectrum.calm, WIDEST))
+        self.bound, self.stride = self._even(bound), self._even(stride)
+        self.second = self._even(max(2, 1 + self.stride, 1 + int(SECOND[not self.smooth] * self.previous)))
         tolerance = stepper.tolerance(self.largest)
-        scale = self.largest if tolerance is None else tolerance
-        self.scale = scale.masked_fill(scale == 0.0, math.inf)  # an entry that was always zero has no size yet
+        unit = self.largest if tolerance is None else tolerance
+        self.weight = unit.reciprocal().nan_to_num_(posinf=0.0)  # an entry that was always zero has no size yet
         self.coarse, self.least = (COARSE, 0.0) if tolerance is None else (math.inf, TOLERATED)
         self.rounding = ROUNDING * torch.finfo(size.dtype).eps
-        self.size: Tensor | float = (size / self.scale).amax()
-        return n + 1
+        self.size: Tensor | float = (size * self.weight).amax()
+        return n + (1 if self.second < self.bound else self.bound)
 
     def extend(self, stepper: Stepper, gap: Callable[[Tensor], Tensor | float]) -> int:
         n, taken, order = stepper.num_steps, stepper.num_steps - self.start, self.scheme.defect_order
         if taken >= self.bound:
             return n
-        assert self.scale is not None
-        times, found = stepper.grid.times[self.start : n + 1], gap(self.scale)
+        assert self.weight is not None
+        found, length = gap(self.weight), abs(stepper.grid.times[n] - stepper.grid.times[self.start])
         if taken == 1:
-            self.first: tuple[Tensor | float, float] = found, abs(times[1] - times[0]) ** order
-            self.before = 1, 1.0 / self._allowed(2 - self.smooth)
-            return self.start + self._even(max(2, min(1 + self.stride, self.bound)))
-        left, weight = self.first = float(self.first[0]), self.first[1]  # numbers are read once
-        self.size = float(self.size)
-        natural = min(left, self.coarse) * _mean(times, order) / weight
-        allowed = self._allowed(taken) * natural + self.least + self.rounding * self.size
-        return n + self._further(taken, float(found), allowed)
+            self.first: Tensor | float = found
+            self.step, self.before = length, (1, 1.0)
+            return self.start + self.second
+        self.first, self.size = float(self.first), float(self.size)  # numbers are read once
+        natural = min(self.first, self.coarse) * (length / taken / self.step) ** order
+        allowed = 1.0 + self.growth * ((taken if self.adds_up else SETTLED) - 1)
+        return n + self._further(taken, float(found), allowed * natural + self.least + self.rounding * self.size)
 
     def _further(self, taken: int, gap: float, allowed: float) -> int:
         """How many steps more, if the gap after so many is this large."""
@@ -138,21 +143,11 @@ class Growth:
         if not excess <= 1.0:
             return 0
         self.before = taken, excess
-        per_step = math.log(excess / before) / (taken - steps) if excess > 0.0 < before else 0.0
-        most = max(
-            self.stride, int(LATER * taken) if self.smooth else 0
-        )  # what noise leaves tells little of the next step
-        further = most if per_step <= 0.0 else min(most, int(-math.log(excess) / per_step))
+        further = max(self.stride, int(LATER[not self.smooth] * taken))
+        if self.smooth and excess > before > 0.0:  # what noise leaves tells nothing of the next step
+            further = min(further, int(-math.log(excess) / math.log(excess / before) * (taken - steps)))
         return self._even(min(taken + further, self.bound)) - taken
-
-    def _allowed(self, taken: int) -> float:
-        return 1.0 + self.growth * ((taken if self.adds_up else SETTLED) - 1)
 
     def _even(self, n: int) -> int:
         """Where what z carries changes sign with every step, a restart after an odd number would cost compositions an order."""
-        return n - n % 2 if self.scheme.alternates and n > 1 else n
-
-
-def _mean(times: Sequence[float], order: int) -> float:
-    """Of the lengths of the steps to this power."""
-    return sum(abs(b - a) ** order for a, b in itertools.pairwise(times)) / (len(times) - 1)
+        return max(1, n - n % self.multiple)

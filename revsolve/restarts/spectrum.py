@@ -26,12 +26,11 @@ MARGIN = 1.2  # power iteration sees the fastest mode from below
 LASTING = 1.1  # how far the parasitic part may carry a mode that the method itself lets last
 AMPLIFIED = 4.0  # how far perturbations of y and z may grow; more than that costs accuracy (docs/exactness.md)
 TRIPLED = 3.0  # how far, where z is of lower order than y
-OFTEN, SELDOM = 4, 64  # steps from one look to the next
-STEADY, PATIENCE = (
-    0.2,
-    4,
-)  # a pause is so many times the last one where what was found has changed by less than this share
 FAITHFUL = 5e-7  # what rounding may grow to by undoing: gradients in float32 are to be within 1e-4 of those of direct
+OFTEN, SELDOM = 4, 128  # steps from one product to the next, at least and at most
+CALM = 0.25  # of the time in which the fastest mode changes by a factor e may pass without one
+STEADY = 0.2  # a product that changes what is known by less than this share
+PATIENCE = 4  # makes the pause to the next one so many times as long
 
 
 class Spectrum:
@@ -43,24 +42,45 @@ class Spectrum:
     def __init__(self, scheme: Scheme, memo: Memo) -> None:
         self.scheme, self.memo = scheme, memo
         self.rates: tuple[complex, ...] = ()
+        self.fastest = 0.0  # the largest of them in size
         self.latest: Tensor | None = None  # both of length 1; the product of `before` is stretch * latest
         self.before: Tensor | None = None
         self.stretch, self.cosine = 0.0, 1.0  # the cosine is that of the angle between the two
         self.rounding = 1.0
-        self.due, self.pause = 0, OFTEN  # the step from which on a look is due, and the steps from one to the next
+        self.calm = 0  # steps in which the fastest mode hardly changes anything
+        self.latest_at, self.pause = 0, 0  # the steps at the latest product, and from there to the next
+
+    def follow(self, n: int, t: Time, y: Tensor, h: float, hint: bool) -> int:
+        """The reach for steps of length h, after a product at (t, y), where n steps end, if it is time for one. A gap that ended
+        a segment early is a hint that the field has changed."""
+        if self.memo.is_rate and n >= self.latest_at + (OFTEN if hint else self.pause):
+            known = self.fastest
+            self.look(t, y)
+            steady = abs(self.fastest - known) <= STEADY * known
+            self.calm = min(int(CALM / abs(h * self.fastest)), SELDOM) if self.fastest else 0
+            self.pause = max(min(PATIENCE * self.pause, SELDOM) if steady else OFTEN, self.calm)
+            self.latest_at = n
+        return self.reach(h)
 
     def look(self, t: Time, y: Tensor) -> None:
-        """Take a product of the evaluation at (t, y), and learn from it; one device read."""
+        """Take the product of the latest direction and the Jacobian of the term at (t, y), and learn from it; one device read.
+        The memo keeps the value at (t, y), unless gradients are recorded."""
         if self.latest is None:
             self.latest, self.rounding = _some_direction(y), torch.finfo(y.dtype).eps
-        v = self.latest
-        found = transposed_product(self.memo, t, y, v, v if self.before is None else self.before)
-        if found is not None:
-            self._learn(found[0], *torch.stack(found[1]).tolist())
+        v, (leaf, value) = self.latest, self.memo.recorded(t, y)
+        if not value.requires_grad:
+            return
+        cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
+        (w,) = vector_jacobian_product((value,), (leaf,), (cotangent,))
+        if w is not None:
+            w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
+            before, flat = v if self.before is None else self.before, w.flatten()
+            products = torch.dot(before.flatten(), flat), torch.dot(v.flatten(), flat), torch.dot(flat, flat)
+            self._learn(w, *torch.stack(products).tolist())
 
     def _learn(self, product: Tensor, before_product: float, latest_product: float, square: float) -> None:
         if not 0.0 < square < math.inf:
-            self.rates, self.before = (), None
+            self.rates, self.fastest, self.before = (), 0.0, None
             return
         size, cosine, apart = math.sqrt(square), self.cosine, 1.0 - self.cosine**2
         if self.before is None or apart < PARALLEL:
@@ -70,50 +90,25 @@ class Spectrum:
             onto_latest = (latest_product - cosine * before_product) / apart
             root = cmath.sqrt(onto_latest**2 / 4 + onto_before * self.stretch)
             self.rates = (onto_latest / 2 + root, onto_latest / 2 - root)
+        self.fastest = max(map(abs, self.rates))
         self.before, self.latest = self.latest, product / size
         self.stretch, self.cosine = size, latest_product / size
-
-    def follow(self, n: int, t: Time, y: Tensor) -> None:
-        """Look again if the step n that begins at (t, y) is late enough."""
-        if self.memo.is_rate and n >= self.due:
-            fastest = self._fastest()
-            self.look(t, y)
-            steady = abs(self._fastest() - fastest) <= STEADY * fastest
-            self.pause = min(PATIENCE * self.pause, SELDOM) if steady else OFTEN
-            self.due = n + self.pause
 
     def reach(self, h: float) -> int:
         """For how many steps of length h from a restart the modes are amplified no more than they may be: by the scheme, and by
         undoing it, which amplifies rounding errors."""
-        if not self.rates:
-            return FARTHEST
-        faithful = math.log(max(AMPLIFIED, FAITHFUL / self.rounding))
-        steps = [MARGIN * h * rate for rate in self.rates]
-        undone = [int(faithful / abs(z.real)) for z in steps if abs(z.real) * FARTHEST > faithful]
-        return max(1, min([FARTHEST, *undone, *(_reach(self.scheme, z) for z in steps)]))
-
-    def _fastest(self) -> float:
-        return max(map(abs, self.rates), default=0.0)
-
-
-def transposed_product(memo: Memo, t: Time, y: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, list[Tensor]] | None:
-    """The product w of v and the Jacobian of the term at (t, y), with before . w, v . w and w . w; None if there is no product.
-    The memo keeps the value at (t, y), unless gradients are recorded."""
-    leaf, value = memo.recorded(t, y)
-    if not value.requires_grad:
-        return None
-    cotangent = (torch.view_as_complex(v) if value.is_complex() else v).to(value.dtype)
-    (w,) = vector_jacobian_product((value,), (leaf,), (cotangent,))
-    if w is None:
-        return None
-    w = (torch.view_as_real(w) if w.is_complex() else w).detach().to(v.dtype)
-    flat = w.reshape(-1)
-    return w, [torch.dot(x.reshape(-1), flat) for x in (before, v, w)]
+        faithful, longest = math.log(max(AMPLIFIED, FAITHFUL / self.rounding)), FARTHEST
+        for rate in self.rates:
+            z = MARGIN * h * rate
+            if abs(z.real) * longest > faithful:
+                longest = int(faithful / abs(z.real))
+            longest = min(longest, _reach(self.scheme, z))
+        return max(1, longest)
 
 
 def _some_direction(y: Tensor) -> Tensor:
     real = torch.view_as_real(y.detach()) if y.is_complex() else y
-    v = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64, device="cpu")
+    v = torch.rand(real.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float32, device="cpu") - 0.5
     return (v / v.norm()).to(real.device, torch.promote_types(real.dtype, torch.float32))
 
 

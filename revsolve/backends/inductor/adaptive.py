@@ -63,8 +63,8 @@ class CompiledSteps:
     def forget_attempt(self) -> None:
         self.memo.latest = self.before_attempt
 
-    def gap(self, state: State, h: float, scale: Tensor) -> Tensor:
-        return size_of(self.distance / scale)
+    def gap(self, state: State, h: float, weight: Tensor) -> Tensor:
+        return size_of(self.distance * weight)
 
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
         """The program for inputs like these, made now unless there is one."""

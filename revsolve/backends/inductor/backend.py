@@ -76,14 +76,14 @@ class InductorBackend:
         ask, total, numbers = policy.begin(stepper, pair[0]), stepper.num_total, []  # type: int, int, list[float]
         while (start := stepper.num_steps) < total:
             stop = min(policy.foreseen(start), total)
-            after = ahead(pair, start, stop, policy.scale)
-            if policy.scale is not None:
+            after = ahead(pair, start, stop, policy.weight)
+            if policy.weight is not None:
                 numbers = ahead.gaps[: stop - start].tolist()
             while ask <= stop and ask < total:
                 stepper.num_steps = n = ask
                 ask = policy.extend(stepper, functools.partial(_known, numbers, n - start - 1))
                 if ask == n:
-                    return n, after if n == stop else ahead(pair, start, n, policy.scale)
+                    return n, after if n == stop else ahead(pair, start, n, policy.weight)
             stepper.num_steps, pair = stop, after
         return total, pair
 
@@ -126,7 +126,7 @@ class InductorBackend:
         return recompute(self.context, problem, grid, marks, grad_ys, tape)
 
 
-def _known(numbers: list[float], n: int, scale: Tensor) -> float:
+def _known(numbers: list[float], n: int, weight: Tensor) -> float:
     return numbers[n]
 
 

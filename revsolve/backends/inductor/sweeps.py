@@ -33,11 +33,11 @@ class Forward(SegmentSweep):
         self.ys[0] = y0
         self.gaps = y0.new_empty(1 << (most - 1).bit_length(), dtype=y0.dtype.to_real())  # few sizes, so few programs
 
-    def __call__(self, pair: State, start: int, stop: int, scale: Tensor | None) -> State:
-        """The pair after the steps start..stop; gaps are measured if there is a scale."""
+    def __call__(self, pair: State, start: int, stop: int, weight: Tensor | None) -> State:
+        """The pair after the steps start..stop; gaps are measured if there is a weight."""
         context, given = self.context, [x.contiguous() for x in pair]
-        constant = context.constants(start, stop, scale=() if scale is None else (scale.contiguous(),))
-        name, changed = ("forward", scale is not None, len(self.gaps)), [self.ys, self.gaps]
+        constant = context.constants(start, stop, weight=() if weight is None else (weight.contiguous(),))
+        name, changed = ("forward", weight is not None, len(self.gaps)), [self.ys, self.gaps]
         return tuple(context.run(context.programs, name, self, (start, stop), given, constant, changed))
 
     def begin(self, n: Tensor, given: Tensors, constant: Constants) -> Tensors:
@@ -50,8 +50,8 @@ class Forward(SegmentSweep):
         before, done = pair[1:], n - constant["first"]
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, pair, t0, t1, row(controls, done), memo)
-            if before and constant["scale"]:
-                found = size_of(gap(context.scheme, pair, before[0], (t1 - t0).to(gaps.dtype)) / constant["scale"][0])
+            if before and constant["weight"]:
+                found = size_of(gap(context.scheme, pair, before[0], (t1 - t0).to(gaps.dtype)) * constant["weight"][0])
                 gaps.index_copy_(0, done.reshape(1), found.to(gaps.dtype)[None])
             output = at(constant["due"], n + 1)
             place = output.clamp(min=0).reshape(1)
