@@ -58,7 +58,9 @@ def test_jumps_of_adaptive_steps(method: str) -> None:
     def solved(**solve: Any) -> tuple[Any, Tensor]:
         y0 = torch.tensor([0.7, -0.2], dtype=D, requires_grad=True)
         options = {"jump_t": JUMP, **solve.pop("options", {})}
-        solve |= {"restarts": 4} if method != "dopri5" else {}  # automatic ones depend on the tolerance, which given steps have not
+        solve |= (
+            {"restarts": 4} if method != "dopri5" else {}
+        )  # automatic ones depend on the tolerance, which given steps have not
         found = odeint(field, y0, [0.0, 0.2, 1.3], method=method, options=options, full_output=True, **solve)
         return found, torch.autograd.grad(found.ys[1].sum() + 2 * found.ys[2].sum(), y0)[0]
 
