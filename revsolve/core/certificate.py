@@ -50,7 +50,7 @@ class Certificate:
         worst = problem.stats.reconstruction_error = float(relative.amax())
         done, remedies = "repeating", "make sure that the field is deterministic"
         if problem.gradient == "reversible":
-            done, remedies = "undoing", f"{problem.remedy}, {remedies}, or use gradient='checkpoint'"
+            done, remedies = "undoing", f"{problem.undoing_remedy}, {remedies}, or use gradient='checkpoint'"
         if not math.isfinite(worst):
             raise RuntimeError(
                 f"{done} the steps gave a state that is not finite, so the gradient would be wrong: {remedies}."

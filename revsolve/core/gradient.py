@@ -4,7 +4,7 @@
     checkpoint   recompute segments of at most sqrt(N) steps from stored states      keeps so many states, and a segment's record
     direct       plain automatic differentiation through the steps                   keeps everything
 
-All three give the gradient of the same discrete map. `Solve.gradient` is the single place where the engine takes gradients;
+All three give the gradient of the same discrete map. Every backward pass of a solve starts in `Solve.gradient`;
 higher derivatives, and `direct`, are autograd's own. `Differentiable` is the one node that a solve is in its graph.
 """
 
@@ -69,7 +69,7 @@ class Operation(Protocol):
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]: ...
 
-    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs; saved are the inputs and the results without gradient."""
         ...
 
@@ -96,7 +96,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.operation.pull_back(ctx, *grads)
+        return None, *ctx.operation.backward(ctx, *grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, operation: Operation, *inputs: Any) -> tuple[Any, Any]:
@@ -141,7 +141,7 @@ class Solve:
         self.problem.stats.num_stored_states = 1 + len(kept)
         return kept
 
-    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         y0, t, *rest = ctx.saved_tensors  # unpacking checks that nothing was changed in place
         field, needed = self.problem.field, ctx.needs_input_grad[1:]
         tensors, grad_ys = rest[: len(field.tensors)], grads[0]
@@ -246,7 +246,7 @@ def undo(
 ) -> Tensor | None:
     """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone: the gradient of y0. `times`
     are those recorded, among the tensors of the tape, if they have gradients."""
-    scheme = problem.scheme
+    scheme, member = problem.scheme, problem.scheme.updates[0].source  # which is read, not written, as a step begins
     certificate, state = Certificate(problem, marks, grid.num_steps), marks.pop(grid.num_steps)
     grads = Grads(*[None] * len(state))
     for start, stop, stored in segments_back(problem, grid, marks, tape):
@@ -259,8 +259,7 @@ def undo(
             for move in reversed(path[1:]):
                 state = pull_back(move, state, grads, tape)
             certificate.follow(state[0])
-            member = path[0][0].source
-            if first == start:
+            if first == start:  # all but the segment's first update has been undone
                 if member == 0:
                     certificate.compare(state[0], stored[0], stored[0])
                 # evaluated at the stored state: at a kink, the undone one could lie on the other side

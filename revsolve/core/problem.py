@@ -98,7 +98,8 @@ class Problem:
     """Everything the engine needs: raw input has been checked and packed before.
 
     `explain` says why a state stopped being finite. Where the pair is wider than states and cotangents, `pair_dtype` and
-    `state_dtype` are theirs. `rounding` is that of the field, where it is coarser than the state's. `readable` is false where
+    `state_dtype` are theirs. `rounding` is that of the field, where it is
+    coarser than the state's; `undoing_remedy` is advice where undoing the steps is too inaccurate. `readable` is false where
     numbers cannot be read from tensors (while a graph is traced or captured); `followed` is true where derivatives may be wanted
     of tensors that do not say so (forward mode, a tracer). `operation` makes of the problem what is differentiated, where that is
     not a `core.gradient.Solve`.
@@ -115,7 +116,7 @@ class Problem:
     state_dtype: torch.dtype | None = None
     pair_dtype: torch.dtype | None = None
     rounding: float | None = None
-    remedy: str = ""
+    undoing_remedy: str = ""
     readable: bool = True
     followed: bool = False
     operation: Callable[[Problem], Any] | None = None

@@ -17,8 +17,6 @@ from revsolve.core.arithmetic import Scalar, Time, scaled_add
 from revsolve.core.tape import Term
 from revsolve.field.functorch import of_all, of_sample, sample_level, vector_jacobian_product
 
-CONTAINERS = (list, tuple, dict)
-
 
 class Batch:
     """A field for all samples of a torch.vmap at once: states have a dimension more in front, and so have the tensors marked in

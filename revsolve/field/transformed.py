@@ -179,7 +179,7 @@ class TransformedSolve(Solve):
             ys, last, self.grid = march(problem, term, y0.detach(), keep_in(problem, marks))
         return torch.stack(ys), *self._keep(marks, last)
 
-    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         if grads[0] is None:
             return (None,) * len(needed)
@@ -227,7 +227,7 @@ class _Gradient:
             found = solve.gradient(self.needed, grad_ys, t, leaves, solve.marks(y0, rest[split:]))
         return tuple(torch.zeros_like(y0) if x is None else x for x in _chosen(found, self.needed))
 
-    def pull_back(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The derivative of a derivative: of the replayed solve, by torch.func itself."""
         solve, needed, saved = self.solve, self.needed, ctx.saved_tensors[: len(self.needed) + 1]
         wanted = ctx.needs_input_grad[1 : 1 + len(saved)]  # among grad_ys, y0, t and tensors

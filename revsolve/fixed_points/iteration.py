@@ -148,7 +148,7 @@ class Iteration:
             pair_dtype=wide,
             spacing=lambda: self.anchor_every or self.spacing(wide, computed, narrow),
             rounding=max(torch.finfo(computed).eps, torch.finfo(wide).eps),
-            remedy=REMEDY.format(self.remedy),
+            undoing_remedy=REMEDY.format(self.remedy),
         )
 
 

@@ -181,7 +181,6 @@ def adaptive_grid(
     if transformed():
         norm = functools.partial(largest_of_samples, norm, x0.ndim)
     order = options.scheme.error_order or 1
-    most = options.max_num_steps or MAX_NUM_STEPS
 
     def make() -> Stepper:
         if options.first_step:
@@ -192,15 +191,14 @@ def adaptive_grid(
             rtol,
             atol,
             norm,
-            (_largest(atol), _largest(rtol)),
-            order,
-            begin,
-            options.safety,
-            options.dfactor,
-            options.ifactor,
-            options.min_step,
-            options.max_step,
-            most,
+            error_order=order,
+            first_step=begin,
+            safety=options.safety,
+            shrink=options.dfactor,
+            grow=options.ifactor,
+            min_step=options.min_step,
+            max_step=options.max_step,
+            max_num_steps=options.max_num_steps or MAX_NUM_STEPS,
         )
         explain = explain_step(None if batching() else term)
         return Adaptive(targets, [s in outputs for s in targets], control, explain, jumps)

@@ -25,8 +25,8 @@ Door = TypeVar("Door", bound=Callable[..., Any])
 SCHEME_OPTIONS = ("coupling", "eta")
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 TARGETS = ("step_t", "jump_t")  # where steps end, whether they are fixed or adaptive
-# By the names of torchdiffeq: what they must be, and why.
 FROM_T = "; its sign follows from t"
+# Options by the names of torchdiffeq: what they must be, and why.
 LIMITS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "first_step": ("be a positive number", lambda x: 0 < x < math.inf, FROM_T),
     "safety": ("lie in (0, 1]", lambda x: 0 < x <= 1, ""),

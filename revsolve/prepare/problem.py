@@ -145,7 +145,7 @@ def prepare(
     pair_dtype: torch.dtype | None = None,
     spacing: Callable[[], int] | None = None,
     rounding: float | None = None,
-    remedy: str = REMEDY,
+    undoing_remedy: str = REMEDY,
 ) -> Problem:
     """Everything the engine needs, found by a first call of the term over `span`.
 
@@ -157,7 +157,7 @@ def prepare(
         pair_dtype: the dtype of the pair, where it is wider than that of x0.
         spacing: gives the steps between stored pairs; asked only where steps will be undone, as are the next two.
         rounding: that of the field, where it is coarser than the state's.
-        remedy: advice where undoing the steps is too inaccurate.
+        undoing_remedy: advice where undoing the steps is too inaccurate.
     """
     scheme, few = options.scheme, t is None and num_steps is not None and num_steps <= FEW
     mode, restarts = _gradient_mode(options, few), check_restarts(options.restarts, scheme)
@@ -188,7 +188,7 @@ def prepare(
         state_dtype=None if pair_dtype is None else x0.dtype,
         pair_dtype=pair_dtype,
         rounding=rounding if undoes else None,
-        remedy=remedy,
+        undoing_remedy=undoing_remedy,
         readable=readable,
         followed=followed,
         operation=operation,
@@ -229,7 +229,12 @@ def _blind(restarts: Restarting | None) -> Restarting | None:
     """Restarts that do not look at values: at a fixed interval."""
     if restarts is None or (isinstance(restarts, Restarts) and restarts.interval is not None):
         return restarts
-    return Restarts(interval=getattr(restarts, "longest", None) or BLIND_INTERVAL)
+    if not isinstance(restarts, Restarts):
+        raise ValueError(
+            f"restarts={restarts!r:.80} may look at values, which torch.compile, torch.func, forward mode or a CUDA graph hide "
+            "here: give a number of steps."
+        )
+    return Restarts(interval=restarts.longest or BLIND_INTERVAL)
 
 
 def check_restarts(restarts: Any, scheme: Scheme) -> Restarting | None:

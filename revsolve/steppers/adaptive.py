@@ -26,7 +26,6 @@ class ErrorControl:
     rtol: float | Tensor
     atol: float | Tensor
     norm: Callable[[Tensor], Tensor]
-    loosest: tuple[float, float]  # largest entries of (atol, rtol)
     error_order: int
     first_step: Callable[[Memo, Tensor], float]  # from the term and the state at the start
     safety: float = 0.9
