@@ -115,14 +115,14 @@ class Solve:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.grid: Grid | None = None
-        self.kept_after: list[int] = []  # the steps after which states were kept; the first is y0 alone
+        self.stored_after: list[int] = []  # the steps after which states were kept; the first is y0 alone
         self.num_members = 1  # of the others
 
     def __call__(self, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         problem = self.problem
-        marks: list[tuple[int, State]] = []
-        ys, last, self.grid = states(problem, y0.detach(), keep_in(problem, marks))
-        kept = self._keep(marks, last)
+        checkpoints: list[tuple[int, State]] = []
+        ys, last, self.grid = states(problem, y0.detach(), store_in(problem, checkpoints))
+        kept = self._keep(checkpoints, last)
         if problem.readable:
             problem.field.conclude(partial(self.again, y0.detach()), self.grid.times[-1], problem.narrowed(last[0]))
         return ys, *kept
@@ -132,12 +132,12 @@ class Solve:
         assert self.grid is not None
         replay_all(self.problem, self.problem.field.term, self.grid, y0, None)
 
-    def _keep(self, marks: list[tuple[int, State]], last: State) -> list[Tensor]:
+    def _keep(self, checkpoints: list[tuple[int, State]], last: State) -> list[Tensor]:
         """All members of the states kept, but y0; the statistics count them."""
         assert self.grid is not None
-        numbers, states = zip(*marks, (self.grid.num_steps, last), strict=True)
+        numbers, states = zip(*checkpoints, (self.grid.num_steps, last), strict=True)
         kept = list(itertools.chain(*states[1:]))
-        self.kept_after, self.num_members = list(numbers), len(last)
+        self.stored_after, self.num_members = list(numbers), len(last)
         self.problem.stats.num_stored_states = 1 + len(kept)
         return kept
 
@@ -150,16 +150,16 @@ class Solve:
         with field.as_solved():
             if torch.is_grad_enabled():
                 return self.differentiable_gradient(grad_ys, y0, t, tensors)
-            marks = self.marks(y0, rest[len(tensors) :])
+            checkpoints = self.checkpoints(y0, rest[len(tensors) :])
             del rest
             ctx.maybe_clear_saved_tensors()  # each pair is given back as soon as it has been passed, unless the graph is kept
             leaves = field.stand_ins(tensors, lambda x: x.detach().requires_grad_())
-            return self.gradient(needed, grad_ys, t, leaves, marks)
+            return self.gradient(needed, grad_ys, t, leaves, checkpoints)
 
-    def marks(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, State]:
+    def checkpoints(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, State]:
         """The states that were kept, by the steps after which."""
         states = zip(*[iter(kept)] * self.num_members, strict=True)
-        return dict(zip(self.kept_after, [(y0.detach(),), *states], strict=True))
+        return dict(zip(self.stored_after, [(y0.detach(),), *states], strict=True))
 
     def gradient(
         self,
@@ -167,7 +167,7 @@ class Solve:
         grad_ys: Tensor,
         t: Tensor | None,
         leaves: Sequence[Tensor],
-        marks: dict[int, State],
+        checkpoints: dict[int, State],
     ) -> tuple[Tensor | None, ...]:
         """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
         problem, field, grid = self.problem, self.problem.field, self.grid
@@ -180,7 +180,7 @@ class Solve:
         wanted = [*itertools.compress(leaves, needed[2:]), *(() if times is None else (times,))]
         with field.at(leaves) as term:
             tape = Tape(term, wanted, field.audit(leaves), problem.state_dtype, field.differentiate)
-            grad_y0 = sweep(problem, grid, marks, grad_ys, tape, times)
+            grad_y0 = sweep(problem, grid, checkpoints, grad_ys, tape, times)
         problem.stats.num_backward_evaluations = tape.memo.num_evaluations
         sums = iter(tape.sums)
         found = [next(sums).to(x.dtype) if needs else None for x, needs in zip(leaves, needed[2:], strict=True)]
@@ -242,14 +242,14 @@ class _Gated(torch.autograd.Function):
 
 @torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
 def undo(
-    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
 ) -> Tensor | None:
-    """Undo the steps from the last of the pairs in `marks`, differentiating each as it is undone: the gradient of y0. `times`
-    are those recorded, among the tensors of the tape, if they have gradients."""
+    """Undo the steps from the last of the `checkpoints`, differentiating each as it is undone: the gradient of y0. `times` are
+    those recorded, among the tensors of the tape, if they have gradients."""
     scheme, member = problem.scheme, problem.scheme.updates[0].source  # which is read, not written, as a step begins
-    certificate, state = Certificate(problem, marks, grid.num_steps), marks.pop(grid.num_steps)
+    certificate, state = Certificate(problem, checkpoints, grid.num_steps), checkpoints.pop(grid.num_steps)
     grads = Grads(*[None] * len(state))
-    for start, stop, stored in segments_back(problem, grid, marks, tape):
+    for start, stop, stored in segments_back(problem, grid, checkpoints, tape):
         # Merged steps share times, and the graph of a time is gone once it has been differentiated.
         for first, last in reversed(list(grid.runs(start, stop, None if times is None else 1))):
             if (i := grid.output(last)) is not None:
@@ -286,33 +286,33 @@ def taken(grid: Grid, times: Tensor | None, start: int, stop: int) -> Sequence[T
 
 
 def segments_back(
-    problem: Problem, grid: Grid, marks: dict[int, State], tape: Tape
+    problem: Problem, grid: Grid, checkpoints: dict[int, State], tape: Tape
 ) -> Iterator[tuple[int, int, State]]:
-    """The segments, the last one first: the steps start..stop, and the state at the start, which is taken out of `marks`.
+    """The segments, the last one first: the steps start..stop, and the state at the start, which is taken out of `checkpoints`.
     Restarts that were not kept are filled in before they are passed."""
-    stop, missing = grid.num_steps, sorted(grid.restarts - marks.keys())
+    stop, missing = grid.num_steps, sorted(grid.restarts - checkpoints.keys())
     while stop > 0:
-        start = max(marks)
+        start = max(checkpoints)
         if missing and missing[-1] > start:
-            tape.memo.num_evaluations += refill(problem, tape.memo.term, grid, marks, missing)
+            tape.memo.num_evaluations += refill(problem, tape.memo.term, grid, checkpoints, missing)
         else:
-            yield start, stop, marks.pop(start)
+            yield start, stop, checkpoints.pop(start)
             stop = start
 
 
-def refill(problem: Problem, term: Term, grid: Grid, marks: dict[int, State], missing: list[int]) -> int:
-    """Take the recorded steps from the last of the pairs in `marks` on again, to add some at the restarts `missing` after it:
+def refill(problem: Problem, term: Term, grid: Grid, checkpoints: dict[int, State], missing: list[int]) -> int:
+    """Take the recorded steps from the last of the pairs in `checkpoints` on again, to add some at the restarts `missing` after it:
     as many as there is room for, the last included. The number of evaluations."""
     assert problem.restarts is not None
-    start, memo, room = max(marks), Memo(term), problem.restarts.capacity(grid.num_steps) - len(marks)
+    start, memo, room = max(checkpoints), Memo(term), problem.restarts.capacity(grid.num_steps) - len(checkpoints)
     ahead = missing[bisect_right(missing, start) :]
     wanted = set(ahead[:: -math.ceil(len(ahead) / max(1, room))])
-    state, walk = widened(problem, marks[start]), Walk(problem.scheme, memo)
+    state, walk = widened(problem, checkpoints[start]), Walk(problem.scheme, memo)
     with torch.no_grad():
         for a, b in itertools.pairwise([start, *ahead]):
             state, _ = replay(problem, grid, state, a, b, grid.times[a : b + 1], walk)
             if b in wanted:
-                marks[b] = state
+                checkpoints[b] = state
     missing[:] = [n for n in missing if n not in wanted]
     return memo.num_evaluations
 
@@ -332,18 +332,18 @@ def widened(problem: Problem, state: State) -> State:
 
 
 def recompute(
-    problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: Sequence[Tensor | None] = (None,)
-    stop, certificate = grid.num_steps, Certificate(problem, marks, grid.num_steps)
-    end = marks.pop(stop)[0]
-    for start in sorted(marks, reverse=True):
-        leaves, walk = tuple(map(leaf_of, marks[start])), Walk(problem.scheme, tape.memo)
+    stop, certificate = grid.num_steps, Certificate(problem, checkpoints, grid.num_steps)
+    end = checkpoints.pop(stop)[0]
+    for start in sorted(checkpoints, reverse=True):
+        leaves, walk = tuple(map(leaf_of, checkpoints[start])), Walk(problem.scheme, tape.memo)
         with torch.enable_grad():
             ends = taken(grid, times, start, stop)
             after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, ends, walk)
-        certificate.compare(after[0].detach(), end, marks[start][0])
+        certificate.compare(after[0].detach(), end, checkpoints[start][0])
         results, cotangents, sources = [], [], [*leaves, *tape.tensors]
         for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
             if x.requires_grad and grad is not None:
@@ -354,12 +354,12 @@ def recompute(
         got = tape.differentiate(results, sources, cotangents)
         grads = got[: len(leaves)]
         tape.add_up(got[len(leaves) :])
-        stop, end = start, marks[start][0]
+        stop, end = start, checkpoints[start][0]
     certificate.conclude()
     return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
 
 
-def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, State], None]:
+def store_in(problem: Problem, checkpoints: list[tuple[int, State]]) -> Callable[[int, State], None]:
     """Keep the state at the start of every segment; or of every 2nd, 4th, ... so that what is kept, and what the backward pass
     adds between two of these, fits in the capacity. A checkpointed gradient keeps as many as `checkpoint_spacing` says."""
     seen, spacing = 0, 1
@@ -367,14 +367,14 @@ def keep_in(problem: Problem, marks: list[tuple[int, State]]) -> Callable[[int, 
     def store(n: int, state: State) -> None:
         nonlocal seen, spacing
         if problem.gradient != "reversible":
-            if not marks or n - marks[-1][0] >= (problem.checkpoint_every or problem.checkpoint_spacing(n)):
-                marks.append((n, state))
+            if not checkpoints or n - checkpoints[-1][0] >= (problem.checkpoint_every or problem.checkpoint_spacing(n)):
+                checkpoints.append((n, state))
             return
         if seen % spacing == 0:
-            marks.append((n, state))
+            checkpoints.append((n, state))
         seen, room = seen + 1, math.inf if problem.restarts is None else problem.restarts.capacity(n)
-        while len(marks) > room or spacing < len(marks) > room - spacing + 1:
-            del marks[1::2]
+        while len(checkpoints) > room or spacing < len(checkpoints) > room - spacing + 1:
+            del checkpoints[1::2]
             spacing *= 2
 
     return store

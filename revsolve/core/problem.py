@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme, State
-from revsolve.core.restart import Restarting, checkpoint_spacing
+from revsolve.core.restart import RestartSettings, checkpoint_spacing
 from revsolve.core.stepper import Grid, Stepper
 from revsolve.core.tape import Audit, Differentiate, Tape, Term
 
@@ -81,13 +81,25 @@ class Backend(Protocol):
         ...
 
     def undo(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+        self,
+        problem: Problem,
+        grid: Grid,
+        checkpoints: dict[int, State],
+        grad_ys: Tensor,
+        tape: Tape,
+        times: Tensor | None,
     ) -> Tensor | None:
         """Undo the steps from the last pair, differentiating each: the gradient of y0."""
         ...
 
     def recompute(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+        self,
+        problem: Problem,
+        grid: Grid,
+        checkpoints: dict[int, State],
+        grad_ys: Tensor,
+        tape: Tape,
+        times: Tensor | None,
     ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate it."""
         ...
@@ -108,7 +120,7 @@ class Problem:
     field: Field
     make_stepper: Callable[[], Stepper]
     gradient: str
-    restarts: Restarting | None
+    restarts: RestartSettings | None
     stats: Stats
     explain: Callable[[float, Tensor], str]
     checkpoint_every: int | None = None

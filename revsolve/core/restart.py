@@ -41,8 +41,8 @@ class RestartPolicy(Protocol):
         ...
 
 
-class Restarting(Protocol):
-    """Settings of restarts."""
+class RestartSettings(Protocol):
+    """What `restarts=` takes: it makes a policy for each solve."""
 
     def policy(self, scheme: Scheme, memo: Memo) -> RestartPolicy: ...
     def capacity(self, num_steps: int) -> float:
@@ -50,8 +50,8 @@ class Restarting(Protocol):
         ...
 
 
-SMALL = 2**18  # bytes of which nobody asks for fewer
-SPARE = 1.25  # times the least memory may be taken, so that there are half as many segments
+SMALL = 2**18  # bytes: more segments are not worth it where so few are kept
+SPARE = 1.25  # times the least memory, for half as many segments
 
 
 def checkpoint_spacing(num_steps: int, state: int, tape: int) -> int:

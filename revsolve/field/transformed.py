@@ -19,7 +19,7 @@ from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from revsolve.core.gradient import Differentiable, Solve, keep_in
+from revsolve.core.gradient import Differentiable, Solve, store_in
 from revsolve.core.integrate import march, replay_all
 from revsolve.core.problem import Problem
 from revsolve.core.tape import Term
@@ -174,10 +174,10 @@ class TransformedSolve(Solve):
         super().__init__(replace(problem, make_stepper=lambda: stepper))
 
     def __call__(self, y0: Tensor, t: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        problem, marks = self.problem, []  # type: Problem, list[Any]
+        problem, checkpoints = self.problem, []  # type: Problem, list[Any]
         with problem.field.at(tensors) as term:
-            ys, last, self.grid = march(problem, term, y0.detach(), keep_in(problem, marks))
-        return torch.stack(ys), *self._keep(marks, last)
+            ys, last, self.grid = march(problem, term, y0.detach(), store_in(problem, checkpoints))
+        return torch.stack(ys), *self._keep(checkpoints, last)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
@@ -208,7 +208,7 @@ class TransformedSolve(Solve):
         return (ys, *kept), (1, *(0 for _ in kept))
 
     def _found(self, other: TransformedSolve) -> None:
-        self.grid, self.kept_after, self.num_members = other.grid, other.kept_after, other.num_members
+        self.grid, self.stored_after, self.num_members = other.grid, other.stored_after, other.num_members
 
 
 class _Gradient:
@@ -224,7 +224,7 @@ class _Gradient:
         needs = self.needed[2:]
         leaves = [x.detach().requires_grad_() if n else x.detach() for x, n in zip(rest[:split], needs, strict=True)]
         with solve.problem.field.as_solved():
-            found = solve.gradient(self.needed, grad_ys, t, leaves, solve.marks(y0, rest[split:]))
+            found = solve.gradient(self.needed, grad_ys, t, leaves, solve.checkpoints(y0, rest[split:]))
         return tuple(torch.zeros_like(y0) if x is None else x for x in _chosen(found, self.needed))
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

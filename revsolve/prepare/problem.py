@@ -13,7 +13,7 @@ from torch import Tensor
 from revsolve.core.caller import warn
 from revsolve.core.coupling import Scheme
 from revsolve.core.problem import Problem, Stats
-from revsolve.core.restart import Restarting
+from revsolve.core.restart import RestartSettings
 from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import dual_numbers, followed, transformed
@@ -225,7 +225,7 @@ def _gradient_mode(options: SolverOptions, plain: bool) -> str:
     return mode
 
 
-def _blind(restarts: Restarting | None) -> Restarting | None:
+def _blind(restarts: RestartSettings | None) -> RestartSettings | None:
     """Restarts that do not look at values: at a fixed interval."""
     if restarts is None or (isinstance(restarts, Restarts) and restarts.interval is not None):
         return restarts
@@ -237,7 +237,7 @@ def _blind(restarts: Restarting | None) -> Restarting | None:
     return Restarts(interval=restarts.longest or BLIND_INTERVAL)
 
 
-def check_restarts(restarts: Any, scheme: Scheme) -> Restarting | None:
+def check_restarts(restarts: Any, scheme: Scheme) -> RestartSettings | None:
     """'auto', a number of steps, a `Restarts` or what has its methods, or None; a scheme whose steps are not undone has none."""
     if not scheme.reversible and restarts not in ("auto", None):
         raise ValueError(

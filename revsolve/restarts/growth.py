@@ -89,9 +89,7 @@ class Growth:
         self.given = 1 if rough else restarts.longest or scheme.max_segment
         self.multiple = 2 if scheme.alternates else 1
         self.least_stride = max(self.multiple, STRIDE // scheme.num_evaluations if self.smooth else 1)
-        self.start = self.previous = self.bound = (
-            0  # of this segment; the length of the one before; the longest it may be
-        )
+        self.start = self.previous = self.bound = 0  # of this segment; the steps of the one before; most of this one
         self.weight: Tensor | None = None
 
     def longest(self, num_steps: int) -> int:

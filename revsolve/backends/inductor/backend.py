@@ -99,15 +99,21 @@ class InductorBackend:
         return torch.stack(ys), pair, grid
 
     def undo(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+        self,
+        problem: Problem,
+        grid: Grid,
+        checkpoints: dict[int, State],
+        grad_ys: Tensor,
+        tape: Tape,
+        times: Tensor | None,
     ) -> Tensor | None:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
-            return gradient.undo(problem, grid, marks, grad_ys, tape, times)
+            return gradient.undo(problem, grid, checkpoints, grad_ys, tape, times)
         back = Backward(self.context, grad_ys, tape)
-        certificate = Certificate(problem, marks, grid.num_steps)
-        pair, grads = marks.pop(grid.num_steps), Grads()
-        for start, stop, stored in segments_back(problem, grid, marks, tape):
+        certificate = Certificate(problem, checkpoints, grid.num_steps)
+        pair, grads = checkpoints.pop(grid.num_steps), Grads()
+        for start, stop, stored in segments_back(problem, grid, checkpoints, tape):
             y = problem.widened(stored[0]).contiguous()
             undone = back(pair, grads, start, stop, (y, *stored[1:]), start in grid.restarts)
             certificate.compare(undone, y, y)
@@ -118,12 +124,18 @@ class InductorBackend:
         return grads[0]
 
     def recompute(
-        self, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+        self,
+        problem: Problem,
+        grid: Grid,
+        checkpoints: dict[int, State],
+        grad_ys: Tensor,
+        tape: Tape,
+        times: Tensor | None,
     ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
         if batched_gradient(grad_ys):
-            return gradient.recompute(problem, grid, marks, grad_ys, tape, times)
-        return recompute(self.context, problem, grid, marks, grad_ys, tape)
+            return gradient.recompute(problem, grid, checkpoints, grad_ys, tape, times)
+        return recompute(self.context, problem, grid, checkpoints, grad_ys, tape)
 
 
 def _known(numbers: list[float], n: int, weight: Tensor) -> float:

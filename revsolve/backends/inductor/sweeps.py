@@ -186,25 +186,25 @@ class Differentiate(SegmentSweep):
 
 
 def recompute(
-    context: CompileContext, problem: Problem, grid: Grid, marks: dict[int, State], grad_ys: Tensor, tape: Tape
+    context: CompileContext, problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
-    stop, certificate = grid.num_steps, Certificate(problem, marks, grid.num_steps)
-    end = marks.pop(stop)[0]
-    most = max(b - a for a, b in pairwise([*sorted(marks), stop]))
+    stop, certificate = grid.num_steps, Certificate(problem, checkpoints, grid.num_steps)
+    end = checkpoints.pop(stop)[0]
+    most = max(b - a for a, b in pairwise([*sorted(checkpoints), stop]))
     repeat = Repeat(context, most, problem.widened(end))
     differentiate, grads = Differentiate(context, repeat.kept, grad_ys, tape), Grads(*[None] * len(repeat.kept))
-    for start in sorted(marks, reverse=True):
-        pair = widened(problem, marks[start])
+    for start in sorted(checkpoints, reverse=True):
+        pair = widened(problem, checkpoints[start])
         runs = list(pairwise([start, *(n for n in range(start + 1, stop) if n in grid.restarts), stop]))
         stored: list[Tensor] = []
         for a, b in runs:
             stored.append(pair[0])
             pair = repeat(pair, start, a, b, a in grid.restarts)
-        certificate.compare(pair[0], end, marks[start][0])
+        certificate.compare(pair[0], end, checkpoints[start][0])
         for (a, b), before in zip(reversed(runs), reversed(stored), strict=True):
             differentiate(grads, start, a, b, before, a in grid.restarts)
-        stop, (end, *_) = start, marks.pop(start)
+        stop, (end, *_) = start, checkpoints.pop(start)
     tape.memo.num_evaluations += repeat.num_evaluations + differentiate.num_evaluations
     certificate.conclude()
     if (grad := grads[0]) is not None:
