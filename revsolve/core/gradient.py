@@ -301,8 +301,8 @@ def segments_back(
 
 
 def refill(problem: Problem, term: Term, grid: Grid, checkpoints: dict[int, State], missing: list[int]) -> int:
-    """Take the recorded steps from the last of the `checkpoints` on again, to add some at the restarts `missing` after it: as many
-    as there is room for, the last included. The number of evaluations."""
+    """Take the recorded steps from the last of the `checkpoints` on again, to add some at the restarts `missing` after it: as
+    many as there is room for, the last included. The number of evaluations."""
     assert problem.restarts is not None
     start, memo, room = max(checkpoints), Memo(term), problem.restarts.capacity(grid.num_steps) - len(checkpoints)
     ahead = missing[bisect_right(missing, start) :]

@@ -112,7 +112,7 @@ class Problem:
     `explain` says why a state stopped being finite. Where the pair is wider than states and cotangents, `pair_dtype` and
     `state_dtype` are theirs. `rounding` is that of the field, where it is coarser than the state's; `undoing_remedy` is advice
     where undoing the steps is too inaccurate. `readable` is false where numbers cannot be read from tensors (while a graph is
-    traced or captured); `followed` is true where derivatives may be wanted of tensors that do not say so (forward mode, a tracer).
+    traced or captured); `followed` is true where derivatives may be wanted of tensors that do not say so (forward mode, tracers).
     `operation` makes of the problem what is differentiated, where that is not a `core.gradient.Solve`.
     """
 
