@@ -31,7 +31,7 @@ STRIDE = 4  # evaluations of the field, at least, from one look at the gap to th
 WIDEST = 8  # steps between looks where the field's fastest mode is slow
 # From the first look of a segment to the second, as a share of the segment before; from one of the others to the next, as a share
 # of the steps so far. The first pair is for ODEs, the second where noise or a path drives.
-SECOND, LATER = (0.25, 0.5), (0.75, 0.25)
+SECOND, LATER = (0.25, 0.5), (0.75, 0.5)
 
 
 @dataclass(frozen=True)

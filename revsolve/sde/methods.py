@@ -83,7 +83,7 @@ def default_restarts(scheme: Scheme) -> Restarts:
     What the first step leaves between y and z is of the order of the error for reversible Heun, and the smaller the higher
     the order for pairs, so that it may grow further before it is seen. It is random, too: a stricter limit fires at will.
     """
-    growth = 0.75 if scheme.name == "reversible_heun" else 3.0 if scheme.order == 2 else 20.0
+    growth = 0.75 if scheme.name == "reversible_heun" else 0.75 if scheme.order == 2 else 2.0
     return Restarts(growth=growth, adds_up=True)
 
 
