@@ -2,9 +2,9 @@
 
     python docs/benchmarks/sde_restarts.py
 
-Root mean square errors over 256 paths against plain Heun with eight times as many steps, in float64. The first three equations are
-those of notebooks/02_neural_sde.ipynb, the fourth is like its network; of the last two, the rate of decay times the step is up to
-1. Without restarts the method is torchsde's.
+Root mean square errors over 256 paths against plain Heun with eight times as many steps, in float64. The first three equations
+are those of notebooks/02_neural_sde.ipynb, the fourth is like its network; the rate of decay times the step is up
+to 1 in the last two. Without restarts the method is torchsde's.
 """
 
 import math
