@@ -4,12 +4,15 @@ Every script runs on one thread of one processor and takes `--tiny`, with which 
 nothing then.
 """
 
+import gc
 import os
+import runpy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +20,7 @@ from sizes import Size
 from torch import Tensor, nn
 
 Name = TypeVar("Name", bound=Hashable)
+MEMORY = str(Path(__file__).parents[2] / "tests" / "memory.py")
 
 
 def tiny() -> bool:
@@ -45,6 +49,15 @@ def medians(contenders: Mapping[Name, Callable[[], float]], rounds: int) -> dict
 def milliseconds(contenders: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, float]:
     """Median processor time of each."""
     return medians({name: partial(timed, call) for name, call in contenders.items()}, rounds)
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most bytes that torch allocates at once during a run, counted as the tests do; their profiler takes a second."""
+    if tiny():
+        run()
+        return 0
+    gc.collect()
+    return runpy.run_path(MEMORY)["most_held"](run)
 
 
 class Field(nn.Module):

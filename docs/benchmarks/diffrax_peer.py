@@ -5,6 +5,7 @@ has no RK4, so its tableau is given here, and no reversible solver for ODEs with
 McCallum & Foster (2024), coupling 1, is written twice: as a solver of diffrax over its RK4, whose steps are undone in a scan, and
 as two bare scans, which know nothing but these steps. With `--serve` it takes lines with the numbers of a size and a
 contender, and answers each with the milliseconds of processor time of one gradient: `peers.py` makes it take turns with PyTorch.
+For `ensembles.py` there are ensembles of Lorenz systems, of which it also tells the bytes that XLA's program needs.
 """
 
 import functools
@@ -158,6 +159,53 @@ CONTENDERS: dict[str, Callable[..., State]] = {
 }
 
 
+def lorenz(t: Any, y: State, coefficients: jax.Array) -> State:
+    sigma, rho, beta = coefficients
+    a, b, c = y[..., 0], y[..., 1], y[..., 2]
+    return jnp.stack([sigma * (b - a), a * (rho - c) - b, a * b - beta * c], -1)
+
+
+def adaptive(y0: State, coefficients: jax.Array, h: float, n: int) -> State:
+    control = diffrax.PIDController(rtol=1e-6, atol=1e-6)
+    span = {"t0": 0.0, "t1": n * h, "dt0": None, "max_steps": 4096}
+    how = {"stepsize_controller": control, "adjoint": diffrax.RecursiveCheckpointAdjoint()}
+    return diffrax.diffeqsolve(diffrax.ODETerm(lorenz), diffrax.Dopri5(), y0=y0, args=coefficients, **span, **how).ys[
+        -1
+    ]
+
+
+def fixed(y0: State, coefficients: jax.Array, h: float, n: int) -> State:
+    control = diffrax.StepTo(ts=jnp.linspace(0.0, n * h, n + 1))
+    span = {"t0": 0.0, "t1": n * h, "dt0": None, "max_steps": n, "stepsize_controller": control}
+    return diffrax.diffeqsolve(diffrax.ODETerm(lorenz), RK4(), y0=y0, args=coefficients, **span).ys[-1]
+
+
+ENSEMBLES: dict[str, Callable[..., State]] = {
+    "diffrax Lorenz fixed": fixed,
+    "diffrax Lorenz shared": adaptive,
+    "diffrax Lorenz each": jax.vmap(adaptive, in_axes=(0, None, None, None)),
+}
+
+
+class Ensemble:
+    """The gradient of an ensemble of Lorenz systems in steps of 0.01, or with their own over that time."""
+
+    def __init__(self, contender: str, size: Size) -> None:
+        y0 = 8 * jax.random.normal(jax.random.key(0), (size.batch, 3)) + 1
+        loss = lambda *problem: (ENSEMBLES[contender](*problem, 0.01, size.num_steps) ** 2).mean()  # noqa: E731
+        self.problem = y0, jnp.array([10.0, 28.0, 8 / 3])
+        self.gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*self.problem).compile()
+        jax.block_until_ready(self.gradient(*self.problem))
+
+    def milliseconds(self) -> float:
+        start = time.process_time()
+        jax.block_until_ready(self.gradient(*self.problem))
+        return 1e3 * (time.process_time() - start)
+
+    def num_bytes(self) -> int:
+        return int(self.gradient.memory_analysis().temp_size_in_bytes)
+
+
 class Contest:
     """One solve of one size: compiled on first use, then a gradient at each call."""
 
@@ -183,14 +231,17 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("jax", "diffrax", "equinox"))
 
 
+@functools.cache
+def contest(contender: str, size: Size) -> Any:
+    return (Ensemble if contender in ENSEMBLES else Contest)(contender, size)
+
+
 def serve() -> None:
-    contests: dict[str, Contest] = {}
     print(versions(), flush=True)
     for line in sys.stdin:
         *numbers, contender = line.strip().split(" ", 4)
-        if line not in contests:
-            contests[line] = Contest(contender, Size(*map(int, numbers)))
-        print(contests[line].milliseconds(), flush=True)
+        asked = contest(contender.removeprefix("bytes of "), Size(*map(int, numbers)))
+        print(asked.num_bytes() if contender.startswith("bytes of ") else asked.milliseconds(), flush=True)
 
 
 def main() -> None:

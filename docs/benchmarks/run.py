@@ -16,9 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMES = (
     *("overhead", "peers", "compiled", "work_precision", "large_batch", "memory", "sde_speed", "cde_speed", "deq_cost"),
-    *("cuda_graphs", "gpu_adaptive", "restarts", "horizon", "first_choice"),
+    *("projects", "ensembles", "reversible_rk", "cuda_graphs", "gpu_adaptive", "restarts", "horizon", "first_choice"),
 )
-PEERS = ("torch", "torchdiffeq", "torchsde", "torchcde", "torchdeq")
+PEERS = ("torch", "torchdiffeq", "torchsde", "torchcde", "torchdeq", "torchode")
 
 
 def versions() -> str:
