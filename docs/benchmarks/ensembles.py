@@ -37,6 +37,7 @@ MEMBERS = (1, 2) if tiny() else (1, 10, 100, 1000, 10_000, 100_000)
 COMPILED = (1,) if tiny() else (1, 1000, 100_000)  # every size is compiled anew, which takes half a minute
 ROUNDS = {1000: 5, 10_000: 3, 100_000: 1}
 MOST = 2e9  # bytes
+LARGEST = {"dopri5, steps of each": 10_000}  # more take minutes
 FIXED = {"options": {"step_size": END / NUM_STEPS}}
 ADAPTIVE = {"rtol": TOLERANCE, "atol": TOLERANCE}
 EACH = {**ADAPTIVE, "options": {"steps_of_each": True}}
@@ -120,7 +121,7 @@ def measured(kind: str, jax: Worker | None) -> dict[str, dict[int, tuple[float, 
     """Milliseconds and bytes, by contender and number of members."""
     found: dict[str, dict[int, tuple[float, float]]] = {}
     clock = timed if DEVICE == "cpu" else synchronised
-    for members in MEMBERS:
+    for members in (n for n in MEMBERS if n <= LARGEST.get(kind, n)):
         field, size = Lorenz(), Size(members, 3, 0, NUM_STEPS)
         y0 = (torch.randn(members, 3, dtype=torch.float64, device=DEVICE) * 8 + 1).requires_grad_()
         turns: dict[str, Callable[[], float]] = {}
