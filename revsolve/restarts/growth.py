@@ -28,7 +28,7 @@ ROUNDING = 100.0  # roundings of an entry are no reason to restart
 TOLERATED = 0.1  # of the tolerance of adaptive steps is no reason to restart, either
 COARSE = 0.1  # of its size is what the first step may leave of an entry, if it is not to excuse the gaps of others
 STRIDE = 4  # evaluations of the field, at least, from one look at the gap to the next
-WIDEST = 8  # steps between looks where the field's fastest mode is slow
+WIDEST = 8  # evaluations, at most, from one look to the next where the fastest mode of the field is slow
 # From the first look of a segment to the second, as a share of the segment before; from one of the others to the next, as a share
 # of the steps so far. The first pair is for ODEs, the second where noise or a path drives.
 SECOND, LATER = (0.25, 0.5), (0.75, 0.5)
@@ -109,7 +109,7 @@ class Growth:
             t0, t = stepper.grid.times[n - 1 : n + 1]
             lasting = self.spectrum.follow(n, t, y, t - t0, self.previous < self.bound)
             self.largest, bound = torch.maximum(self.largest, size), min(bound, 2 * self.previous, lasting)
-            stride = max(stride, min(self.spectrum.calm, WIDEST))
+            stride = max(stride, min(self.spectrum.calm, WIDEST // self.scheme.num_evaluations))
         self.bound, self.stride = self._even(bound), self._even(stride)
         self.second = self._even(max(2, 1 + self.stride, 1 + int(SECOND[not self.smooth] * self.previous)))
         tolerance = stepper.tolerance(self.largest)
