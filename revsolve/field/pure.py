@@ -237,7 +237,7 @@ def pure(
     buffers, held = Buffers(snapshot.modules.values()), records and gradient != "direct"
     if captured and buffers:
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
-    plain = list(filterfalse(REQUIRES_GRAD, snapshot.tensors.values())) if held else []
+    plain = list(filterfalse(REQUIRES_GRAD, snapshot.tensors.values())) if held or not records else []
     versions = list(zip(plain, map(version, plain), strict=True))
 
     # What an evaluation depends on, and whether it draws random numbers.
@@ -254,7 +254,10 @@ def pure(
 
     # What it takes for another one to give the same.
     value, changing = opening.value, buffers.changed() if buffers else buffers
-    if not (captured or getattr(term, "late", False)) and in_one_memory(value, partial(opening.again, buffers)):
+    # Where nothing is recorded, nothing may be later on, either: it would be written into memory of the field's.
+    writes = not records and any(version(x) != number and x not in buffers for x, number in versions)
+    shares = partial(in_one_memory, value, partial(opening.again, buffers))
+    if not (captured or getattr(term, "late", False)) and (writes or shares()):
         value = tree_map_only(Tensor, Tensor.clone, value)
         term = opening.term = OwnValues(term)
     matters = bool(changing) and _matter(changing, opening.at, span[0], x.detach(), draws)

@@ -109,6 +109,21 @@ def test_solves_and_calls_of_one_field_with_one_gradient(kind: type[Hostile], mo
         assert difference(found, gradient(True, "direct")) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["rev_rk4", "rk4", "reversible_heun"])
+def test_memory_of_a_field_stays_without_gradients(method: str) -> None:
+    """Where none are recorded, though the field itself would record them."""
+    memory = torch.zeros(2, dtype=torch.float64)
+
+    def rotation(t: Tensor, y: Tensor) -> Tensor:
+        memory[0], memory[1] = y[1], -y[0]
+        return memory
+
+    with torch.no_grad():
+        y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        y = odeint(rotation, y0, [0.0, 1.0], method=method, options={"step_size": 0.05})
+    assert not (memory.requires_grad or y.requires_grad)
+
+
 def loop_of(field: Hostile, y0: Tensor, **settings: Any) -> Tensor:
     return reversible_loop(lambda y: 0.2 * torch.tanh(field(y)), y0, num_steps=5, **settings)
 
