@@ -129,5 +129,35 @@ def test_tables_of_arguments_are_the_signatures(name: str) -> None:
     assert [*found.items()] == [*wanted.items()]
 
 
+def methods_of_the_table() -> list[tuple[str, int, float]]:
+    """Each method of the table in How to choose, with its evaluations a step and the longest stable step."""
+    table = (ROOT / "docs" / "how_to_choose.md").read_text(encoding="utf-8").partition("## The method")[2]
+    found = []
+    for names, _, evaluations, _, stable in re.findall(r"^\|(.*?)\|(.*?)\|(.*?)\|(.*?)\|(.*?)\|", table, re.MULTILINE)[
+        2:
+    ]:
+        names, evaluations, stable = re.findall(r"`(\w+)`", names), evaluations.split(","), stable.split(",")
+        for i, name in enumerate(names):
+            found.append((name, int(evaluations[min(i, len(evaluations) - 1)]), float(stable[min(i, len(stable) - 1)])))
+    return found
+
+
+@pytest.mark.parametrize(("name", "evaluations", "stable"), methods_of_the_table())
+def test_the_table_of_methods(name: str, evaluations: int, stable: float) -> None:
+    def decays(step: float) -> bool:
+        """Whether 60 steps of y' = -y end below where they began."""
+        y0, t, options = torch.ones(1, dtype=torch.float64), [0.0, 60 * step], {"step_size": step}
+        return abs(revsolve.odeint(lambda t, y: -y, y0, t, method=name, options=options)[-1].item()) <= 1
+
+    assert decays(0.9 * stable)
+    assert not decays(1.2 * stable)
+    options = {"step_size": 0.01}
+    with torch.no_grad():
+        solution = revsolve.odeint(
+            lambda t, y: -y, torch.ones(1), [0.0, 1.0], method=name, options=options, restarts=None, full_output=True
+        )
+    assert round(solution.stats.num_evaluations / solution.stats.num_steps) == evaluations
+
+
 def test_citation_names_this_version() -> None:
     assert f"version: {revsolve.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
