@@ -5,6 +5,7 @@ learned with it. The comparison differentiates where 50 neighbouring states end 
 build/demo.png.
 """
 
+import contextlib
 import csv
 import gc
 import sys
@@ -104,8 +105,13 @@ def gradient(model: Model, years: float, mode: str) -> Tensor:
 def live_tensors() -> dict[int, int]:
     """The storages of all tensors, and how many numbers each holds."""
     gc.collect()
-    alive = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    return {storage.data_ptr(): storage.nbytes() // 8 for storage in alive}
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            with contextlib.suppress(RuntimeError):  # a wrapper of torch.func has no memory of its own
+                storage = thing.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes() // 8
+    return found
 
 
 def numbers_held(model: Model, years: float, mode: str) -> int:
