@@ -103,9 +103,7 @@ class Scheme:
     max_segment: int | None = None
     merged: Callable[[Sequence[Time]], list[ScheduledUpdate]] | None = field(default=None, compare=False)
     reversible: bool = field(init=False, compare=False)
-    tensors: tuple[Tensor, ...] = field(
-        init=False, compare=False
-    )  # the coefficients that are, which may have gradients
+    tensors: tuple[Tensor, ...] = field(init=False, compare=False)  # the coefficients that are tensors
 
     def __post_init__(self) -> None:
         coefficients = (c for update in self.updates for c in (update.keep, update.mix, update.gain))

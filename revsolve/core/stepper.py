@@ -17,7 +17,7 @@ from revsolve.core.tape import Memo
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an error estimate, given y before and after the step
 
 T = TypeVar("T", bound="float | Tensor")
-LONGEST_RUN = 64  # what is kept for each step of a run is let go after it
+LONGEST_RUN = 64  # steps: what each of them keeps until the end of its run is bounded so
 
 
 class Step(Protocol):

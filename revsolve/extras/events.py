@@ -160,9 +160,8 @@ class _LastStep:
         found = torch.tensor(self.before, dtype=torch.float64, device="cpu", requires_grad=True)
         value = self.value(found, self.y, component)
         (rate,) = torch.autograd.grad(value, found, retain_graph=True, materialize_grads=True)
-        if abs(float(value.detach())) > 8 * abs(
-            float(rate.detach()) * (s - self.before)
-        ):  # it is not reached, but jumps there
+        # Then it is not reached, but jumps there.
+        if abs(float(value.detach())) > 8 * abs(float(rate.detach()) * (s - self.before)):
             return torch.tensor(s, dtype=torch.float64, device="cpu")
         return _Newton.apply(found, value, _checked(rate, self.before)) + (s - self.before)
 

@@ -42,9 +42,8 @@ class Audit:
         self.ends: set[Any] = set()  # the nodes of those that are leaves, as they are met
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
-        unpacked = not all(
-            map(operator.is_, tensors, field.tensors)
-        )  # perhaps by a hook, so that others stand for the leaves
+        # Perhaps by a hook, so that others stand for the leaves.
+        unpacked = not all(map(operator.is_, tensors, field.tensors))
         self.made: dict[int, weakref.ref[Tensor]] = {}  # leaves of which the field makes others in every call, it seems
         for x in tensors:
             if not x.is_leaf:

@@ -159,9 +159,8 @@ class Snapshot:
             self._open_classes(module, depth)
 
     def _open_object(self, thing: Any, depth: int) -> None:
-        if not callable(
-            thing
-        ):  # of a large program's objects, those near the field, and what those of modules hold themselves
+        # Of a large program's objects, those near the field, and what those of modules hold themselves.
+        if not callable(thing):
             depth = min(depth, 3 if depth > 3 else 2)
             if depth < 2:
                 return

@@ -173,10 +173,8 @@ def adaptive_grid(
     rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
     targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
     outputs, jumps = set(times), set(options.jump_t)
-    smooth = [
-        *times[:1],
-        *next(([s] for s in targets[1:] if s not in outputs), times[-1:]),
-    ]  # where nothing jumps so far
+    # Where nothing jumps so far.
+    smooth = [*times[:1], *next(([s] for s in targets[1:] if s not in outputs), times[-1:])]
     norm = root_mean_square if options.norm is None else options.norm
     if transformed():
         norm = functools.partial(largest_of_samples, norm, x0.ndim)

@@ -29,7 +29,7 @@ from revsolve.restarts.growth import Restarts
 
 FAR = 1e300  # where time ends for an equation that knows no end
 GRADIENTS = ("reversible", "checkpoint", "direct")
-FEW = 2  # steps that are no more than their checkpoints
+FEW = 2  # steps, of which checkpoints would keep no less than plain automatic differentiation does
 REMEDY = "restart more often (restarts=8, say), use a wider dtype"
 BLIND_INTERVAL = 4  # short enough for all of the classical problems that restarts were tuned on, but the stiffest
 

@@ -75,9 +75,8 @@ class Clock:
             now = t.to(self.device, self.dtype)
         else:
             now = self.recent.get(t)
-            if now is None or not (
-                self.traced or (version_of(now) == 0 and not now.requires_grad)
-            ):  # fields may change theirs
+            # Fields may change theirs.
+            if now is None or not (self.traced or (version_of(now) == 0 and not now.requires_grad)):
                 now = self._constant(t)
         return now if self.shift is None else now + self.shift
 

@@ -120,9 +120,8 @@ class Equation:
         if parts.noise_type == "additive" and not plain and not torch.compiler.is_compiling():
             parts = additive(parts, self.weights, always, readable)
         on_demand = area and parts.prior is None and not values_hidden()
-        if isinstance(
-            clock, BatchedTime
-        ):  # where time runs at the rate r, W of a span has r times the variance, and so has H
+        # Where time runs at the rate r, W of a span has r times the variance, and so has H.
+        if isinstance(clock, BatchedTime):
             path = _Mapped(path, lambda x, s0, s1: x * clock.rate(s0, s1).sqrt())
         term = SDETerm(parts, path, clock, self.shift, self.size, self.forms, always, readable, area, on_demand)
         return term if parts.prior is None else LogRatioTerm(term)
