@@ -154,7 +154,7 @@ def policy_of(problem: Problem, stepper: Stepper, memo: Memo) -> RestartPolicy:
 
 def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeError:
     """Repeat the steps one by one to say where the field or the state stopped being finite."""
-    watch = _Watch(term)
+    watch = _NonFiniteWatch(term)
     walk = Walk(problem.scheme, Memo(watch))
     state: State = (problem.widened(y0),)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def non_finite(problem: Problem, term: Term, grid: Grid, y0: Tensor) -> RuntimeE
     return RuntimeError(problem.explain(grid.times[-1], state[0]))
 
 
-class _Watch:
+class _NonFiniteWatch:
     """A term that remembers where its value first was not finite although the state was."""
 
     def __init__(self, term: Term) -> None:
