@@ -13,7 +13,8 @@ COMPAT_DIR ?= build/compat
 QUICK := --quick tests $(patsubst %,--ignore=tests/%,fuzz backends ode/test_ode_stability.py ode/test_ode_orders.py sde/test_sde_orders.py \
   works_with/test_distributed.py works_with/test_cleanup.py works_with/test_functional_adaptive.py works_with/test_modules.py \
   cde/test_cde_outputs.py fixed_points/test_recipes.py test_benchmarks.py test_docs_code.py brownian/test_threads.py \
-  core/test_checkpoint_spacing.py sde/test_sde_stability.py restarts/test_scales_and_memory.py compat/test_optional.py)
+  core/test_checkpoint_spacing.py sde/test_sde_stability.py restarts/test_scales_and_memory.py \
+  restarts/test_causality.py works_with/test_divergence.py compat/test_optional.py)
 # One thread a process: the same numbers on every machine, and workers that do not fight over cores.
 export OMP_NUM_THREADS ?= 1
 
