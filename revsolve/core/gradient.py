@@ -25,7 +25,7 @@ from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State, pull_back, schedule, scheduled, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
-from revsolve.core.problem import Problem
+from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape, Term, leaf_of
 
@@ -156,7 +156,7 @@ class Solve:
             leaves = field.stand_ins(tensors, lambda x: x.detach().requires_grad_())
             return self.gradient(needed, grad_ys, t, leaves, checkpoints)
 
-    def checkpoints(self, y0: Tensor, kept: Sequence[Tensor]) -> dict[int, State]:
+    def checkpoints(self, y0: Tensor, kept: Sequence[Tensor]) -> Checkpoints:
         """The states that were kept, by the steps after which."""
         states = zip(*[iter(kept)] * self.num_members, strict=True)
         return dict(zip(self.stored_after, [(y0.detach(),), *states], strict=True))
@@ -167,7 +167,7 @@ class Solve:
         grad_ys: Tensor,
         t: Tensor | None,
         leaves: Sequence[Tensor],
-        checkpoints: dict[int, State],
+        checkpoints: Checkpoints,
     ) -> tuple[Tensor | None, ...]:
         """The gradients of those among y0, t and tensors that are needed; `leaves` are the tensors, or stand for them."""
         problem, field, grid = self.problem, self.problem.field, self.grid
@@ -242,7 +242,7 @@ class _Gated(torch.autograd.Function):
 
 @torch.enable_grad()  # for what the tape records; the state and the cotangents themselves never require a gradient
 def undo(
-    problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
 ) -> Tensor | None:
     """Undo the steps from the last of the `checkpoints`, differentiating each as it is undone: the gradient of y0. `times` are
     those recorded, among the tensors of the tape, if they have gradients."""
@@ -286,7 +286,7 @@ def taken(grid: Grid, times: Tensor | None, start: int, stop: int) -> Sequence[T
 
 
 def segments_back(
-    problem: Problem, grid: Grid, checkpoints: dict[int, State], tape: Tape
+    problem: Problem, grid: Grid, checkpoints: Checkpoints, tape: Tape
 ) -> Iterator[tuple[int, int, State]]:
     """The segments, the last one first: the steps start..stop, and the state at the start, which is taken out of `checkpoints`.
     Restarts that were not kept are filled in before they are passed."""
@@ -300,7 +300,7 @@ def segments_back(
             stop = start
 
 
-def refill(problem: Problem, term: Term, grid: Grid, checkpoints: dict[int, State], missing: list[int]) -> int:
+def refill(problem: Problem, term: Term, grid: Grid, checkpoints: Checkpoints, missing: list[int]) -> int:
     """Take the recorded steps from the last of the `checkpoints` on again, to add some at the restarts `missing` after it: as
     many as there is room for, the last included. The number of evaluations."""
     assert problem.restarts is not None
@@ -332,7 +332,7 @@ def widened(problem: Problem, state: State) -> State:
 
 
 def recompute(
-    problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape, times: Tensor | None
+    problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and differentiate each by itself."""
     grads: Sequence[Tensor | None] = (None,)

@@ -71,6 +71,9 @@ class Field(Protocol):
         ...
 
 
+Checkpoints = dict[int, State]  # stored states, by the steps after which
+
+
 class Backend(Protocol):
     """What runs the loops of the engine in another way than eagerly."""
 
@@ -81,25 +84,13 @@ class Backend(Protocol):
         ...
 
     def undo(
-        self,
-        problem: Problem,
-        grid: Grid,
-        checkpoints: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        times: Tensor | None,
+        self, problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
     ) -> Tensor | None:
         """Undo the steps from the last pair, differentiating each: the gradient of y0."""
         ...
 
     def recompute(
-        self,
-        problem: Problem,
-        grid: Grid,
-        checkpoints: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        times: Tensor | None,
+        self, problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
     ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate it."""
         ...

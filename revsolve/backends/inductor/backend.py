@@ -26,7 +26,7 @@ from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State, advance, scheduled
 from revsolve.core.gradient import segments_back
 from revsolve.core.integrate import conclude, march, policy_of
-from revsolve.core.problem import Problem
+from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.restart import RestartPolicy
 from revsolve.core.stepper import FixedGrid, Grid
 from revsolve.core.tape import Grads, Memo, Tape
@@ -99,13 +99,7 @@ class InductorBackend:
         return torch.stack(ys), pair, grid
 
     def undo(
-        self,
-        problem: Problem,
-        grid: Grid,
-        checkpoints: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        times: Tensor | None,
+        self, problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
     ) -> Tensor | None:
         """Undo the segments from the last pair, differentiating each step as it is undone."""
         if batched_gradient(grad_ys):  # is_grads_batched=True, which programs know nothing of
@@ -124,13 +118,7 @@ class InductorBackend:
         return grads[0]
 
     def recompute(
-        self,
-        problem: Problem,
-        grid: Grid,
-        checkpoints: dict[int, State],
-        grad_ys: Tensor,
-        tape: Tape,
-        times: Tensor | None,
+        self, problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape, times: Tensor | None
     ) -> Tensor | None:
         """Repeat segment after segment from its stored state, last one first, and differentiate its steps one by one."""
         if batched_gradient(grad_ys):

@@ -19,7 +19,7 @@ from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import Scheme, State
 from revsolve.core.gradient import widened
 from revsolve.core.integrate import gap, size_of
-from revsolve.core.problem import Problem
+from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
 
@@ -186,7 +186,7 @@ class Differentiate(SegmentSweep):
 
 
 def recompute(
-    context: CompileContext, problem: Problem, grid: Grid, checkpoints: dict[int, State], grad_ys: Tensor, tape: Tape
+    context: CompileContext, problem: Problem, grid: Grid, checkpoints: Checkpoints, grad_ys: Tensor, tape: Tape
 ) -> Tensor | None:
     """Repeat segment after segment from its stored state, last one first, and carry cotangents back through its steps."""
     stop, certificate = grid.num_steps, Certificate(problem, checkpoints, grid.num_steps)
