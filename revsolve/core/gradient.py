@@ -23,7 +23,7 @@ from torch import Tensor
 
 from revsolve.core.arithmetic import Time, accumulate
 from revsolve.core.certificate import Certificate
-from revsolve.core.coupling import State, pull_back, schedule, scheduled, written
+from revsolve.core.coupling import Scheme, State, pull_back, schedule, scheduled, written
 from revsolve.core.integrate import Walk, march, moments, replay, replay_all
 from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
@@ -263,7 +263,8 @@ def undo(
                 if member == 0:
                     certificate.compare(state[0], stored[0], stored[0])
                 # evaluated at the stored state: at a kink, the undone one could lie on the other side
-                state = _exactly(problem, stored, state, member, start in grid.restarts)
+                if (known := known_source(scheme, stored, start in grid.restarts)) is not None:
+                    state = written(state, member, problem.widened(known))
             state = pull_back(path[0], state, grads, tape)
         tape.flush(grads)  # its graph need not be there with all that follows
         if member != 0:
@@ -317,13 +318,12 @@ def refill(problem: Problem, term: Term, grid: Grid, checkpoints: Checkpoints, m
     return memo.num_evaluations
 
 
-def _exactly(problem: Problem, stored: State, state: State, member: int, restarted: bool) -> State:
-    """The state at the beginning of a segment, with a member as it was there if no evaluation is needed to know it."""
-    if restarted and member != 0:
-        if any(update.increment is not None for update in problem.scheme.restart):
-            return state
-        return written(state, member, problem.widened(stored[0]))
-    return written(state, member, problem.widened(stored[member]))
+def known_source(scheme: Scheme, stored: State, restarted: bool) -> Tensor | None:
+    """The member that the first update behind a stored state reads, if no evaluation is needed to know it."""
+    member = scheme.updates[0].source
+    if not (restarted and member):
+        return stored[member]
+    return None if any(update.increment is not None for update in scheme.restart) else stored[0]
 
 
 def widened(problem: Problem, state: State) -> State:

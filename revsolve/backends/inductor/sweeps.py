@@ -16,8 +16,8 @@ from revsolve.backends.inductor.context import CompileContext, SegmentSweep, cot
 from revsolve.backends.inductor.programs import Constants, Tensors, detached_clones
 from revsolve.backends.inductor.tables import around, at, counter, row
 from revsolve.core.certificate import Certificate
-from revsolve.core.coupling import Scheme, State
-from revsolve.core.gradient import widened
+from revsolve.core.coupling import State
+from revsolve.core.gradient import known_source, widened
 from revsolve.core.integrate import gap, size_of
 from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
@@ -74,8 +74,9 @@ class Backward(SegmentSweep):
         undone."""
         context, self.restart = self.context, restart
         given = [*pair, *_filled(grads, torch.zeros_like(pair[0], dtype=context.problem.state_dtype))]
-        known = _source(context.scheme, stored, restart)
-        constant = context.constants(stop, start, stored=stored[0], grad_ys=self.grad_ys, known=known)
+        known = known_source(context.scheme, stored, restart)
+        constant = context.constants(stop, start, stored=stored[0], grad_ys=self.grad_ys)
+        constant["known"] = () if known is None else (known,)
         program = context.differentiating, ("backward", restart), self
         undone, grads[0], grads[1] = context.run(*program, (stop, start), given, constant, self.sums)
         return undone
@@ -102,14 +103,6 @@ class Backward(SegmentSweep):
 def _filled(grads: Grads, zero: Tensor) -> list[Tensor]:
     """The cotangents of all members, with a zero where there is none."""
     return [zero if (grad := grads[member]) is None else grad for member in range(len(grads.totals))]
-
-
-def _source(scheme: Scheme, stored: State, restarted: bool) -> list[Tensor]:
-    """The member that the first update behind a stored pair reads, if no evaluation is needed to know it."""
-    member = scheme.updates[0].source
-    if not (restarted and member):
-        return [stored[member]]
-    return [] if any(update.increment is not None for update in scheme.restart) else [stored[0]]
 
 
 class Repeat(SegmentSweep):
