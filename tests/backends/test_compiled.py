@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revsolve import LinearPath, NaturalCubicPath, alf, cdeint, fixed_point, method_names, odeint, reversible, sdeint
 from revsolve.backends import CompilationError
 from revsolve.backends.inductor import programs
-from revsolve.backends.inductor.compiler import Compiler
+from revsolve.backends.inductor.compiler import Compiler, check
 from revsolve.backends.inductor.programs import PROGRAMS, once
 from revsolve.backends.inductor.torch_internals import supported
 from revsolve.schemes.names import scheme
@@ -299,6 +299,18 @@ def test_a_program_that_does_something_else_is_refused(place: int, monkeypatch: 
     monkeypatch.setattr(PROGRAMS, "known", {})
     with pytest.raises(CompilationError, match=r"differs by 1\.0e-01 .* compile=False"):
         through(lambda t, y: torch.sin(y))
+
+
+def test_what_memory_held_before_hides_no_difference() -> None:
+    """Memory to be filled may hold numbers beside which 0.1 would be a rounding."""
+
+    def fill(x: Tensor, out: Tensor) -> list[Tensor]:
+        out[0] = x[0]
+        return [x]
+
+    one, memory = torch.ones(1), torch.full((2,), 1e30)
+    with pytest.raises(CompilationError, match=r"differs by 1\.0e-01"):
+        check(fill, lambda x, out: [y + 0.1 for y in fill(x, out)], [one, memory], torch.finfo().eps, changed=[1])
 
 
 def test_a_program_that_rounds_otherwise_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

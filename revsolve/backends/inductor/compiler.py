@@ -76,15 +76,17 @@ def check(
     resolution: Sequence[float] = (),
 ) -> None:
     """Raise CompilationError unless the program does what the code does that it was recorded from, but for roundings of size
-    `eps`; the first results are known up to the `resolution` only.
+    `eps`; the first results are known up to the `resolution` only. Inputs that are `changed` begin at zero: memory that was
+    never written may hold numbers beside which no difference counts.
 
     Roundings may carry a number over a kink of the field, but hardly twice, so the program has a second try elsewhere.
     """
     for factor in (1.0, MOVED):
         results: list[list[Tensor]] = []
         for call in (step, run):
-            # copies, to be changed
             given = [x * factor if x.is_floating_point() or x.is_complex() else x for x in inputs]
+            for i in changed:
+                given[i] = torch.zeros_like(inputs[i])
             results.append([*call(*given), *(given[i] for i in changed)])
         wanted, got = results
         if (wrong := _difference(wanted, got, eps, resolution)) is None:

@@ -133,18 +133,21 @@ class SegmentSweep(Sweep):
     def __init__(self, context: CompileContext) -> None:
         self.context, self.num_evaluations = context, 0
         self.counts = {"begin": 0, "step": 0, "end": 0}
+        self.outside = list(context.outside)
+        for i, _ in context.wanted:
+            self.outside[i] = context.outside[i].requires_grad_()  # in a backward pass, what stands in its place there
 
     @contextmanager
     def evaluating(self, part: str, constant: Constants) -> Iterator[TracedMemo]:
         """A memo of the term, whose field uses what stands in the constants for the tensors from outside."""
         memo = TracedMemo(self.context.term)
-        with torch.no_grad(), Substituted(self.context.outside, constant["outside"]):
+        with torch.no_grad(), Substituted(self.outside, constant["outside"]):
             yield memo
         self.counts[part] = memo.num_evaluations
 
     def differentiate_by(self, tape: Tape) -> None:
         """Take the gradients for the tensors of a tape, where the field uses them, and add them to its sums."""
-        used = [self.context.outside[i].requires_grad_() for i, _ in self.context.wanted]  # or those in their places
+        used = [self.outside[i] for i, _ in self.context.wanted]
         sums = {id(x): total for x, total in zip(tape.tensors, tape.sums, strict=True)}
         self.sums = [sums[id(x)] if id(x) in sums else torch.zeros_like(x) for x in used]
         self.leaves, self.tape = used, tape
@@ -152,10 +155,7 @@ class SegmentSweep(Sweep):
     @contextmanager
     def differentiating(self, part: str, constant: Constants, changed: Tensors) -> Iterator[TracedTape]:
         """A tape that adds the gradients that it finds to what is changed."""
-        outside = list(self.context.outside)
-        for (i, _), leaf in zip(self.context.wanted, self.leaves, strict=True):
-            outside[i] = leaf
-        with torch.enable_grad(), Substituted(outside, constant["outside"]):
+        with torch.enable_grad(), Substituted(self.outside, constant["outside"]):
             tape = TracedTape(self.context, self.leaves, self.tape)
             yield tape
         self.counts[part] = tape.memo.num_evaluations
