@@ -40,7 +40,7 @@ class Certificate:
         self.distances.append(mean_size((y - stored).div_(self.scale)))  # a state less at the peak
         self.sizes.append(mean_size(start / self.scale))
 
-    def conclude(self) -> None:
+    def check(self) -> None:
         """Raise or warn where a distance is too large: a gradient is never silently wrong. One device read."""
         problem = self.problem
         if not problem.readable:

@@ -124,7 +124,9 @@ class Solve:
         ys, last, self.grid = states(problem, y0.detach(), store_in(problem, checkpoints))
         kept = self._keep(checkpoints, last)
         if problem.readable:
-            problem.field.conclude(partial(self.again, y0.detach()), self.grid.times[-1], problem.narrowed(last[0]))
+            problem.field.check_repeatable(
+                partial(self.again, y0.detach()), self.grid.times[-1], problem.narrowed(last[0])
+            )
         return ys, *kept
 
     def again(self, y0: Tensor) -> None:
@@ -277,7 +279,7 @@ def undo(
     tape.flush(grads)
     if (i := grid.output(0)) is not None:
         grads.add(0, grad_ys[i])
-    certificate.conclude()
+    certificate.check()
     return grads[0]
 
 
@@ -355,7 +357,7 @@ def recompute(
         grads = got[: len(leaves)]
         tape.add_up(got[len(leaves) :])
         stop, end = start, checkpoints[start][0]
-    certificate.conclude()
+    certificate.check()
     return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,6 @@ from revsolve.core.problem import Problem
 from revsolve.core.restart import FixedInterval, RestartPolicy
 from revsolve.core.stepper import Grid, Measure, Step, Stepper
 from revsolve.core.tape import Memo, Term
-
-
-class Walking(Step, Protocol):
-    """Takes steps after which the gap can be measured."""
-
-    def gap(self, state: State, h: float, weight: Tensor) -> Tensor: ...
 
 
 class Walk:
@@ -51,8 +45,7 @@ class Walk:
         self.memo.latest = self.before_attempt
 
     def gap(self, state: State, h: float, weight: Tensor) -> Tensor:
-        """The largest entry, weighted, of the distance of z from what a restart would make of it, after a step of length h."""
-        return size_of(gap(self.scheme, state, self.begun[1], h) * weight)
+        return size_of(defect(self.scheme, state, self.begun[1], h) * weight)
 
 
 def march(
@@ -60,7 +53,7 @@ def march(
     term: Term,
     y0: Tensor,
     store: Callable[[int, State], None] | None = None,
-    walking: Callable[[Scheme, Memo], Walking] = Walk,
+    make_step: Callable[[Scheme, Memo], Step] = Walk,
 ) -> tuple[list[Tensor], State, Grid]:
     """Carry the state from y0 over the whole grid, segment by segment; the outputs, the last state and the grid."""
     stepper, memo = problem.make_stepper(), Memo(term)
@@ -68,7 +61,7 @@ def march(
     if (first := problem.field.take_first()) is not None:
         memo.num_evaluations = 1
         memo.latest = (state[0], *first)
-    walk, grid = walking(problem.scheme, memo), stepper.grid
+    step, grid = make_step(problem.scheme, memo), stepper.grid
     policy, scheme = policy_of(problem, stepper, memo), problem.scheme
     ys = [y0] if grid.outputs[0] == 0 else []
     next_decision = 0
@@ -84,17 +77,17 @@ def march(
         limit = next_decision
         if scheme.has_velocity and problem.restarts is not None and limit > n + 1:
             limit -= 1  # the last step is taken alone, so that its change of the velocity can be measured
-        state = stepper.advance(walk, state, restart, min(limit, stepper.num_total or limit))
+        state = stepper.advance(step, state, restart, min(limit, stepper.num_total or limit))
         if len(ys) < len(grid.outputs) and grid.outputs[len(ys)] == stepper.num_steps:
             ys.append(problem.narrowed(state[0]))
         if stepper.num_steps == next_decision and not stepper.done:
             h = grid.times[next_decision] - grid.times[next_decision - 1]
-            next_decision = policy.extend(stepper, functools.partial(walk.gap, state, h))
-    conclude(problem, term, stepper, state[0], y0, memo.num_evaluations)
+            next_decision = policy.extend(stepper, functools.partial(step.gap, state, h))
+    finish(problem, term, stepper, state[0], y0, memo.num_evaluations)
     return ys, state, grid
 
 
-def conclude(problem: Problem, term: Term, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
+def finish(problem: Problem, term: Term, stepper: Stepper, y: Tensor, y0: Tensor, num_evaluations: int) -> None:
     """Raise unless the last state is finite; note what was done."""
     grid, stats = stepper.grid, problem.stats
     if problem.readable and not math.isfinite(size_of(y.detach())):
@@ -188,8 +181,8 @@ def _finite(x: Any) -> bool:
     return not isinstance(x, Tensor) or bool(torch.isfinite(x).all())
 
 
-def gap(scheme: Scheme, state: State, before: Tensor, h: float | Tensor) -> Tensor:
-    """The distance of z from what a restart would make of it, after a step of length h that began with z = `before`."""
+def defect(scheme: Scheme, state: State, before: Tensor, h: float | Tensor) -> Tensor:
+    """The distance of z from what a restart would make of it, which is kept small, after a step of length h that began with z = `before`."""
     y, z = state
     return ((z - before) * h if scheme.has_velocity else y - z).detach()
 

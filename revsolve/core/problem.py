@@ -66,7 +66,7 @@ class Field(Protocol):
         """What raises where a recorded evaluation depends on anything but these tensors."""
         ...
 
-    def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
+    def check_repeatable(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise if steps could not be repeated, after a forward pass to (t, y); `again` makes it once more."""
         ...
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from revsolve.core.arithmetic import OneSided
+from revsolve.core.arithmetic import OneSided, Time
 from revsolve.core.coupling import State
 from revsolve.core.tape import Memo
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an error estimate, given y before and after the step
 
-T = TypeVar("T", bound="float | Tensor")
-LONGEST_RUN = 64  # steps: what each of them keeps until the end of its run is bounded so
-
 
 class Step(Protocol):
-    """Takes the steps from each of the times to the next, after a restart where asked for; measures their error if told how."""
+    """Takes the steps from each of the times to the next, after a restart where asked for; measures their error if told how.
+    `gap` is the largest entry, weighted, of the defect (`core.integrate.defect`) after a last step of length h."""
 
     memo: Memo
 
@@ -30,6 +28,7 @@ class Step(Protocol):
     ) -> tuple[State, Tensor | None]: ...
 
     def forget_attempt(self) -> None: ...
+    def gap(self, state: State, h: float, weight: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -70,12 +69,12 @@ class Grid:
                 yield first, n
                 first = n
 
-    def seen(self, start: int, stop: int, times: Sequence[T]) -> Sequence[T]:
+    def seen(self, start: int, stop: int, times: Sequence[Time]) -> Sequence[Any]:
         """The times of the steps start..stop, a run, where those at a jump are seen from within it."""
         if not self.jumps or self.jumps.isdisjoint((start, stop)):
             return times
         side = math.copysign(1.0, self.times[-1] - self.times[0])
-        seen: list[Any] = list(times)
+        seen = list(times)
         if start in self.jumps:
             seen[0] = OneSided(self.times[start], side)
         if stop in self.jumps:
@@ -109,33 +108,3 @@ class Stepper(Protocol):
     def tolerance(self, size: Tensor) -> Tensor | None:
         """The error that a step to states of this size may make; None where steps are not chosen by their error."""
         ...
-
-
-class FixedGrid:
-    """Steps between given times; `outputs` are the step counts at which outputs are due, for `pinned` and `jumps` see `Grid`."""
-
-    def __init__(
-        self, times: list[float], outputs: list[int], pinned: Sequence[int] = (), jumps: Collection[int] = ()
-    ) -> None:
-        self.grid = Grid(times, outputs, pinned=list(pinned), jumps=set(jumps), longest_run=LONGEST_RUN)
-        self.num_steps = self.num_rejected = 0
-        self.num_total = len(times) - 1
-        self.next_output = 0  # which of them; bisection would be a riddle to torch.compile
-
-    @property
-    def done(self) -> bool:
-        return self.num_steps == self.num_total
-
-    def advance(self, step: Step, pair: State, restart: bool, limit: int) -> State:
-        n, outputs = self.num_steps, self.grid.outputs
-        while outputs[self.next_output] <= n:
-            self.next_output += 1
-        stop = min(limit, n + LONGEST_RUN, outputs[self.next_output])
-        if self.grid.jumps:
-            stop = min([stop, *(jump for jump in self.grid.jumps if jump > n)])
-        pair, _ = step(pair, self.grid.seen(n, stop, self.grid.times[n : stop + 1]), restart)
-        self.num_steps = stop
-        return pair
-
-    def tolerance(self, size: Tensor) -> Tensor | None:
-        return None

@@ -41,25 +41,6 @@ class Wrapped:
         self.additive, self.is_rate = getattr(term, "additive", False), getattr(term, "is_rate", False)
 
 
-class Guarded(Wrapped):
-    """A term around another one, whose evaluations are calls by `evaluate`: of the value, or of the product if that is late."""
-
-    def __init__(self, term: Term) -> None:
-        super().__init__(getattr(term, "at_once", term))
-        if self.late:
-            del self.product  # so that it is the method
-
-    def value(self, t: Time, x: Tensor) -> Any:
-        return (t, x) if self.late else self.evaluate(t, self.term.value, t, x)
-
-    def product(self, value: Any, control: Any) -> tuple[Tensor, Scalar]:
-        return self.evaluate(value[0], self.term.product, value, control)
-
-    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
-        """The value of the call, an evaluation at t."""
-        raise NotImplementedError
-
-
 class Memo(Wrapped):
     """A term that keeps its latest evaluation, because the next update may ask for the same one."""
 

@@ -22,13 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from revsolve.core.arithmetic import OneSided
 from revsolve.core.gradient import solve
 from revsolve.core.problem import Problem
-from revsolve.core.stepper import FixedGrid, Stepper
+from revsolve.core.stepper import Stepper
 from revsolve.extras.progress import watched_steps
 from revsolve.field.functorch import numbers
 from revsolve.prepare.problem import InitialValueProblem
 from revsolve.prepare.times import as_tensor, warn_of_indistinct
 from revsolve.solution import Solution
 from revsolve.steppers.adaptive import Adaptive
+from revsolve.steppers.fixed import FixedGrid
 
 
 def solve_densely(ivp: InitialValueProblem, t: Any, times: list[float]) -> Solution:

@@ -157,9 +157,8 @@ class PerSampleSteps(Recording):
         return torch.linalg.vector_norm(scaled, dim=1).to("cpu", torch.float64) / scaled.shape[1] ** 0.5
 
     def _factors(self, ratio: Tensor, grow: Tensor) -> Tensor:
-        c, k = self.control, self.control.error_order + 1
-        wanted = c.safety * ratio ** (-0.7 / k) * self.previous ** (0.4 / k)
-        return torch.where(ratio.isfinite(), wanted, 0.0).clamp(min=c.shrink).minimum(grow)
+        wanted = torch.where(ratio.isfinite(), self.control.factor(ratio, self.previous), 0.0)
+        return wanted.clamp(min=self.control.shrink).minimum(grow)
 
     def _check_progress(self, i: int, start: Tensor) -> None:
         c, t = self.control, self.clock.t.detach().to("cpu", torch.float64)[i : i + 2].abs().amax(0)

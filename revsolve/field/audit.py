@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Guarded
 from revsolve.field.discover import boundary, edge_of, inputs_of, leaf_at
 from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product, version
+from revsolve.field.repeat import Guarded
 from revsolve.field.snapshot import tensors_in
 
 KEPT = (

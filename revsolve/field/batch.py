@@ -28,7 +28,7 @@ class Batch:
     def __init__(self, sample: Any, own: tuple[bool, ...], size: int, randomness: str) -> None:
         self.sample, self.own, self.size, self.randomness = sample, own, size, randomness
         self.term, self.tensors = sample.term, sample.tensors
-        self.as_solved, self.audit, self.conclude = sample.as_solved, sample.audit, sample.conclude
+        self.as_solved, self.audit, self.check_repeatable = sample.as_solved, sample.audit, sample.check_repeatable
         self.take_first = sample.take_first
 
     @contextmanager

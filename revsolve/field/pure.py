@@ -125,7 +125,7 @@ class Pure:
             self.constants.check(lambda: self.opening.again())
             yield
 
-    def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
+    def check_repeatable(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise RuntimeError if the field began late with what its first call did not do. `again` repeats the forward pass."""
         late = self.untouched and self.untouched.changed()
         if late and _matter(late, partial(self.opening.at, within=self.lent), t, y.detach(), False):

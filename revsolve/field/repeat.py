@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from revsolve.core.arithmetic import Time
-from revsolve.core.tape import Guarded, Term
+from revsolve.core.arithmetic import Scalar, Time
+from revsolve.core.tape import Term, Wrapped
 from revsolve.field.functorch import entries_of, is_borrowed, version, watching
 from revsolve.field.snapshot import tensors_in
 
@@ -72,6 +72,25 @@ def drawing(call: Callable[[], Any]) -> tuple[Any, bool]:
 
     with watching(see):
         return call(), found[0]
+
+
+class Guarded(Wrapped):
+    """A term around another one, whose evaluations are calls by `evaluate`: of the value, or of the product if that is late."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(getattr(term, "at_once", term))
+        if self.late:
+            del self.product  # so that it is the method
+
+    def value(self, t: Time, x: Tensor) -> Any:
+        return (t, x) if self.late else self.evaluate(t, self.term.value, t, x)
+
+    def product(self, value: Any, control: Any) -> tuple[Tensor, Scalar]:
+        return self.evaluate(value[0], self.term.product, value, control)
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        """The value of the call, an evaluation at t."""
+        raise NotImplementedError
 
 
 class Repeatable(Guarded):

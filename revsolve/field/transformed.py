@@ -72,7 +72,7 @@ class Transformed:
     def audit(self, tensors: Sequence[Tensor]) -> None:
         return None
 
-    def conclude(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
+    def check_repeatable(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         pass
 
 

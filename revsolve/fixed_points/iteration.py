@@ -15,7 +15,7 @@ from revsolve.core.arithmetic import Time
 from revsolve.core.coupling import Scheme
 from revsolve.core.gradient import solve, states
 from revsolve.core.problem import Problem, Stats
-from revsolve.core.stepper import FixedGrid, Stepper
+from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.extras.progress import AcceptedStep, watched
 from revsolve.fixed_points.precision import computed_dtype
@@ -24,6 +24,7 @@ from revsolve.prepare.problem import prepare
 from revsolve.prepare.state import Packing
 from revsolve.schemes.increment import Given
 from revsolve.schemes.reversible import starting_from
+from revsolve.steppers.fixed import FixedGrid
 
 REMEDY = "store the pair more often (anchor_every=1), {}use pair_dtype=torch.float64"
 

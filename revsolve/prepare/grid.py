@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from revsolve.core.caller import warn
-from revsolve.core.stepper import FixedGrid, Stepper
+from revsolve.core.stepper import Stepper
 from revsolve.core.tape import Term
 from revsolve.field.functorch import batching, of_every_sample, transformed
 from revsolve.field.repeat import capturing
@@ -22,6 +22,7 @@ from revsolve.prepare.diagnosis import explain_step
 from revsolve.prepare.options import ADAPTIVE_OPTIONS, SolverOptions, Tolerance
 from revsolve.prepare.times import check_times
 from revsolve.steppers.adaptive import Adaptive, ErrorControl, first_step, root_mean_square
+from revsolve.steppers.fixed import FixedGrid
 
 MAX_NUM_STEPS = 100_000
 EXACT = torch.finfo(torch.float64).eps

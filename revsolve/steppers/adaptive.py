@@ -39,6 +39,11 @@ class ErrorControl:
         """The error that a step to states of this size may make."""
         return self.atol + self.rtol * size
 
+    def factor(self, ratio: Any, previous: Any) -> Any:
+        """What scales the next step, without limits, from the error ratios of this step and of the one before."""
+        k = self.error_order + 1
+        return self.safety * ratio ** (-0.7 / k) * previous ** (0.4 / k)
+
 
 class Recording:
     """A stepper that records steps as it takes them, as many as its grid has; in all unknown, and none rejected so far."""
@@ -128,12 +133,10 @@ class Adaptive(Recording):
         return self.control.norm(error / self.control.tolerance(size))
 
     def _factor(self, ratio: float, grow: float) -> float:
-        c, k = self.control, self.control.error_order + 1
+        shrink = self.control.shrink
         if not math.isfinite(ratio):
-            return c.shrink
-        if ratio == 0.0:
-            return grow
-        return min(grow, max(c.shrink, c.safety * ratio ** (-0.7 / k) * self.previous ** (0.4 / k)))
+            return shrink
+        return grow if ratio == 0.0 else min(grow, max(shrink, self.control.factor(ratio, self.previous)))
 
     def _seen(self, t0: float, t1: float) -> tuple[float, float]:
         """The ends of a step, where those at a jump are seen from within it."""

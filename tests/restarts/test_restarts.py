@@ -11,9 +11,9 @@ from torch import Tensor
 
 from revsolve import Restarts, Solution, odeint
 from revsolve.core.problem import Stats
-from revsolve.core.stepper import FixedGrid
 from revsolve.core.tape import Memo
 from revsolve.schemes.names import scheme
+from revsolve.steppers.fixed import FixedGrid
 
 
 def decay(t: Tensor, y: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ from revsolve.backends.inductor.operation_trace import Substituted, operation_tr
 from revsolve.backends.inductor.programs import PROGRAMS, Program, once
 from revsolve.backends.inductor.tables import as_seen
 from revsolve.core.coupling import Scheme, State, advance, scheduled
-from revsolve.core.integrate import gap, size_of
+from revsolve.core.integrate import defect, size_of
 from revsolve.core.stepper import Measure
 from revsolve.core.tape import Memo
 
 
 class CompiledSteps:
-    """Takes single steps and measures their error, as `Walk` does; `distance` is that of z from what a restart would make of it.
+    """Takes single steps and measures their error, as `Walk` does; `defect` is that of the latest one.
 
     Where the last evaluation of a step is the first of the next, its value goes out of one call and into the other.
     """
@@ -54,7 +54,7 @@ class CompiledSteps:
         if self.program is None:
             self._find(times, inputs, measure, form)
         assert self.program is not None
-        measured, self.distance, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
+        measured, self.defect, y, *rest = self.program.run(*inputs, *(x.detach() for x in self.outside))
         memo.num_evaluations += self.program.besides
         state = (y, rest.pop(0)) if self.scheme.reversible else (y,)
         memo.latest = (state[self.begins], t1, tree_unflatten(rest, form)) if self.passes_on else (None, None, None)
@@ -64,7 +64,7 @@ class CompiledSteps:
         self.memo.latest = self.before_attempt
 
     def gap(self, state: State, h: float, weight: Tensor) -> Tensor:
-        return size_of(self.distance * weight)
+        return size_of(self.defect * weight)
 
     def _find(self, times: Sequence[float], inputs: list[Tensor], measure: Measure, form: Any) -> None:
         """The program for inputs like these, made now unless there is one."""
@@ -98,7 +98,7 @@ class CompiledSteps:
             pair = advance(scheduled(update, t0, t1), pair, memo, error)
         measured, distance = measure(sum(error[1:], start=error[0]), y, pair[0]), torch.zeros((), device=y.device)
         if before:
-            distance = gap(self.scheme, pair, before[0], (t1 - t0).to(y.real.dtype))
+            distance = defect(self.scheme, pair, before[0], (t1 - t0).to(y.real.dtype))
         counts.append(memo.num_evaluations)
         passed = tree_flatten(memo.latest[2])[0] if self.passes_on else []
         return measured, distance, *pair, *passed

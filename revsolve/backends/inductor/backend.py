@@ -25,13 +25,14 @@ from revsolve.core import gradient
 from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State, advance, scheduled
 from revsolve.core.gradient import segments_back
-from revsolve.core.integrate import conclude, march, policy_of
+from revsolve.core.integrate import finish, march, policy_of
 from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.restart import RestartPolicy
-from revsolve.core.stepper import FixedGrid, Grid
+from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Memo, Tape
 from revsolve.field.functorch import batched_gradient
 from revsolve.steppers.adaptive import Adaptive
+from revsolve.steppers.fixed import FixedGrid
 
 
 class InductorBackend:
@@ -65,7 +66,7 @@ class InductorBackend:
                 store(n, begin if n else (y0,))
             n, pair = self._segment(policy, ahead, stepper, pair)
         beforehand = problem.field.take_first() is not None
-        conclude(
+        finish(
             problem, problem.field.term, stepper, pair[0], y0, beforehand + ahead.num_evaluations + memo.num_evaluations
         )
         return ahead.ys, pair, grid
@@ -91,8 +92,8 @@ class InductorBackend:
         self, problem: Problem, y0: Tensor, store: Callable[[int, State], None] | None
     ) -> tuple[Tensor, State, Grid]:
         """The same with steps that follow their error, each attempted by a program."""
-        walking = functools.partial(CompiledSteps, self.compiler, self.owners, y0.real.dtype)
-        ys, pair, grid = march(problem, problem.field.term, y0, store, walking)
+        make_step = functools.partial(CompiledSteps, self.compiler, self.owners, y0.real.dtype)
+        ys, pair, grid = march(problem, problem.field.term, y0, store, make_step)
         if store is not None:
             table = Untabulated(problem.field.term)
             self.context = CompileContext(problem, self.owners, table, grid, y0, self.compiler, graded=True)
@@ -113,7 +114,7 @@ class InductorBackend:
             certificate.compare(undone, y, y)
             pair = stored
         tape.memo.num_evaluations += back.num_evaluations
-        certificate.conclude()
+        certificate.check()
         grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
         return grads[0]
 

@@ -18,7 +18,7 @@ from revsolve.backends.inductor.tables import around, at, counter, row
 from revsolve.core.certificate import Certificate
 from revsolve.core.coupling import State
 from revsolve.core.gradient import known_source, widened
-from revsolve.core.integrate import gap, size_of
+from revsolve.core.integrate import defect, size_of
 from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
 from revsolve.core.tape import Grads, Tape, vector_jacobian_product
@@ -51,7 +51,9 @@ class Forward(SegmentSweep):
         with self.evaluating("step", constant) as memo:
             pair = context.advanced(context.rest, pair, t0, t1, row(controls, done), memo)
             if before and constant["weight"]:
-                found = size_of(gap(context.scheme, pair, before[0], (t1 - t0).to(gaps.dtype)) * constant["weight"][0])
+                found = size_of(
+                    defect(context.scheme, pair, before[0], (t1 - t0).to(gaps.dtype)) * constant["weight"][0]
+                )
                 gaps.index_copy_(0, done.reshape(1), found.to(gaps.dtype)[None])
             output = at(constant["due"], n + 1)
             place = output.clamp(min=0).reshape(1)
@@ -199,7 +201,7 @@ def recompute(
             differentiate(grads, start, a, b, before, a in grid.restarts)
         stop, (end, *_) = start, checkpoints.pop(start)
     tape.memo.num_evaluations += repeat.num_evaluations + differentiate.num_evaluations
-    certificate.conclude()
+    certificate.check()
     if (grad := grads[0]) is not None:
         grads[0] = problem.narrowed(grad)
     grads.add(0, grad_ys[0] if grid.outputs[0] == 0 else None)
