@@ -182,7 +182,7 @@ def _finite(x: Any) -> bool:
 
 
 def defect(scheme: Scheme, state: State, before: Tensor, h: float | Tensor) -> Tensor:
-    """The distance of z from what a restart would make of it, which is kept small, after a step of length h that began with z = `before`."""
+    """The distance of z from what a restart would make of it, after a step of length h that began with z = `before`."""
     y, z = state
     return ((z - before) * h if scheme.has_velocity else y - z).detach()
 
