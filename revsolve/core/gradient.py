@@ -346,16 +346,12 @@ def recompute(
             ends = taken(grid, times, start, stop)
             after, outputs = replay(problem, grid, widened(problem, leaves), start, stop, ends, walk)
         certificate.compare(after[0].detach(), end, checkpoints[start][0])
-        results, cotangents, sources = [], [], [*leaves, *tape.tensors]
+        results, cotangents = [], []
         for x, grad in (*zip(after, grads, strict=False), *((y, grad_ys[i]) for i, y in outputs.items())):
             if x.requires_grad and grad is not None:
                 results.append(x)
                 cotangents.append(grad)
-        if tape.audit is not None:
-            tape.audit(results, sources)
-        got = tape.differentiate(results, sources, cotangents)
-        grads = got[: len(leaves)]
-        tape.add_up(got[len(leaves) :])
+        grads = tape.products(results, leaves, cotangents)
         stop, end = start, checkpoints[start][0]
     certificate.check()
     return accumulate(grads[0], grad_ys[0]) if grid.outputs[0] == 0 else grads[0]

@@ -145,8 +145,9 @@ class Grads:
             self[member] = scaled_add(scaled_add(None, grad, weight), total, factor)
 
 
-# Raises RuntimeError if outputs, recorded since it was called last, depend on anything but the inputs.
-Audit = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+# Raises RuntimeError if outputs, recorded since it was called last, depend on anything but the inputs. Gives the leaves, besides
+# the first input, on which they do, or None where it does not tell.
+Audit = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor] | None]
 # Gives the products of cotangents, by outputs and inputs, as `vector_jacobian_product` does.
 Differentiate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor | None, ...]]
 
@@ -171,6 +172,8 @@ class Tape:
         self.differentiate = differentiate or vector_jacobian_product
         self.memo = Memo(term)
         self.tensors = tuple(tensors)
+        self.places = {id(x): i for i, x in enumerate(self.tensors)}
+        self.computed = [i for i, x in enumerate(self.tensors) if not x.is_leaf]
         self.one_dtype = not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.dtypes = set(map(attrgetter("dtype"), self.tensors))
         self.audit = audit
@@ -231,25 +234,42 @@ class Tape:
         """Take the vector-Jacobian products of all that was recorded, and add them up."""
         if self.outputs:
             assert self.member is not None and self.leaf is not None
-            inputs = (self.leaf, *self.tensors)
             outputs, cotangents = self.outputs, self.cotangents
-            if self.audit is not None:
-                self.audit(outputs, inputs)
             total = grads[self.member] if self.weight == 1.0 else None
             joins = total is not None and total.dtype is self.leaf.dtype
             if total is not None and joins:  # added up in the order in which autograd would, so that both round alike
                 outputs, cotangents = [*outputs, self.leaf], [*cotangents, total]
-            got = self.differentiate(outputs, inputs, cotangents)
+            (grad,) = self.products(outputs, (self.leaf,), cotangents, self.weight)
             if joins:
-                grads[self.member] = got[0]
+                grads[self.member] = grad
             else:
-                grads.add(self.member, got[0], self.weight)
-            self.add_up(got[1:], self.weight)
+                grads.add(self.member, grad, self.weight)
         self._forget()
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        """Add weight * gradients of `tensors` to their sums."""
-        for i, grad in enumerate(grads):
+    def products(
+        self,
+        outputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        weight: float = 1.0,
+    ) -> tuple[Tensor | None, ...]:
+        """The products of cotangents with the Jacobians of `leaves`; weight * those of `tensors` are added to their sums.
+
+        Only tensors on which outputs depend are asked for, where that is known: the engine takes a microsecond for each, which is
+        4 % of the gradient of 64 small transformer blocks that are used once each, and 11 % with an eighth of the batch.
+        """
+        numbers: Sequence[int] = range(len(self.tensors))
+        reached = None if self.audit is None else self.audit(outputs, (*leaves, *self.tensors))
+        if reached is not None and len(reached) < len(self.tensors):
+            known = [self.places[id(x)] for x in reached if id(x) in self.places]
+            numbers = known + self.computed if len(known) == len(reached) else numbers
+        got = self.differentiate(outputs, (*leaves, *[self.tensors[i] for i in numbers]), cotangents)
+        self.add_up(numbers, got[len(leaves) :], weight)
+        return got[: len(leaves)]
+
+    def add_up(self, numbers: Sequence[int], grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add weight * gradients of the `tensors` with these numbers to their sums."""
+        for i, grad in zip(numbers, grads, strict=True):
             if grad is not None:
                 total = self._sums[i]
                 try:

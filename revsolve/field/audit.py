@@ -39,7 +39,7 @@ class Audit:
     def __init__(self, tensors: Sequence[Tensor], field: Expected) -> None:
         self.field = field
         self.known = set(map(id, tensors))
-        self.ends: set[Any] = set()  # the nodes of those that are leaves, as they are met
+        self.ends: dict[Any, Tensor] = {}  # the leaves among those by their nodes, as they are met
         self.some: set[Any] = set()  # edges to some of a node's results
         self.spare: set[int] = set()
         # Perhaps by a hook, so that others stand for the leaves.
@@ -55,38 +55,44 @@ class Audit:
         )
         self.since = -1 if cached else num_nodes()  # what autocast cast before is used again, and may be
 
-    def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        """Look for nodes of leaves that are not known, and for nodes older than the recording.
+    def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
+        """Look for nodes of leaves that are not known, and for nodes older than the recording; the leaves met, but for own[0].
 
         On the hot path (4 % of the gradient of a small field): one flat loop, in which a node stands for all its results but
         where only some of these are known, and ages are asked only where a count of nodes is new.
         """
         state = own[0] if own else None
         strangers: list[Any] = []
-        done, known, some = self.ends.copy(), self.known, self.some
+        reached: list[Tensor] = []
+        done, ends, some = {None}, self.ends, self.some  # type: set[Any], dict[Any, Tensor], set[Any]
         stack: list[Any] = []
         for x in outputs:
             stack.append(x.grad_fn)
         while stack:
             node = stack.pop()
-            if node is None or node in done:
+            if node in done:
                 continue
             done.add(node)
+            if node in ends:
+                reached.append(ends[node])
+                continue
             further = node.next_functions
             if further:
                 for edge in further:
                     if edge[0] not in done and edge not in some:
                         stack.append(edge[0])
             else:
-                leaf = getattr(node, "variable", None)
-                if id(leaf) in known:
-                    self.ends.add(node)
+                leaf: Any = getattr(node, "variable", None)
+                if leaf is not None and leaf is not state:
+                    reached.append(leaf)
+                if id(leaf) in self.known:
+                    ends[node] = leaf
                 elif leaf is None or leaf is not state:
                     strangers.append(node)
         if self.since >= 0:
             now = num_nodes()
             # nodes that were made and are not needed; another number where some are older
-            spare = now - self.since - len(done)
+            spare = now - self.since - len(done) + len(reached)
             if spare not in self.spare:
                 older = [node for node in done if made_before(node, self.since)]
                 strangers += older
@@ -94,6 +100,7 @@ class Audit:
             self.since = now  # what is recorded next is younger
         if strangers:
             self._explain(strangers, own)
+        return reached
 
     def _explain(self, strangers: Sequence[Any], own: Sequence[Tensor]) -> None:
         """Raise unless what is not known belongs to the solver, or is a leaf that the field makes in every call."""

@@ -200,11 +200,10 @@ class TracedTape(Tape):
         self.memo = TracedMemo(context.term)
         self.found: list[Tensor | None] = [None for _ in leaves]
 
-    def add_up(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        self.found = [
-            total if grad is None else scaled_add(total, grad, weight)
-            for total, grad in zip(self.found, grads, strict=True)
-        ]
+    def add_up(self, numbers: Sequence[int], grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        for i, grad in zip(numbers, grads, strict=True):
+            if grad is not None:
+                self.found[i] = scaled_add(self.found[i], grad, weight)
 
 
 def check_found(outside: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from revsolve.core.gradient import known_source, widened
 from revsolve.core.integrate import defect, size_of
 from revsolve.core.problem import Checkpoints, Problem
 from revsolve.core.stepper import Grid
-from revsolve.core.tape import Grads, Tape, vector_jacobian_product
+from revsolve.core.tape import Grads, Tape
 
 
 class Forward(SegmentSweep):
@@ -164,11 +164,8 @@ class Differentiate(SegmentSweep):
             pair = context.advanced(context.rest, tuple(begun), t0, t1, row(controls, n - 1 - stop), tape.memo)
             y = context.narrowed(pair[0])
             pair = context.advanced(context.lead, pair, after, t2, row(controls, n - stop), tape.memo)
-            outputs, inputs = [y, *(x for x in pair if x is not None)], (*begun, *tape.tensors)
-            if tape.audit is not None:
-                tape.audit(outputs, inputs)
-            found = vector_jacobian_product(outputs, inputs, [cotangent(n, constant), *carried])
-            tape.add_up(found[len(begun) :])
+            outputs = [y, *(x for x in pair if x is not None)]
+            found = tape.products(outputs, begun, [cotangent(n, constant), *carried])
         return detached_clones(*(torch.zeros_like(x) if g is None else g for x, g in zip(begun, found, strict=False)))
 
     def end(self, n: Tensor, carried: Tensors, constant: Constants, changed: Tensors) -> Tensors:
