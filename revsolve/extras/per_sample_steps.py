@@ -19,9 +19,7 @@ from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step, Stepper
 from revsolve.field.functorch import batching
 from revsolve.prepare.options import SolverOptions
-from revsolve.steppers.adaptive import SHORTEST, Adaptive, ErrorControl, Recording
-
-LANDS = 1 + 1e-9  # a step so much longer ends at the output
+from revsolve.steppers.adaptive import SHORTEST, STRETCH, Adaptive, ErrorControl, Recording
 
 
 class BatchedTime:
@@ -120,7 +118,7 @@ class PerSampleSteps(Recording):
             self.clock.fractions = self.fractions  # from now on
         while True:
             self._check_progress(i, start)
-            end = torch.where(span * (1 - start) <= self.h * LANDS, 1.0, start + self.h / span)
+            end = torch.where(span * (1 - start) <= self.h * STRETCH, 1.0, start + self.h / span)
             self.fractions[n:] = [(i, start.to(self.clock.t), end.to(self.clock.t))]
             after, ratio = step(pair, (float(n), float(n + 1)), restart, self._ratios)
             assert ratio is not None

@@ -15,6 +15,7 @@ from revsolve.core.coupling import State
 from revsolve.core.stepper import Grid, Step
 from revsolve.core.tape import Memo, Term
 
+STRETCH = 1.1  # a step becomes so much longer if it ends on a target then, as in MATLAB's ode45: no sliver is left
 SHORTEST = 8.0  # steps of fewer roundings of the time cannot be shortened reliably
 
 
@@ -97,7 +98,7 @@ class Adaptive(Recording):
         while True:
             self._check_progress(t0, pair)
             target = self.targets[self.next_target]
-            lands = abs(target - t0) <= self.h * (1 + 1e-9)
+            lands = abs(target - t0) <= min(self.h * STRETCH, max(self.control.max_step, self.h)) * (1 + 1e-9)
             t1 = target if lands else t0 + self.direction * self.h
             after, measured = step(pair, self._seen(t0, t1), restart, self._ratio)
             assert measured is not None
