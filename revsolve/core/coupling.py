@@ -90,7 +90,8 @@ class Scheme:
     velocity, whose parasitic part shows as its change over a step; otherwise it shows as the distance between y and z. One step
     after a restart that defect is of order h ** defect_order. `merged(times)`, if given, is an equivalent shorter schedule of
     the steps between these times: neighbours at the end of one step and the start of the next are one. `max_segment` bounds
-    the steps between restarts by default.
+    the steps between restarts by default. Where steps are not fixed, they follow the error if `adaptive`, else only where
+    tolerances are given. `parameters` names the options that it was made with.
     """
 
     name: str
@@ -101,6 +102,8 @@ class Scheme:
     has_velocity: bool = False
     defect_order: int = 2
     max_segment: int | None = None
+    adaptive: bool = field(default=False, compare=False)
+    parameters: tuple[str, ...] = field(default=(), compare=False)
     merged: Callable[[Sequence[Time]], list[ScheduledUpdate]] | None = field(default=None, compare=False)
     reversible: bool = field(init=False, compare=False)
     tensors: tuple[Tensor, ...] = field(init=False, compare=False)  # the coefficients that are tensors

@@ -17,7 +17,7 @@ from revsolve.prepare.diagnosis import wrong_calls
 from revsolve.prepare.state import Packing
 from revsolve.schemes.names import did_you_mean
 from revsolve.schemes.names import scheme as named_scheme
-from revsolve.schemes.tableau import TABLEAUS, Tableau
+from revsolve.schemes.tableau import Tableau
 
 Tolerance = float | Tensor | None
 Door = TypeVar("Door", bound=Callable[..., Any])
@@ -137,9 +137,8 @@ class SolverOptions:
         if self.step_size is not None and self.grid_constructor is not None:
             raise ValueError("step_size and grid_constructor exclude each other: give one of them.")
         fixed = self.step_size is not None or self.grid_constructor is not None or self.scheme.error_order is None
-        embedded = self.scheme.name.removeprefix("rev_") in TABLEAUS or not self.scheme.reversible
         object.__setattr__(self, "tolerances_given", self.rtol is not None or self.atol is not None)
-        object.__setattr__(self, "adaptive", not fixed and (embedded or self.tolerances_given))
+        object.__setattr__(self, "adaptive", not fixed and (self.scheme.adaptive or self.tolerances_given))
 
     def for_state(self, packing: Packing) -> SolverOptions:
         """These options for the packed state: tolerances and a norm are given for the parts of the user's."""
@@ -164,10 +163,16 @@ def read_options(
         raise TypeError(f"options must be a dict, such as {{'step_size': 0.1}}, but it is {told!r:.80}.")
     scheme = named_scheme(method, *map(_number, map(told.get, SCHEME_OPTIONS)))
     fixed = scheme.error_order is None or any(told.get(name) is not None for name in FIXED_OPTIONS)
-    of_scheme = {"alf": ["eta"]}.get(scheme.name, ["coupling"] if scheme.name.startswith("rev_") else [])
-    known = (*FIXED_OPTIONS, *(() if fixed else ADAPTIVE_OPTIONS), *TARGETS, *of_scheme, "checkpoint_every", *extra)
+    known = (
+        *FIXED_OPTIONS,
+        *(() if fixed else ADAPTIVE_OPTIONS),
+        *TARGETS,
+        *scheme.parameters,
+        "checkpoint_every",
+        *extra,
+    )
     given = check_options(told, known, scheme.name)
-    for name in of_scheme:
+    for name in scheme.parameters:
         given.pop(name, None)
     return SolverOptions(scheme, given=frozenset(given), **keywords, **given)
 

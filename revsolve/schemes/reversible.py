@@ -30,7 +30,8 @@ def plain(tableau: Tableau | str) -> Scheme:
     tableau = as_tableau(tableau)
     error = 0.0 if tableau.b_error is None else 1.0
     update = CouplingUpdate(target=Y, source=Y, gain=1.0, increment=RungeKutta(tableau), error=error)
-    return Scheme(tableau.name, (update,), (), tableau.order, tableau.error_order)
+    adaptive = tableau.error_order is not None
+    return Scheme(tableau.name, (update,), (), tableau.order, tableau.error_order, adaptive=adaptive)
 
 
 # The error of a step is carried back along the flow within a segment, so that it grows with the segment's length where the order
@@ -69,6 +70,8 @@ def reversible(tableau: Tableau | str, coupling: float = 1.0) -> Scheme:
         tableau.error_order,
         defect_order=tableau.order + 1,
         max_segment=ODD_ORDER_LONGEST if tableau.order in (1, 3) else None,
+        adaptive=tableau.error_order is not None,
+        parameters=("coupling",),
     )
 
 
@@ -140,8 +143,9 @@ def alf(eta: float = 1.0, composition: Sequence[float] = (1.0,), order: int = 2)
             updates[2 * i + 1] = replace(updates[2 * i + 1], error=error / composition[i])
     start = CouplingUpdate(Z, Y, keep=0.0, gain=1.0, increment=OneEvaluation(0.0), rate=True)
     error_order = max(1, min(len(composition), ERROR_NODES) - 1)
-    name = "alf" if order == 2 else f"alf{order}"
-    return Scheme(name, tuple(updates), (start,), order if eta == 1.0 else 1, error_order, has_velocity=True)
+    name, own = ("alf", ("eta",)) if order == 2 else (f"alf{order}", ())  # type: str, tuple[str, ...]
+    order = order if eta == 1.0 else 1
+    return Scheme(name, tuple(updates), (start,), order, error_order, has_velocity=True, parameters=own)
 
 
 def leapfrog() -> Scheme:

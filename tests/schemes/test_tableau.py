@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from revsolve import odeint
 from revsolve.schemes.reversible import plain, reversible
 from revsolve.schemes.tableau import TABLEAUS, Tableau
 
@@ -144,3 +145,14 @@ def test_a_name_stands_for_its_tableau(make):
         make("rev_rk4")
     with pytest.raises(TypeError, match=r"a Tableau or the name of one is needed, but this is a Scheme"):
         make(plain("rk4"))
+
+
+@pytest.mark.parametrize("make", [plain, reversible])
+def test_steps_by_a_tableau_of_ones_own_follow_its_error(make):
+    """As those of the named one do, though nobody gives tolerances."""
+    mine, t = dataclasses.replace(TABLEAUS["bosh3"], name="mine"), torch.tensor([0.0, 1.0])
+    counts = [
+        odeint(lambda t, y: -10 * y, torch.ones(2), t, method=make(tableau), full_output=True).stats.num_steps
+        for tableau in (mine, TABLEAUS["bosh3"])
+    ]
+    assert counts[0] == counts[1] > 10
