@@ -1,6 +1,7 @@
 """The default restarts on the classical problems of the tests: errors over those of the base method, gradients, states stored.
 
     python docs/benchmarks/restarts.py                    # solutions and states stored
+    python docs/benchmarks/restarts.py --held-out         # the same on problems on which no constant was chosen
     python docs/benchmarks/restarts.py --gradients        # and gradients against those of gradient="direct"
     python docs/benchmarks/restarts.py --set LONGEST=64   # with another value of one of the constants of revsolve/restarts
     python docs/benchmarks/restarts.py --cost             # of deciding: a gradient over one with the same restarts, undecided
@@ -13,6 +14,7 @@ or a gradient further from that of direct than 1e-8 (float32: 1e-4) and than tha
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import statistics
@@ -32,6 +34,7 @@ from revsolve.core.restart import FixedInterval
 from revsolve.restarts import growth, spectrum
 
 sys.path.append(str(Path(__file__).parents[2]))
+from tests.held_out import HELD_OUT
 from tests.problems import CLASSICAL, Classical
 
 BASES = {"rev_rk4": "rk4", "rev_dopri5": "dopri5", "reversible_heun": "heun2", "alf": "midpoint", "alf4": "rk4"}
@@ -41,8 +44,8 @@ END = 20.0
 
 def stretched(problem: Classical, num_steps: int) -> Classical:
     """The problem over END units of time, or over its own where no explicit method follows it so far."""
-    end = problem.end if problem.name == "heat" else END
-    return Classical(problem.name, problem.field, problem.y0, end, num_steps)
+    end = problem.end if problem.name == "heat" or problem.name in HELD_OUT else END
+    return dataclasses.replace(problem, end=end, num_steps=num_steps)
 
 
 def solved(
@@ -56,13 +59,16 @@ def solved(
 
 
 def error(problem: Classical, method: str, dtype: torch.dtype, nudged: float = 0.0) -> tuple[float, int, int]:
-    """The largest error relative to the largest entry of the reference, and the pairs and states stored."""
+    """The largest error relative to the largest entry of the reference, or of the same entry in problems held out (which may be
+    of mixed scales), and the pairs and states stored."""
     try:
         solution, _ = solved(problem, method, dtype, nudged=nudged)
     except RuntimeError:
         return math.inf, 0, 0
-    wrong = (solution.ys.detach().double() - problem.reference()).abs().max() / problem.reference().abs().max()
-    wrong = float(wrong) if math.isfinite(wrong) else math.inf
+    exact = problem.reference()
+    size = exact.abs().amax(0) if problem.name in HELD_OUT else exact.abs().max()
+    wrong = float(((solution.ys.detach().double() - exact).abs() / size).max())
+    wrong = wrong if math.isfinite(wrong) else math.inf
     return wrong, solution.stats.num_restarts + 1, solution.stats.num_stored_states
 
 
@@ -149,13 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(BASES))
     parser.add_argument("--steps", nargs="*", type=int, default=[400, 2000, 0], help="0: as the tests have them")
+    parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE for constants of the policy")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a few cases, to see that the script runs")
     args = parser.parse_args()
-    problems = list(CLASSICAL.values())
+    problems = list((HELD_OUT if args.held_out else CLASSICAL).values())
     if args.tiny:
         args.methods, args.steps, problems = ["rev_rk4"], [100], problems[:3]
     for setting in args.set:

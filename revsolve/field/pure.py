@@ -8,7 +8,7 @@ is held to it, and a difference is an error that says what it is, never another 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term, leaf_of
 from revsolve.field.audit import Audit, Constant, Constants, products
-from revsolve.field.discover import (
-    REQUIRES_GRAD,
-    depend_on_each_other,
-    discover,
-    inputs_of,
-    refuse_side_results,
-    refusing_sharded_calls,
-    side_results,
-)
+from revsolve.field.discover import REQUIRES_GRAD, depend_on_each_other, discover, inputs_of, refusing_sharded_calls
 from revsolve.field.functorch import has_hooks, version
 from revsolve.field.repeat import (
     Buffers,
@@ -47,7 +40,7 @@ from revsolve.field.repeat import (
     same_random_state,
     set_random_state,
 )
-from revsolve.field.snapshot import Changes, Snapshot, computed_in, map_tensors, tensors_in
+from revsolve.field.snapshot import Changes, Snapshot, computed_in, tensors_in
 from revsolve.field.substitute import Substitution
 
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
@@ -63,8 +56,7 @@ class Pure:
     first: time and value of an evaluation at the start. opening: that evaluation, which may be made again. repeats: evaluations
     are made to repeat, for the field draws random numbers, or its buffers matter. untouched: buffers that the first call left
     alone; lent: those of which later calls get copies. random: the state of the generators, where the field draws nothing.
-    own_leaves: shapes and dtypes of leaves that it makes itself. side_results: what it keeps that it computed from its state.
-    coefficients: of the scheme. The sizes are bytes.
+    own_leaves: shapes and dtypes of leaves that it makes itself. coefficients: of the scheme. The sizes are bytes.
     """
 
     term: Term
@@ -78,13 +70,12 @@ class Pure:
     lent: Buffers = field(default_factory=lambda: NO_BUFFERS)
     random: tuple[Tensor, ...] = ()
     own_leaves: frozenset[Any] = frozenset()
-    side_results: Collection[int] = ()
     constants: Constants = field(default_factory=lambda: NO_CONSTANTS)
     snapshot: Snapshot = field(default_factory=lambda: NOTHING_HELD)
     coefficients: Sequence[Tensor] = ()
     state_size: int = 0
     tape_size: int = 0
-    autocast: Callable[[], Any] = nullcontext
+    autocast: Any = field(default_factory=autocast_state)
 
     differentiate = staticmethod(products)
 
@@ -144,8 +135,6 @@ class Pure:
             )
         if changes := self.snapshot.changes():
             self._forget(changes, t, y.detach())
-            if self.side_results:
-                refuse_side_results(self.snapshot.changes(), self.side_results)
         before, self.random = self.random, ()  # 5 kB that nobody asks for again
         if before and not same_random_state(before, random_state(y.device)):
             with self.lent, torch.no_grad():
@@ -221,7 +210,7 @@ class Saved:
 
     def _add(self, x: Tensor) -> Tensor:
         address = address_of(x)
-        if address not in self.counted and x.layout is torch.strided:  # others do not tell their size
+        if address not in self.counted:
             self.counted.add(address)
             self.num_bytes += x.nbytes
         return x.detach()  # x itself would be a cycle, where it is a result
@@ -269,7 +258,7 @@ def pure(
     writes = not records and any(version(x) != number and x not in buffers for x, number in versions)
     shares = partial(in_one_memory, value, partial(opening.again, buffers))
     if not (captured or getattr(term, "late", False)) and (writes or shares()):
-        value = map_tensors(Tensor.clone, value)
+        value = tree_map_only(Tensor, Tensor.clone, value)
         term = opening.term = OwnValues(term)
     matters = bool(changing) and _matter(changing, opening.at, span[0], x.detach(), draws)
     if changing and not matters:
@@ -277,13 +266,11 @@ def pure(
     if draws or matters:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         term = opening.term = Repeatable(term, seed, x.device, changing if matters else None)
-    first = None if draws or changing else (span[0], map_tensors(partial(_kept, held), value))
+    first = None if draws or changing else (span[0], tree_map_only(Tensor, partial(_kept, held), value))
 
     tensors, own_leaves, changes = found if held else ((), frozenset(), [])
-    sides: Collection[int] = ()
     wanted = held and (moving or x.requires_grad or bool(tensors))
     if changes and wanted:
-        sides = side_results(snapshot.changes(), opening.x, tensors)
         snapshot.settle(changes)
     del opening.value  # and with it what the graph of an evaluation holds
     opening.x = x0.detach()  # not its copy in the dtype of the pair
@@ -298,13 +285,11 @@ def pure(
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,
-        side_results=sides,
-        constants=Constants(versions, buffers) if held else NO_CONSTANTS,
+        constants=Constants(versions, buffers),
         snapshot=snapshot if wanted else NOTHING_HELD,
         coefficients=coefficients,
         state_size=x.nbytes if saved else 0,
         tape_size=saved.num_bytes if saved else 0,
-        autocast=autocast_state() if held else nullcontext,
     )
 
 

@@ -48,8 +48,7 @@ def choose_steps(
     check_fixed(options)
     targets, jumps = (*options.step_t, *options.jump_t), options.jump_t
     if options.grid_constructor is not None:
-        with torch.no_grad():
-            points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
+        points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
         return given_grid(times, points, targets, jumps)
     if knots and options.step_size is None:
         return knot_grid(times, knots, x0.real.dtype, targets, jumps)
@@ -59,7 +58,7 @@ def choose_steps(
 def check_fixed(options: SolverOptions) -> None:
     """Raise for options that fixed steps do not have, and warn of tolerances."""
     name = options.scheme.name
-    useless = options.given.intersection(ADAPTIVE_OPTIONS)
+    useless = options.given & {*ADAPTIVE_OPTIONS}
     if useless:
         raise ValueError(f"option {min(useless)!r} is for adaptive steps, but these are fixed ({name!r}).")
     if options.tolerances_given:
@@ -218,7 +217,7 @@ def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tu
             raise ValueError(f"{name} must not be negative, but it is {float(torch.as_tensor(value).min())}.")
     if _largest(rtol) < 2 * eps:
         raise ValueError(
-            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, 2 eps = {2 * eps:.1e}: use rtol >= {10 * eps:.0e}."
+            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, {eps:.1e}: use rtol >= {10 * eps:.0e}."
         )
     least = torch.finfo(dtype).tiny / eps  # so that what is zero, and stays so, has no error
     return rtol, atol.clamp(min=least) if isinstance(atol, Tensor) else max(atol, least)

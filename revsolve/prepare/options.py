@@ -85,7 +85,6 @@ ELSEWHERE = {
 OF_SDES = {
     **dict.fromkeys(("step_size", "first_step", "dt0"), "write dt=..."),
     "min_step": "write dt_min=...",
-    **dict.fromkeys(("seed", "generator", "entropy"), "pass bm=BrownianPath(t0, t1, size, seed=...)"),
     "dense": "leave it out, no polynomial follows a Brownian path: ask for more times",
     "dense_output": "leave it out, no polynomial follows a Brownian path: ask for more times",
 }
@@ -127,11 +126,11 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are no such steps."""
-        for name in LIMITS.keys() & self.given:
+        for name in self.given & {*LIMITS}:
             (wanted, holds, why), value = LIMITS[name], getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")
-        for name in self.given.intersection(TARGETS):
+        for name in self.given & {*TARGETS}:
             object.__setattr__(self, name, _times(name, getattr(self, name)))
         if self.min_step > self.max_step:
             raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")
@@ -227,13 +226,11 @@ def explains_keywords(door: Door) -> Door:
     is called where its signature does not allow that."""
     known = inspect.signature(door).parameters
     told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE if "t" in known else {}
+    unknown = told.keys() - known.keys()
 
     @functools.wraps(door)
     def checked(*args: Any, **keywords: Any) -> Any:
-        for name in keywords.keys() - known:
-            if name not in told:
-                close = did_you_mean(name, known)
-                raise TypeError(f"{door.__name__}() got an unexpected keyword argument {name!r}{close}")
+        for name in unknown.intersection(keywords) if keywords else ():
             if keywords.pop(name) is not None:
                 raise TypeError(f"{door.__name__} has no keyword {name!r}: {told[name]}.")
         try:

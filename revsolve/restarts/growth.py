@@ -21,7 +21,9 @@ from revsolve.core.tape import Memo
 from revsolve.restarts.spectrum import Spectrum
 
 LONGEST = 32  # steps of a segment, or the square root of twice the steps so far
-FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
+# Steps of the first segment, in which nothing is known of the field's modes yet; the second number is for pairs to whose gap
+# steps do not add: what z carries of its own is undamped there. Each of the next ones is at most twice as long.
+FIRST_LENGTH = (4, 1)
 SETTLED = 2.2  # that many steps' growth is all that is allowed to a gap to which steps do not add
 ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
 ROUNDING = 100.0  # roundings of an entry are no reason to restart
@@ -104,7 +106,7 @@ class Growth:
         self.previous, self.start = n - self.start, n
         bound, stride = self.longest(n), self.least_stride
         if n == 0:
-            self.largest, bound = size, min(bound, FIRST_LENGTH)
+            self.largest, bound = size, min(bound, FIRST_LENGTH[not self.adds_up])
         else:
             t0, t = stepper.grid.times[n - 1 : n + 1]
             lasting = self.spectrum.follow(n, t, y, t - t0, self.previous < self.bound)
@@ -128,12 +130,16 @@ class Growth:
         found, length = gap(self.weight), abs(stepper.grid.times[n] - stepper.grid.times[self.start])
         if taken == 1:
             self.first: Tensor | float = found
-            self.step, self.before = length, (1, 1.0)
+            self.step, self.before = length, (1, 1 / self._allowed(1))
             return self.start + self.second
         self.first, self.size = float(self.first), float(self.size)  # numbers are read once
         natural = min(self.first, self.coarse) * (length / taken / self.step) ** order
-        allowed = 1.0 + self.growth * ((taken if self.adds_up else SETTLED) - 1)
-        return n + self._further(taken, float(found), allowed * natural + self.least + self.rounding * self.size)
+        allowed = self._allowed(taken) * natural + self.least + self.rounding * self.size
+        return n + self._further(taken, float(found), allowed)
+
+    def _allowed(self, taken: int) -> float:
+        """The gap after so many steps over what the first step left, at most."""
+        return 1.0 + self.growth * ((taken if self.adds_up else SETTLED) - 1)
 
     def _further(self, taken: int, gap: float, allowed: float) -> int:
         """How many steps more, if the gap after so many is this large."""

@@ -170,7 +170,8 @@ def test_segments_survive_extreme_gaps(size: float) -> None:
 
 @pytest.mark.parametrize("method", ["reversible_heun", "alf", "leapfrog", "alf4_s3", "reversible_heun4_s5"])
 def test_segments_are_even_where_z_changes_its_sign_with_every_step(method: str) -> None:
-    assert lengths(Restarts(longest=15), method, 48, lambda n: 1e-3) == [4, 8, 14, 14, 8]
+    """But for the first, in which nothing is known of the field."""
+    assert lengths(Restarts(longest=15), method, 48, lambda n: 1e-3) == [1, 2, 4, 8, 14, 14, 5]
     assert lengths(Restarts(longest=15), "rev_rk4", 48, lambda n: 1e-3) == [4, 8, 15, 15, 6]
 
 
