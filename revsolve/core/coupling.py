@@ -106,10 +106,11 @@ class Scheme:
     parameters: tuple[str, ...] = field(default=(), compare=False)
     merged: Callable[[Sequence[Time]], list[ScheduledUpdate]] | None = field(default=None, compare=False)
     reversible: bool = field(init=False, compare=False)
-    tensors: tuple[Tensor, ...] = field(init=False, compare=False)  # the coefficients that are tensors
+    tensors: tuple[Tensor, ...] = field(init=False, compare=False)  # coefficients that are tensors, and a given start
 
     def __post_init__(self) -> None:
-        coefficients = (c for update in self.updates for c in (update.keep, update.mix, update.gain))
+        coefficients = [c for update in self.updates for c in (update.keep, update.mix, update.gain)]
+        coefficients += [getattr(update.increment, "value", None) for update in self.restart]
         object.__setattr__(self, "tensors", tuple(c for c in coefficients if isinstance(c, Tensor)))
         object.__setattr__(self, "reversible", bool(self.restart))
 
@@ -117,6 +118,12 @@ class Scheme:
     def num_evaluations(self) -> int:
         """In a step, but for those that are the same as the latest one."""
         return sum(len(update.increment.nodes) for update in self.updates if update.increment is not None)
+
+    @cached_property
+    def stays_inside(self) -> bool:
+        """Whether a step evaluates the field at no time outside of it."""
+        nodes = ((u, c) for u in self.updates if u.increment is not None for c in u.increment.nodes)
+        return all(0.0 <= moment(u.start, u.end, c) <= 1.0 for u, c in nodes)
 
     @cached_property
     def alternates(self) -> bool:

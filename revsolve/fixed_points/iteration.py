@@ -114,7 +114,7 @@ class Iteration:
         first, before = 0, Stats()
         if outputs_after is not None and make is not None:
             with torch.no_grad():
-                head = self._problem(term, x0, make, None, second, 0)
+                head = self._problem(term, x0, make, "direct", second, 0)
                 _, (x0, second), grid = states(head, x0.detach())
             term, first, before = head.field.term, grid.num_steps, head.stats
         if outputs_after is not None:

@@ -126,7 +126,10 @@ def reversible_loop(
         explain=lambda t, y: f"the state is not finite after step {int(t)}: make what the blocks add smaller.",
         compile=compile,
     )
-    second = None if previous is None else x0.to(wide) - packing.pack(previous)
+    second = None
+    if previous is not None:
+        packing.check_like(previous, "previous")
+        second = x0.to(wide) - packing.pack(previous)
     if last is None:
         ys, problem = iteration.solve(x0, steps(0, outputs), gradient, second)
     else:

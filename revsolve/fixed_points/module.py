@@ -174,7 +174,9 @@ class RevLoop(Layer):
 
     def forward(self, x: Any, *args: Any, num_steps: int | None = None) -> Any:
         """The state after all steps, like x; with `save_at` those asked for, stacked in front."""
-        return self.solve(reversible_loop, self.blocks, x, args=args, num_steps=num_steps or self.num_steps)
+        return self.solve(
+            reversible_loop, self.blocks, x, args=args, num_steps=self.num_steps if num_steps is None else num_steps
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, self.passed_on[name])!r}" for name in self.shown)

@@ -334,6 +334,17 @@ def plain(x: Tensor) -> Tensor:
             "previous= has no meaning for scheme='relaxation'",
         ),
         (
+            lambda x: reversible_loop(plain, x, num_steps=2, previous=x[:1]),
+            ValueError,
+            r"previous must return the shape of x, \(2, 3\), but it returned \(1, 3\)",
+        ),
+        (
+            lambda x: reversible_loop(plain, x, num_steps=2, previous=x.float()),
+            TypeError,
+            "previous must return the dtype of x",
+        ),
+        (lambda x: RevLoop(plain, 4)(x, num_steps=0), ValueError, "num_steps must be a whole number of at least 1"),
+        (
             lambda x: reversible_loop([plain, lambda x: x[:1]], x),
             ValueError,
             r"a block must return the shape of x, \(2, 3\), but it returned \(1, 3\)",
@@ -353,3 +364,20 @@ def plain(x: Tensor) -> Tensor:
 def test_refusals(call: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.ones(2, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize("way", [{"previous": True}, {"gradient": "truncated"}, {"gradient": "one_step"}])
+@pytest.mark.parametrize("scheme", TWO_STEP)
+def test_loops_that_start_moving_within_torch_func(scheme: str, way: dict[str, Any]) -> None:
+    """Per-sample gradients are those of one sample after the other."""
+    weight, x = torch.randn(6, 6) / 3, torch.randn(3, 6)
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        given = {**way, "previous": 0.9 * x} if "previous" in way else way
+        block = lambda x: torch.tanh(x @ weight)  # noqa: E731
+        return reversible_loop(block, x, num_steps=7, scheme=scheme, **given).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    leaf = weight.clone().requires_grad_()
+    wanted = torch.stack([torch.autograd.grad(loss(leaf, row), leaf)[0] for row in x])
+    assert difference([found], [wanted]) < EXACT
