@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar
-from revsolve.core.problem import Stats
+from revsolve.core.problem import Field, Stats
 from revsolve.core.tape import Memo, Term, leaf_of
 from revsolve.field.functorch import dual_numbers, transformed
 from revsolve.fixed_points.convergence import SMALLEST, Convergence, Criterion
@@ -43,9 +43,12 @@ LAST_STEPS = 4
 Rule = Callable[[Tensor, Tensor], Tensor]  # (z, f(z)) -> next z
 
 
-def iterate(term: Term, z: Tensor, rule: Rule, convergence: Convergence, last_steps: int = 0) -> tuple[Tensor, Stats]:
+def iterate(field: Field, z: Tensor, rule: Rule, convergence: Convergence, last_steps: int = 0) -> tuple[Tensor, Stats]:
     """The state after the iteration, and after so many `last_steps` more; if there are any, their gradient alone."""
+    term = field.term
     memo = Memo(term)
+    if (first := field.take_first()) is not None:
+        memo.num_evaluations, memo.latest = 1, (z, *first)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not last_steps):
         z = _iterated(lambda n, z: memo.value(float(n), z), z, rule, convergence)
     for n in range(convergence.num_steps, convergence.num_steps + last_steps):

@@ -16,12 +16,14 @@ from tqdm import tqdm
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
 from revsolve.extras.progress import AcceptedStep
+from revsolve.field.functorch import dual_numbers
+from revsolve.field.pure import Pure, pure
 from revsolve.fixed_points.convergence import RESIDUALS, STOPS, Convergence, Criterion, UntilConverged
 from revsolve.fixed_points.implicit import AT_THE_END, gradient_at_the_end, gradient_options, iterate, rule
 from revsolve.fixed_points.iteration import Iteration, ValueTerm, check_whole, output_steps, steps, takes_step
 from revsolve.fixed_points.precision import anchor_spacing, packed_beta, pair_dtype_of
 from revsolve.prepare.options import check_choice, explains_keywords
-from revsolve.prepare.problem import GRADIENTS
+from revsolve.prepare.problem import GRADIENTS, values_hidden
 from revsolve.prepare.state import Packing
 from revsolve.schemes.reversible import relaxation
 
@@ -163,7 +165,9 @@ def fixed_point(
                 y, term, stats = ys[-1] if save_at is None else ys, problem.field.term, problem.stats
             else:
                 change = rule(method, packed_beta(beta, packing, x0.dtype), options)
-                y, stats = iterate(term, x0, change, convergence, last_steps)
+                hidden, held = values_hidden() or dual_numbers(), (f, term.arguments)
+                field = Pure(term) if hidden else pure(term, x0, None, (0.0, 0.0), held, "direct", False)
+                term, (y, stats) = field.term, iterate(field, x0, change, convergence, last_steps)
     if gradient in AT_THE_END and torch.is_grad_enabled():
         y = gradient_at_the_end(term, y, gradient, packing, options, on_failure, stats)
     convergence.conclude(on_failure)

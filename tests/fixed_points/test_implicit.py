@@ -120,3 +120,20 @@ def test_second_derivatives_are_refused() -> None:
     z = fixed_point(cell, torch.zeros(3, 6), args=x, method="simple", max_steps=200)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "one_step", "phantom", "truncated", "direct"])
+@pytest.mark.parametrize("method", ["simple", "relaxed", "anderson"])
+def test_dropout_is_drawn_once_by_every_method(method: str, gradient: str) -> None:
+    """Otherwise there would be no fixed point; that of the reversible method has the same draws."""
+    cell, x = Dense(), torch.randn(3, 6)
+    drawing = lambda z: torch.nn.functional.dropout(cell(z, x), 0.3)  # noqa: E731
+    way = {"tol": 1e-10, "max_steps": 300, "on_failure": "raise"}
+    found = []
+    for other in ({}, {"method": method, "gradient": gradient}):
+        torch.manual_seed(0)
+        z = fixed_point(drawing, torch.zeros(3, 6), **way, **other)
+        found.append([z, *torch.autograd.grad(z.square().sum(), cell.parameters()), torch.rand(1)])
+    assert difference(found[1][:1] + found[1][-1:], found[0][:1] + found[0][-1:]) < 1e-8
+    if gradient in ("implicit", "direct"):
+        assert difference(found[1], found[0]) < 1e-5
