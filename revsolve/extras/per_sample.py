@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revsolve.core.arithmetic import moment
 from revsolve.core.gradient import solve
 from revsolve.core.problem import Stats
 from revsolve.core.stepper import Stepper
@@ -87,9 +86,7 @@ def steps_for_samples(
     than `step_size`."""
     options, scheme = ivp.options, ivp.options.scheme
     refuse_options(options.given)
-    nodes = [(u, c) for u in scheme.updates for c in (0.0, 1.0, *(u.increment.nodes if u.increment else ()))]
-    inside = all(0.0 <= moment(u.start, u.end, c) <= 1.0 for u, c in nodes)
-    fault = None if inside else "evaluates the field outside of its steps"
+    fault = None if scheme.stays_inside else "evaluates the field outside of its steps"
     fault = "carries a velocity from step to step" if scheme.has_velocity else fault
     if fault is not None:
         raise ValueError(

@@ -175,7 +175,8 @@ def check_inside(earliest: float, latest: float, interval: tuple[float, float], 
         first, last = interval
         raise ValueError(
             f"t = {latest if first <= earliest else earliest} lies outside the interval [{first}, {last}] of the path: "
-            "solve within it, or give data over a longer time."
+            "solve within it, or give data over a longer time (methods named _yoshida or _s3 look beyond their steps, so use "
+            "another one there)."
         )
 
 

@@ -174,6 +174,11 @@ def adaptive_grid(
     rtol, atol = check_tolerances(options.rtol, options.atol, x0.dtype)
     targets = with_targets(times, (*options.step_t, *options.jump_t, *discontinuities))
     outputs, jumps = set(times), set(options.jump_t)
+    if not options.scheme.stays_inside and any(s in targets[1:-1] for s in (*jumps, *discontinuities)):
+        raise ValueError(
+            f"{options.scheme.name!r} evaluates the field outside of its steps, so at a jump (jump_t, or of the slope of a path) "
+            "on the wrong side, where adaptive steps would miss their tolerance: use another method, 'alf4' say, or fix the steps."
+        )
     # Where nothing jumps so far.
     smooth = [*times[:1], *next(([s] for s in targets[1:] if s not in outputs), times[-1:])]
     norm = root_mean_square if options.norm is None else options.norm

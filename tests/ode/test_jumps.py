@@ -212,3 +212,16 @@ def test_jumps_of_the_field_of_a_controlled_equation(way: dict[str, Any]) -> Non
     found = cdeint(X, func, torch.ones(1, dtype=torch.float64), [0.0, 1.0], full_output=True, **way)
     assert float(found.ys[-1]) == pytest.approx(solution(1.0, 0.55), abs=1e-5)
     assert found.stats.num_rejected < 4 or "rtol" not in way
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_adaptive_steps_meet_their_tolerance_at_a_jump_or_are_refused(method: str) -> None:
+    if scheme(method).error_order is None:
+        pytest.skip("has no error estimate")
+    tight = {"method": method, "rtol": 1e-5, "atol": 1e-7}
+    if scheme(method).stays_inside:
+        assert error(solved([0.0, 1.0], **tight), [0.0, 1.0]) < 1e-3
+        return
+    with pytest.raises(ValueError, match="evaluates the field outside of its steps"):
+        solved([0.0, 1.0], **tight)
+    solved([0.0, 0.4], options={"jump_t": [JUMP]}, **tight)  # no jump in between
