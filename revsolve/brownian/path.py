@@ -102,9 +102,10 @@ class BrownianPath:
         drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if seed is None else seed
         self.seed = operator.index(drawn)
         source = self.device if noise_device is None else torch.device(noise_device)
-        rng = CounterRNG(self.seed, self.shape, dtype, self.device, source, levy_area == "space-time")
-        self._grid = GridIncrements(rng, knots)
-        self._tree = BrownianTree(rng, self.tol)
+        with outside():  # a path made within a transform belongs to none
+            rng = CounterRNG(self.seed, self.shape, dtype, self.device, source, levy_area == "space-time")
+            self._grid = GridIncrements(rng, knots)
+            self._tree = BrownianTree(rng, self.tol)
         self._cache = ThreadCache()  # of one interval, as a reversible step asks for both of its directions
 
     def __repr__(self) -> str:

@@ -109,9 +109,9 @@ class Scheme:
     tensors: tuple[Tensor, ...] = field(init=False, compare=False)  # coefficients that are tensors, and a given start
 
     def __post_init__(self) -> None:
-        coefficients = [c for update in self.updates for c in (update.keep, update.mix, update.gain)]
-        coefficients += [getattr(update.increment, "value", None) for update in self.restart]
-        object.__setattr__(self, "tensors", tuple(c for c in coefficients if isinstance(c, Tensor)))
+        coefficients = (c for update in self.updates for c in (update.keep, update.mix, update.gain))
+        given = (getattr(update.increment, "value", None) for update in self.restart)
+        object.__setattr__(self, "tensors", tuple(c for c in (*coefficients, *given) if isinstance(c, Tensor)))
         object.__setattr__(self, "reversible", bool(self.restart))
 
     @cached_property

@@ -46,6 +46,7 @@ from revsolve.field.substitute import Substitution
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
 NO_BUFFERS, NO_CONSTANTS, NOTHING_HELD, NOWHERE = Buffers(), Constants(), Snapshot(), nullcontext()
 IS_LEAF = operator.attrgetter("is_leaf")
+RATES = ("p", "drop_prob", "dropout")  # what modules that draw call the share of what they drop
 NUDGE = 2.0**-10  # how far from the start, relative to it, a field is asked whether its buffers matter
 
 
@@ -128,7 +129,7 @@ class Pure:
     def check_repeatable(self, again: Callable[[], Any], t: float, y: Tensor) -> None:
         """Raise RuntimeError if the field began late with what its first call did not do. `again` repeats the forward pass."""
         late = self.untouched and self.untouched.changed()
-        if late and _matter(late, partial(self.opening.at, within=self.lent), t, y.detach(), False):
+        if late and _matter(late, partial(self.opening.at, within=self.lent.but(late)), t, y.detach(), False):
             raise RuntimeError(
                 f"the field changes buffers ({late.names()}) by t = {t} on which its values depend, but not when it was first "
                 "called, so no step could be repeated: call .eval() on the module, or use it from the start on."
@@ -234,6 +235,7 @@ def pure(
     """
     # What it holds.
     captured, records, snapshot = capturing(), torch.is_grad_enabled(), Snapshot(owners)
+    several, once = getattr(term, "several", False), getattr(term, "once", False)  # fields, each for a step of its own
     buffers, held = Buffers(snapshot.modules.values()), records and gradient != "direct"
     if captured and buffers:
         raise ValueError(NOT_CAPTURED.format("belongs to a module in training mode with buffers", "call .eval() on it"))
@@ -249,6 +251,9 @@ def pure(
     random = () if captured else random_state(x.device)
     with refusing_sharded_calls() if held else nullcontext():
         found, draws = drawing(call) if captured else _watched(call, random, opening, buffers)
+    if several and not draws:  # any of the fields may be the first one to draw
+        rates = (vars(m).get(name) for m in snapshot.modules.values() if m.training for name in RATES)
+        draws = any(isinstance(rate, float) and rate > 0.0 for rate in rates)
     if captured and draws:
         raise ValueError(NOT_CAPTURED.format("draws random numbers", "draw them outside and pass them through args="))
 
@@ -281,7 +286,7 @@ def pure(
         opening=opening,
         first=first,
         repeats=draws or matters,
-        untouched=untouched,
+        untouched=NO_BUFFERS if once else untouched,
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,

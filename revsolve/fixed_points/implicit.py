@@ -54,7 +54,7 @@ def iterate(field: Field, z: Tensor, rule: Rule, convergence: Convergence, last_
     for n in range(convergence.num_steps, convergence.num_steps + last_steps):
         z = rule(z, term.value(float(n), z))
     num_steps = convergence.num_steps + last_steps
-    return z, Stats(num_steps=num_steps, num_evaluations=memo.num_evaluations + last_steps)
+    return z.clone(), Stats(num_steps=num_steps, num_evaluations=memo.num_evaluations + last_steps)
 
 
 def gradient_at_the_end(

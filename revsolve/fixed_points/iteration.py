@@ -52,12 +52,12 @@ class ValueTerm:
         self.arguments = args if isinstance(args, tuple) else (args,)
         self.packing, self.dtype, self.last, self.one_draw = packing, dtype, num_steps - 1, one_draw
         self.name, self.residual, self.alike = name, residual, False
+        self.several, self.once = len(fs) > 1, len(set(map(id, fs))) == len(fs) > 1
 
     def value(self, t: Time, x: Tensor) -> Tensor:
         state, (f, numbered) = self.unpack(x), self.fs[0]
-        several = len(self.fs) > 1
-        n = min(int(t), self.last) if numbered or several else 0  # it is also asked at the end of the last step
-        if several:
+        n = min(int(t), self.last) if numbered or self.several else 0  # it is also asked at the end of the last step
+        if self.several:
             f, numbered = self.fs[n]
         out = f(state, *self.arguments, step=n) if numbered else f(state, *self.arguments)
         if not (self.alike and out.shape == state.shape and out.dtype == state.dtype):

@@ -174,9 +174,8 @@ class RevLoop(Layer):
 
     def forward(self, x: Any, *args: Any, num_steps: int | None = None) -> Any:
         """The state after all steps, like x; with `save_at` those asked for, stacked in front."""
-        return self.solve(
-            reversible_loop, self.blocks, x, args=args, num_steps=self.num_steps if num_steps is None else num_steps
-        )
+        steps: Any = self.num_steps if num_steps is None else num_steps
+        return self.solve(reversible_loop, self.blocks, x, args=args, num_steps=steps)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, self.passed_on[name])!r}" for name in self.shown)

@@ -177,7 +177,7 @@ def adaptive_grid(
     if not options.scheme.stays_inside and any(s in targets[1:-1] for s in (*jumps, *discontinuities)):
         raise ValueError(
             f"{options.scheme.name!r} evaluates the field outside of its steps, so at a jump (jump_t, or of the slope of a path) "
-            "on the wrong side, where adaptive steps would miss their tolerance: use another method, 'alf4' say, or fix the steps."
+            "on the wrong side, where adaptive steps would miss their tolerance: use 'alf4' or another method, or fix the steps."
         )
     # Where nothing jumps so far.
     smooth = [*times[:1], *next(([s] for s in targets[1:] if s not in outputs), times[-1:])]

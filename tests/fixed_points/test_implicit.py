@@ -137,3 +137,11 @@ def test_dropout_is_drawn_once_by_every_method(method: str, gradient: str) -> No
     assert difference(found[1][:1] + found[1][-1:], found[0][:1] + found[0][-1:]) < 1e-8
     if gradient in ("implicit", "direct"):
         assert difference(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["reversible", "simple", "relaxed", "anderson"])
+def test_the_result_shares_no_memory_with_what_f_returns(method: str) -> None:
+    kept = torch.ones(3)
+    with torch.no_grad():
+        fixed_point(lambda z: kept, torch.zeros(3), method=method).add_(5.0)
+    assert kept.tolist() == [1.0, 1.0, 1.0]

@@ -381,3 +381,61 @@ def test_loops_that_start_moving_within_torch_func(scheme: str, way: dict[str, A
     leaf = weight.clone().requires_grad_()
     wanted = torch.stack([torch.autograd.grad(loss(leaf, row), leaf)[0] for row in x])
     assert difference([found], [wanted]) < EXACT
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a block that is left out for some samples, here by torch.rand."""
+
+    def __init__(self, block: nn.Module, drop_prob: float) -> None:
+        super().__init__()
+        self.block, self.drop_prob = block, drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.block(x)
+        return value * (torch.rand(len(x), 1) >= self.drop_prob) if self.drop_prob else value
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("kind", ["stochastic depth", "dropout"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_of_which_the_first_draws_nothing(scheme: str, kind: str, gradient: str) -> None:
+    if kind == "dropout":
+        blocks = nn.ModuleList([Block(), Block(), Block(dropout=0.5), Block(dropout=0.5)])
+    else:
+        blocks = nn.ModuleList(DropPath(nn.Linear(6, 6), 0.2 * n) for n in range(5))
+    found = []
+    for way in (gradient, "direct"):
+        torch.manual_seed(3)
+        x = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_()
+        y = reversible_loop(blocks, x, scheme=scheme, gradient=way)
+        found.append([y, torch.rand(2), *torch.autograd.grad(y.square().sum(), [x, *blocks.parameters()])])
+    assert difference(*found) < EXACT
+
+
+@pytest.mark.parametrize("first", ["plain", "normalised"])
+def test_blocks_with_buffers_of_their_own_are_those_of_a_plain_loop(first: str) -> None:
+    """Each block is used once, so that what spectral normalisation keeps is advanced once, as by hand."""
+    norm = torch.nn.utils.parametrizations.spectral_norm
+
+    def made() -> nn.ModuleList:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(norm(nn.Linear(6, 6)), nn.Tanh()) for _ in range(4)]
+        return nn.ModuleList(
+            [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) if first == "plain" else blocks[0], *blocks[1:]]
+        )
+
+    x, found = torch.randn(3, 6), []
+    for plain in (False, True):
+        blocks, y, v = made(), x, torch.zeros_like(x)
+        for block in blocks if plain else ():
+            v = block(y) - v
+            y = y + v
+        y = y if plain else reversible_loop(blocks, x, scheme="coupling")
+        found.append([y, *torch.autograd.grad(y.square().sum(), blocks.parameters()), *blocks.buffers()])
+    assert difference(*found) < EXACT
+
+
+def test_a_block_with_buffers_that_comes_in_late_and_again_is_refused() -> None:
+    normalised = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh())
+    with pytest.raises(RuntimeError, match=r"changes buffers \(_u, _v\) by t = 3\.0"):
+        reversible_loop([Block(), normalised, normalised], torch.randn(3, 6))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
-from revsolve import SDE, sdeint
+from revsolve import SDE, BrownianPath, sdeint
 from tests.front_doors import difference, make_y0
 
 EXACT = 1e-12  # relative; the order of summation, and rounding of undone steps
@@ -177,3 +177,23 @@ def test_what_is_wrong_outside_is_refused_inside(wrong: str, over: Callable[...,
     y0 = torch.randn(2, 4, 3) if over(torch.sin) is not torch.sin else torch.randn(4, 3)
     with pytest.raises(ValueError, match=message):
         over(grad(lambda y: sdeint(sde, y, [0.0, 1.0], dt=0.1).sum()))(y0)
+
+
+@pytest.mark.parametrize(
+    "transform", [grad, jacrev, lambda f: vmap(grad(f), in_dims=0)], ids=["grad", "jacrev", "vmap"]
+)
+@every_noise
+def test_a_brownian_path_that_is_made_inside(noise: str, transform: Any) -> None:
+    """It is the one made outside, which the transform does not concern."""
+    rates, y0 = torch.tensor([0.5, 1.5], dtype=torch.float64), make_y0().detach()
+    size = {"scalar": (4, 1), "general": (4, 2), "additive": (4, 2)}.get(DIFFUSIONS[noise][0], (4, 3))
+    make = lambda: BrownianPath(0.0, 1.0, size, seed=3, dtype=torch.float64)  # noqa: E731
+    outside, others = make(), make_params()
+
+    def loss(rate: Tensor, inside: bool) -> Tensor:
+        params = {**others, "own": rate * torch.ones(3, dtype=torch.float64)}
+        return Solve(noise, bm=make() if inside else outside).loss(params, y0)
+
+    at = rates if transform not in (grad, jacrev) else rates[0]
+    found, wanted = (transform(lambda rate, inside=inside: loss(rate, inside))(at) for inside in (True, False))
+    assert difference([found], [wanted]) < EXACT or not wanted.any()

@@ -174,6 +174,19 @@ def test_a_state_that_values_depend_on_is_that_at_the_start() -> None:
     torch.testing.assert_close(state(net), state(twin), rtol=0, atol=0)
 
 
+@replayed
+@every_door
+def test_a_state_that_values_depend_on_late_is_refused(door: Callable[..., Any], gradient: str) -> None:
+    """Buffers that a later call is the first one to change; in a list of blocks, see the tests of loops."""
+    net, y0 = make_net(STATEFUL["spectral norm"]), make_y0()
+
+    def late(y: Tensor) -> Tensor:
+        return net(y) if (y.detach() - y0.detach()).abs().max() > 0.2 else torch.tanh(y)
+
+    with pytest.raises(RuntimeError, match=r"changes buffers .* but not when it was first called"):
+        door(late, y0, gradient=gradient)
+
+
 class Plain:
     """Equations that are not callable: what they hold is not found before the field is called."""
 
