@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -325,6 +326,70 @@ class LatestResult(Hostile):
         return self.latest[1]
 
 
+class InTensor(Hostile):
+    """As an attribute of a tensor."""
+
+    def kept(self) -> Tensor:
+        if not hasattr(self.other.weight, "derived"):
+            self.other.weight.derived = self.derived()  # type: ignore[attr-defined]
+        return self.other.weight.derived  # type: ignore[attr-defined, return-value]
+
+
+class InContextVariable(Hostile):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.variable: ContextVar[Tensor | None] = ContextVar("weight", default=None)
+
+    def kept(self) -> Tensor:
+        if self.variable.get() is None:
+            self.variable.set(self.derived())
+        weight = self.variable.get()
+        assert weight is not None
+        return weight
+
+
+class InGenerator(Hostile):
+    """In a local variable of one that runs."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+        def running() -> Iterator[Tensor]:
+            weight = self.derived()
+            while True:
+                yield weight
+
+        self.running = running()
+
+    def kept(self) -> Tensor:
+        return next(self.running)
+
+
+class FarAway(Hostile):
+    """In an object of an object of an object of an object."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.near = SimpleNamespace(far=SimpleNamespace(farther=SimpleNamespace(store=SimpleNamespace(weight=None))))
+
+    def kept(self) -> Tensor:
+        store = self.near.far.farther.store
+        if store.weight is None:
+            store.weight = self.derived()
+        return store.weight
+
+
+class ByKeysHidden(InTensor):
+    """A value for every state, to a digit, in a dictionary that hangs on a tensor."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        kept = vars(self.other.weight).setdefault("kept", {})
+        key = round(float(y.detach().sum()), 1)
+        if self.plain or key not in kept:
+            kept[key] = self.derived()
+        return self.first(y) + self.second(y, kept[key])
+
+
 KEEPERS_ELSEWHERE = [
     InGlobal,
     InOtherClass,
@@ -351,6 +416,8 @@ KEEPERS = [
     InParametrization,
 ]
 KEEPERS_LATE = [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS]
+KEEPERS_HIDDEN = [InTensor, InContextVariable, InGenerator, FarAway]
+KEEPERS_HIDDEN += [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS_HIDDEN]
 KEEPERS_ELSEWHERE += [type(f"{kind.__name__}Late", (Late, kind), {}) for kind in KEEPERS_ELSEWHERE]
 
 
@@ -497,7 +564,28 @@ class NumpyBuffer(OneBuffer):
 BUFFERS = [OneBuffer, TwoBuffers, PartOfABuffer, LateBuffer, NumpyBuffer]
 
 
-EVERY = [Hostile, Scales, *KEEPERS, *KEEPERS_LATE, *KEEPERS_ELSEWHERE, *KEEPERS_BY_KEY, *LATE, *OTHERS]
+class Constant(Hostile):
+    """Returns a parameter, or what was computed of it outside."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.values = nn.Parameter(self.start.clone())
+        self.outside = self.values.sin()
+
+    def forward(self, y: Tensor) -> Tensor:
+        return 1.0 * self.values if self.plain else self.values
+
+
+class ConstantFromOutside(Constant):
+    def forward(self, y: Tensor) -> Tensor:
+        return 1.0 * self.outside if self.plain else self.outside
+
+
+OTHERS += [Constant, ConstantFromOutside]
+EVERY = [
+    *(Hostile, Scales, *KEEPERS, *KEEPERS_LATE, *KEEPERS_ELSEWHERE, *KEEPERS_HIDDEN, *KEEPERS_BY_KEY),
+    *(*LATE, *OTHERS, *BUFFERS),
+]
 REASONS = r"kept|did not use|random numbers|buffers|same memory|computed outside"  # of refusals
 
 

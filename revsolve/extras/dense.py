@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from revsolve.core.arithmetic import OneSided
 from revsolve.core.gradient import solve
@@ -88,8 +88,8 @@ class Dense:
     ) -> None:
         self.field, self.results = problem.field, results
         self.states, self.shift, self.jumps = states, shift, jumps
-        # torch.func transforms know no saved-tensor hooks
-        self.keeps_rates = problem.followed or problem.operation is not None
+        # torch.func transforms know no saved-tensor hooks, nor do fields that use them
+        self.keeps_rates = problem.gradient == "direct" or problem.operation is not None
         self.steps = list(problem.stats.times)
         # Some devices have no double precision.
         self.times = torch.tensor(self.steps, dtype=torch.float64, device="cpu")
@@ -156,7 +156,13 @@ class Dense:
         if t in self.jumps:
             t = OneSided(t, 1.0 if t1 > t else -1.0)
         if torch.is_grad_enabled() and not self.keeps_rates:
-            return checkpoint(self._value, t, t1, self.states[i], use_reentrant=False)
+            try:  # to the end of the evaluation, for scripted code cannot be left early
+                with set_checkpoint_early_stop(False):
+                    return checkpoint(self._value, t, t1, self.states[i], use_reentrant=False)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                self.keeps_rates = True
         return self._value(t, t1, self.states[i])
 
     def _value(self, t: float, other: float, x: Tensor) -> Tensor:

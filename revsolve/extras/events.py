@@ -110,8 +110,10 @@ class _LastStep:
     def locate(self, crossing: Crossing) -> tuple[float, int]:
         """When the first component fires, to rounding, and which one it is."""
 
+        y = self.y.detach()  # as the solve has it, for fields that set requires_grad of their state
+
         def heights(s: float) -> list[tuple[float, int]]:
-            values = self.event.values(s, self.y if s == self.t0 else self.state(s, self.y))
+            values = self.event.values(s, y if s == self.t0 else self.state(s, y))
             return [(sign * values[i], i) for i, sign in crossing.signs.items()]
 
         def lowest(s: float) -> float:
@@ -153,7 +155,7 @@ class _LastStep:
     @torch.no_grad()
     def _stays_zero(self, s: float, component: int) -> bool:
         later = s + 16 * (s - self.before)
-        return all(self.event.values(t, self.state(t, self.y))[component] == 0.0 for t in (s, later))
+        return all(self.event.values(t, self.state(t, self.y.detach()))[component] == 0.0 for t in (s, later))
 
     def _reached(self, s: float, component: int) -> Tensor:
         """When the function becomes zero, from its values just before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
-from revsolve.field.discover import boundary, edge_of, inputs_of, leaf_at
+from revsolve.core.tape import Term
+from revsolve.field.discover import boundary, edge_of, inputs_of, leaf_at, taken_from_outside
 from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product, version
 from revsolve.field.repeat import Guarded
-from revsolve.field.snapshot import tensors_in
+from revsolve.field.snapshot import Snapshot, tensors_in
 
 KEPT = (
     "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
@@ -25,12 +27,15 @@ KEPT = (
 
 class Expected(Protocol):
     """What is known of a field: `tensors` are those outside that it depends on, `own_leaves` the shapes and dtypes of leaves
-    that it makes itself, `constants` other tensors that it may use, `coefficients` those of the scheme."""
+    that it makes itself, `constants` other tensors that it may use, `coefficients` those of the scheme, `opening` its first call,
+    and `snapshot` what it holds."""
 
     tensors: tuple[Tensor, ...]
     own_leaves: frozenset[Any]
     constants: Constants
     coefficients: Sequence[Tensor]
+    opening: Any
+    snapshot: Snapshot
 
 
 class Audit:
@@ -67,7 +72,10 @@ class Audit:
         done, ends, some = {None}, self.ends, self.some  # type: set[Any], dict[Any, Tensor], set[Any]
         stack: list[Any] = []
         for x in outputs:
-            stack.append(x.grad_fn)
+            if x.grad_fn is None:
+                reached.append(x)  # a leaf that the field returns
+            elif id(x) not in self.known:
+                stack.append(x.grad_fn)
         while stack:
             node = stack.pop()
             if node in done:
@@ -131,6 +139,41 @@ class Audit:
                 "functions, or say gradient='direct'."
             )
         return lost(leaf)
+
+
+class Watched(Guarded):
+    """A term in the backward pass, which looks into an evaluation that makes another number of nodes than those before.
+
+    That may be another branch, or a value that the field kept from a call which recorded nothing: no graph tells of it, but it is
+    there again in the next call.
+    """
+
+    def __init__(self, term: Term, field: Expected, tensors: Sequence[Tensor]) -> None:
+        super().__init__(term)
+        self.field, self.tensors, self.counts = field, tensors, {field.opening.num_nodes}
+
+    def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
+        before = num_nodes()
+        value = call(*args)
+        if (made := num_nodes() - before) not in self.counts:
+            self.counts.add(made)
+            self._look(partial(call, *args), t, args)
+        return value
+
+    def _look(self, call: Callable[[], Any], t: Time, args: Any) -> None:
+        """Raise RuntimeError if a call takes a tensor from outside that is held nowhere, and that the first one did not take."""
+        snapshot, own = self.field.snapshot, (*self.tensors, *tensors_in(args))
+        with torch.no_grad():
+            used = taken_from_outside(call)
+            lent = (x for module in snapshot.modules.values() for x in module.buffers(recurse=False))
+            strange = used.keys() - snapshot.tensors.keys() - {id(x) for x in (*own, *lent)}
+            if strange and self.field.opening.repeats():  # else it uses what it has kept since
+                strange -= taken_from_outside(self.field.opening.again).keys()
+        for x in map(used.__getitem__, strange):
+            if (
+                x.ndim or x.is_complex() or not torch.isclose(x.double(), torch.as_tensor(t).to(x).double())
+            ):  # the time itself is remembered
+                raise lost(x) if x.requires_grad else RuntimeError(KEPT.format("found again in the next call"))
 
 
 class Constant(Guarded):

@@ -93,6 +93,12 @@ def inputs_of(call: Callable[[], Any]) -> dict[int, Tensor]:
     return seen
 
 
+def taken_from_outside(call: Callable[[], Any]) -> dict[int, Tensor]:
+    """The tensors that the operations of a call take from outside, by identity: those that another call takes again."""
+    first, second = inputs_of(call), inputs_of(call)
+    return {key: x for key, x in first.items() if key in second}
+
+
 def discover(
     call: Callable[[], Sequence[Tensor]], snapshot: Snapshot, own: Tensor, again: Any
 ) -> tuple[list[Tensor], frozenset[Any], Changes]:

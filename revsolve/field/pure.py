@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term, leaf_of
-from revsolve.field.audit import Audit, Constant, Constants, products
+from revsolve.field.audit import Audit, Constant, Constants, Watched, products
 from revsolve.field.discover import REQUIRES_GRAD, depend_on_each_other, discover, inputs_of, refusing_sharded_calls
-from revsolve.field.functorch import has_hooks, version
+from revsolve.field.functorch import has_hooks, num_nodes, version
 from revsolve.field.repeat import (
     Buffers,
     OwnValues,
@@ -90,12 +90,10 @@ class Pure:
 
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
-        """The term with these tensors in the place of its own."""
-        if all(map(operator.is_, tensors, self.tensors)):
-            yield self.term
-        else:
-            with Substitution(self.tensors, tensors):
-                yield self.term
+        """The term with these tensors in the place of its own, watched."""
+        same = all(map(operator.is_, tensors, self.tensors))
+        with nullcontext() if same else Substitution(self.tensors, tensors):
+            yield Watched(self.term, self, tensors)
 
     def stand_ins(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The tensors to differentiate by: as they are, but for those computed from another one, or with hooks, which are to
@@ -167,15 +165,25 @@ class Opening:
 
     def __call__(self) -> list[Tensor]:
         """Evaluate, keep the `value`, and return what is differentiated of it."""
-        t, before = self.span[0], version(self.x)
+        t, before, birthday = self.span[0], version(self.x), num_nodes()
         self.value = self.term.value(t, self.x)
+        self.num_nodes = num_nodes() - birthday
         product = self.term.product(self.value, self.term.control(t, *self.span))[0]
+        self.num_nodes = self.num_nodes or num_nodes() - birthday  # where the product makes the evaluation
         if version(self.x) != before:
             raise ValueError(
                 "the field changes its state in place, which is the solver's: write y = y.clone() first, or use operations "
                 "without an underscore."
             )
         return [product]
+
+    def repeats(self) -> bool:
+        """Whether the evaluation makes as many nodes as it did."""
+        other = copy(self)
+        other.x = leaf_of(self.x)
+        with torch.enable_grad():
+            other()
+        return other.num_nodes == self.num_nodes
 
     def at(self, t: float, x: Tensor, within: Any = NOWHERE) -> list[Tensor]:
         """All that an evaluation at (t, x) gives, recording nothing."""
@@ -213,7 +221,7 @@ class Saved:
         address = address_of(x)
         if address not in self.counted:
             self.counted.add(address)
-            self.num_bytes += x.nbytes
+            self.num_bytes += x.numel() * x.element_size()  # at most, where it is sparse
         return x.detach()  # x itself would be a cycle, where it is a result
 
 

@@ -144,7 +144,10 @@ def in_one_memory(value: Any, call: Callable[[], Any]) -> bool:
 
 def address_of(x: Tensor) -> int:
     """That of its memory, or of the object where it has none of its own."""
-    return x.untyped_storage().data_ptr() if type(x) in (Tensor, Parameter) and x.layout is torch.strided else id(x)
+    try:
+        return x.untyped_storage().data_ptr() if type(x) in (Tensor, Parameter) else id(x)
+    except (NotImplementedError, RuntimeError):
+        return id(x)
 
 
 class Buffers:

@@ -209,7 +209,7 @@ class Snapshot:
             elif isinstance(x, FunctionType):
                 if thing is not None:
                     self.ahead.append((x, depth, HELD))
-            elif isinstance(x, (Tensor, list, dict, tuple, deque, type(None))):
+            elif isinstance(x, (Tensor, list, dict, tuple, deque, *PLAIN)):
                 others.append(name)
             elif hasattr(x, "cache_clear"):
                 self._keep(x, CALLS, 0)
