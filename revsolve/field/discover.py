@@ -33,6 +33,9 @@ def leaf_at(node: Any) -> Tensor | None:
 
 def edge_of(x: Tensor) -> Edge:
     """Where the graph of a tensor that requires a gradient begins; for a leaf, the node that accumulates its gradient."""
+    if x.is_leaf and x.layout is not torch.strided:  # of which torch makes no view
+        with torch.enable_grad():
+            return x.clone().grad_fn.next_functions[0]  # type: ignore[union-attr]
     node, number = get_gradient_edge(x)[:2]
     return node, number
 
