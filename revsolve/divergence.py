@@ -34,6 +34,7 @@ def with_divergence(
         hooks on saved tensors (`save_on_cpu`).
 
     Raises:
+        TypeError: for an x that is no tensor.
         ValueError: for an x without a batch, or complex; for an unknown trace; for samples of an exact trace.
 
     Example:
@@ -44,6 +45,8 @@ def with_divergence(
         >>> l[-1]
         tensor([-6.0000, -6.0000, -6.0000, -6.0000])
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (batch, ...), but it is a {type(x).__name__}.")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be real, of shape (batch, ...), but it is {x.dtype} of shape {tuple(x.shape)}.")
     if trace not in TRACES:

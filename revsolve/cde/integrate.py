@@ -108,7 +108,10 @@ def cdeint(
         torch.Size([8, 2, 16])
     """
     if not callable(func) and not hasattr(func, "prod"):
-        raise TypeError(f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is {func!r}.")
+        raise TypeError(
+            f"func must be callable as func(t, z), or have a method prod(t, z, dX), but it is a {type(func).__name__}: call "
+            "cdeint(X, func, z0, t)."
+        )
     if not adjoint and gradient not in (None, "direct"):
         raise ValueError(f"adjoint=False means gradient='direct', but gradient={gradient!r}: leave one of them out.")
     read = read_options(

@@ -151,7 +151,7 @@ class Convergence:
         text = f"after {self.num_steps} steps the {kind} residual is {residual:.2e}, not {tol:.2e}"
         if self.worst[-1] > DIVERGING * min(self.worst):
             raise RuntimeError(f"{self.solving} diverges: {text}. {self.hint()}")
-        message = f"{self.solving} has not converged: {text}. Allow more steps, a larger tol, or: {self.hint()}"
+        message = f"{self.solving} has not converged: {text}. Raise max_steps or tol, or change f: {self.hint()}"
         if on_failure == "raise":
             raise RuntimeError(message)
         warn(message, ConvergenceWarning)
@@ -166,10 +166,10 @@ class Convergence:
             return "the Jacobian of f must have no eigenvalue near 1, for where it has one there is no gradient."
         recent = [r for r in self.worst[-4:] if math.isfinite(r) and r > 0.0]
         rate = (recent[-1] / recent[0]) ** (1 / (len(recent) - 1)) if len(recent) > 1 else math.nan
-        seen = "" if math.isnan(rate) else f" (the residual changed by a factor of {rate:.3g} a step)"
+        seen = "" if math.isnan(rate) else f" (in the last steps, each multiplied the residual by {rate:.3g})"
         return (
             f"f must contract: the spectral radius of its Jacobian must stay below 1{seen}. Normalise the weights of f "
-            "(torch.nn.utils.parametrizations.weight_norm or spectral_norm), or make its last layer or beta smaller."
+            "(torch.nn.utils.parametrizations.weight_norm or spectral_norm), or scale down its last layer, or reduce beta."
             + (" Samples that depend on each other need stop='all'." if self.criterion.rests else "")
         )
 

@@ -49,7 +49,7 @@ def explain_field(t: float, y: Tensor, value: Tensor) -> str:
     size = float(torch.linalg.vector_norm(y, ord=math.inf))
     return (
         f"the field returned {kind} at t = {t}, where the largest entry of the state is {size:.3g}: check the field there. "
-        "If the state has grown so large that the step may be too long, halve step_size or rtol (docs: Stiff problems)."
+        "If the state has grown large, the step may be too long: halve step_size or rtol (docs: Stiff problems)."
     )
 
 

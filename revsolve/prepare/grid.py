@@ -222,7 +222,7 @@ def check_tolerances(rtol: Tolerance, atol: Tolerance, dtype: torch.dtype) -> tu
             raise ValueError(f"{name} must not be negative, but it is {float(torch.as_tensor(value).min())}.")
     if _largest(rtol) < 2 * eps:
         raise ValueError(
-            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, {eps:.1e}: use rtol >= {10 * eps:.0e}."
+            f"rtol = {_largest(rtol):.1e} is below the rounding of {dtype}, 2 eps = {2 * eps:.1e}: use rtol >= {10 * eps:.0e}."
         )
     least = torch.finfo(dtype).tiny / eps  # so that what is zero, and stays so, has no error
     return rtol, atol.clamp(min=least) if isinstance(atol, Tensor) else max(atol, least)

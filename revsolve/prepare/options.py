@@ -85,6 +85,7 @@ ELSEWHERE = {
 OF_SDES = {
     **dict.fromkeys(("step_size", "first_step", "dt0"), "write dt=..."),
     "min_step": "write dt_min=...",
+    **dict.fromkeys(("seed", "generator", "entropy"), "pass bm=BrownianPath(t0, t1, size, seed=...)"),
     "dense": "leave it out, no polynomial follows a Brownian path: ask for more times",
     "dense_output": "leave it out, no polynomial follows a Brownian path: ask for more times",
 }
@@ -226,11 +227,13 @@ def explains_keywords(door: Door) -> Door:
     is called where its signature does not allow that."""
     known = inspect.signature(door).parameters
     told = ELSEWHERE | OF_SDES if "dt" in known else ELSEWHERE if "t" in known else {}
-    unknown = told.keys() - known.keys()
 
     @functools.wraps(door)
     def checked(*args: Any, **keywords: Any) -> Any:
-        for name in unknown.intersection(keywords) if keywords else ():
+        for name in keywords.keys() - known:
+            if name not in told:
+                close = did_you_mean(name, known)
+                raise TypeError(f"{door.__name__}() got an unexpected keyword argument {name!r}{close}")
             if keywords.pop(name) is not None:
                 raise TypeError(f"{door.__name__} has no keyword {name!r}: {told[name]}.")
         try:

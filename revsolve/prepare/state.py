@@ -139,7 +139,7 @@ def form(x: Any) -> Any:
 def _check_leaf(leaf: Any, name: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
-            f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r:.80}."
+            f"{name} must be a tensor or a pytree of tensors, but it holds {type(leaf).__name__} {leaf!r:.80}: make it a tensor."
         )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(

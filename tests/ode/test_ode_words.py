@@ -55,9 +55,16 @@ def test_keywords_that_are_none_are_not_given(door: str) -> None:
     DOORS[door](adjoint_options=None, adjoint_params=None)
 
 
-def test_other_keywords_are_errors_of_python() -> None:
+def test_other_keywords_are_unexpected() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'metod'"):
         DOORS["odeint"](metod="rk4")
+    with pytest.raises(TypeError, match="'max_iter': did you mean 'max_steps'"):
+        revsolve.fixed_point(torch.cos, torch.ones(2), max_iter=9)  # type: ignore[call-arg]
+
+
+def test_a_seed_belongs_to_the_path() -> None:
+    with pytest.raises(TypeError, match=r"no keyword 'seed': pass bm=BrownianPath\(t0, t1, size, seed="):
+        DOORS["sdeint"](seed=3)
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

@@ -144,3 +144,8 @@ def test_further_arguments_reach_the_field() -> None:
 def test_what_is_refused(x: Tensor, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_divergence(lambda t, x: x, x, **keywords)
+
+
+def test_a_state_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="x must be a tensor of shape .*, but it is a tuple"):
+        with_divergence(lambda t, x: x, (torch.ones(2, 3),))  # type: ignore[arg-type]
