@@ -89,7 +89,9 @@ def odeint(
         tensor([0.3679])
     """
     if not callable(func):
-        raise TypeError(f"func must be callable as func(t, y), but it is a {type(func).__name__}: call odeint(func, y0, t).")
+        raise TypeError(
+            f"func must be callable as func(t, y), but it is a {type(func).__name__}: call odeint(func, y0, t)."
+        )
     read = read_options(
         "rev_dopri5" if method is None else method,
         options,

@@ -136,7 +136,9 @@ def test_states_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_not_callable() -> None:
-    with pytest.raises(TypeError, match=r"func must be callable as func\(t, y\), but it is a Tensor: call odeint\(func, y0, t\)"):
+    with pytest.raises(
+        TypeError, match=r"func must be callable as func\(t, y\), but it is a Tensor: call odeint\(func, y0, t\)"
+    ):
         odeint(torch.ones(2), torch.ones(2), T)
 
 
@@ -198,7 +200,11 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no step": ({"options": {"max_num_steps": 0}}, ValueError, "max_num_steps must be a whole number of at least 1"),
     "tolerance": ({"rtol": -1e-3}, ValueError, "rtol must not be negative, but it is -0.001"),
     "tolerance below rounding": ({"rtol": 1e-9}, ValueError, r"1.0e-09 is below the rounding of torch.float32"),
-    "tolerance of one rounding": ({"rtol": 2e-7}, ValueError, r"2.0e-07 is below .*, 2 eps = 2.4e-07: use rtol >= 1e-06"),
+    "tolerance of one rounding": (
+        {"rtol": 2e-7},
+        ValueError,
+        r"2.0e-07 is below .*, 2 eps = 2.4e-07: use rtol >= 1e-06",
+    ),
     "gradient": ({"gradient": "adjoint"}, ValueError, "'reversible', 'checkpoint', 'direct', but it is 'adjoint'"),
     "undoing the irreversible": ({**FINE, "gradient": "reversible"}, ValueError, "use method='rev_rk4'"),
     "restarts": ({"restarts": "often"}, ValueError, "restarts must be 'auto'.*'often'"),

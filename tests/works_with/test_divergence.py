@@ -147,5 +147,5 @@ def test_what_is_refused(x: Tensor, keywords: dict[str, Any], message: str) -> N
 
 
 def test_a_state_that_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match="x must be a tensor of shape .*, but it is a tuple"):
+    with pytest.raises(TypeError, match=r"x must be a tensor of shape .*, but it is a tuple"):
         with_divergence(lambda t, x: x, (torch.ones(2, 3),))  # type: ignore[arg-type]

@@ -160,8 +160,8 @@ def compiled(
         ),
         "gradient='direct' keeps every operation, which a program does not: use another, or": problem.gradient
         == "direct",
-        "compile= needs steps that nobody watches (no progress bar, no callback), fixed steps in cdeint and sdeint, no tol (tol=0) in "
-        "fixed_point: change that, or": not isinstance(stepper, taken),
+        "compile= needs steps that nobody watches (no progress bar, no callback), fixed steps in cdeint and sdeint, no "
+        "tol (tol=0) in fixed_point: change that, or": not isinstance(stepper, taken),
         f"compile= takes no jump_t with method {problem.scheme.name!r}, whose velocity jumps with the field: use one like "
         "'reversible_heun' or 'rev_rk4', or": (
             problem.scheme.has_velocity and bool(getattr(stepper, "jumps", stepper.grid.jumps))
