@@ -4,11 +4,13 @@ They are 5.2 inches wide with text of 11 points, which is 10 pixels on a telepho
 end, in their own colour.
 """
 
+import math
 from pathlib import Path
 
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation
 
 HERE = Path(__file__).parent
 WIDTH = 5.2
@@ -66,7 +68,15 @@ def key(axes: plt.Axes, names: dict[str, str], x: float, y: float, step: float =
         axes.text(x, y - i * step, name, color=colour, transform=axes.transAxes, va="top")
 
 
+def decade(x: float, position: int | None = None) -> str:
+    """A power of ten without an exponent above the line, which is too small to read on a telephone."""
+    return f"{x:g}" if 1e-2 < x < 1e4 else f"1e{round(math.log10(x))}"
+
+
 def save(figure: Figure, name: str) -> None:
     """Write docs/figures/<name>.svg; the same numbers give the same file, whatever the day."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
+            axis.set_major_formatter(FuncFormatter(decade))
     figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)

@@ -20,7 +20,18 @@ from revsolve.core.tape import Audit, Differentiate, Tape, Term
 
 @dataclass
 class Stats:
-    """What a solve did. Counters of the backward pass are filled in by it; `num_steps` counts accepted steps."""
+    """What a solve did.
+
+    Attributes:
+        num_steps: accepted steps.
+        num_rejected: rejected attempts of adaptive steps.
+        num_restarts: restarts of a reversible method.
+        num_evaluations: calls of the field in the forward pass, those of rejected attempts included.
+        num_backward_evaluations: calls of the field in the backward pass; 0 before it has run.
+        num_stored_states: tensors of the size of a state that were stored for the backward pass; a pair counts as two.
+        reconstruction_error: the largest relative difference of rebuilt and stored states; None before the backward pass.
+        times: the accepted times.
+    """
 
     num_steps: int = 0
     num_rejected: int = 0
