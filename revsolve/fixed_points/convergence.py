@@ -151,7 +151,7 @@ class Convergence:
         text = f"after {self.num_steps} steps the {kind} residual is {residual:.2e}, not {tol:.2e}"
         if self.worst[-1] > DIVERGING * min(self.worst):
             raise RuntimeError(f"{self.solving} diverges: {text}. {self.hint()}")
-        message = f"{self.solving} has not converged: {text}. Raise max_steps or tol, or change f: {self.hint()}"
+        message = f"{self.solving} has not converged: {text}. Raise max_steps or tol, or change f. {self.hint()}"
         if on_failure == "raise":
             raise RuntimeError(message)
         warn(message, ConvergenceWarning)
