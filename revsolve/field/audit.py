@@ -38,6 +38,11 @@ class Expected(Protocol):
     snapshot: Snapshot
 
 
+def keeps_casts() -> bool:
+    """Whether autocast uses what it has cast before again."""
+    return torch.is_autocast_cache_enabled() and any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
 class Audit:
     """Holds recorded evaluations to what the first one showed: their graph ends at `tensors` and at what the solver hands in."""
 
@@ -55,10 +60,7 @@ class Audit:
                 self.some.add(edge_of(x))
             elif x.requires_grad and unpacked:
                 self.known.add(id(leaf_at(edge_of(x)[0])))
-        cached = torch.is_autocast_cache_enabled() and (
-            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        )
-        self.since = -1 if cached else num_nodes()  # what autocast cast before is used again, and may be
+        self.since = -1 if keeps_casts() else num_nodes()  # what autocast cast before is used again, and may be
 
     def __call__(self, outputs: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
         """Look for nodes of leaves that are not known, and for nodes older than the recording; the leaves met, but for own[0].
@@ -155,7 +157,7 @@ class Watched(Guarded):
     def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
         before = num_nodes()
         value = call(*args)
-        if (made := num_nodes() - before) not in self.counts:
+        if (made := num_nodes() - before) not in self.counts and not keeps_casts():
             self.counts.add(made)
             self._look(partial(call, *args), t, args)
         return value
