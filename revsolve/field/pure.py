@@ -161,7 +161,7 @@ class Opening:
     """The first evaluation of a term, at x and the start of a span; it may be made again."""
 
     def __init__(self, term: Term, span: tuple[float, float], x: Tensor) -> None:
-        self.term, self.span, self.x = term, span, x
+        self.term, self.span, self.x, self.dtype = term, span, x, x.dtype
 
     def __call__(self) -> list[Tensor]:
         """Evaluate, keep the `value`, and return what is differentiated of it."""
@@ -180,7 +180,7 @@ class Opening:
     def repeats(self) -> bool:
         """Whether the evaluation makes as many nodes as it did."""
         other = copy(self)
-        other.x = leaf_of(self.x)
+        other.x = leaf_of(self.x.to(self.dtype))
         with torch.enable_grad():
             other()
         return other.num_nodes == self.num_nodes
