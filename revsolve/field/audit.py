@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term
 from revsolve.field.discover import boundary, edge_of, inputs_of, leaf_at, taken_from_outside
 from revsolve.field.functorch import made_before, num_nodes, vector_jacobian_product, version
 from revsolve.field.repeat import Guarded
-from revsolve.field.snapshot import Snapshot, tensors_in
+from revsolve.field.snapshot import Snapshot, map_tensors, tensors_in
 
 KEPT = (
     "the field uses a value that it kept from an earlier call (a cache; {}), or one computed before from a place where it was "
@@ -191,7 +190,7 @@ class Constant(Guarded):
         leaves = [leaf for leaf in boundary(outputs)[0] if id(leaf) not in own]
         if leaves:
             raise lost(leaves[0])
-        return tree_map_only(Tensor, Tensor.detach, value) if outputs else value
+        return map_tensors(Tensor.detach, value) if outputs else value
 
 
 def products(*given: Any) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term, leaf_of
@@ -40,7 +39,7 @@ from revsolve.field.repeat import (
     same_random_state,
     set_random_state,
 )
-from revsolve.field.snapshot import Changes, Snapshot, computed_in, tensors_in
+from revsolve.field.snapshot import Changes, Snapshot, computed_in, map_tensors, tensors_in
 from revsolve.field.substitute import Substitution
 
 NOT_CAPTURED = "a CUDA graph cannot capture this solve, because its field {}: {}."
@@ -76,7 +75,7 @@ class Pure:
     coefficients: Sequence[Tensor] = ()
     state_size: int = 0
     tape_size: int = 0
-    autocast: Any = field(default_factory=autocast_state)
+    autocast: Callable[[], Any] = nullcontext
 
     differentiate = staticmethod(products)
 
@@ -271,7 +270,7 @@ def pure(
     writes = not records and any(version(x) != number and x not in buffers for x, number in versions)
     shares = partial(in_one_memory, value, partial(opening.again, buffers))
     if not (captured or getattr(term, "late", False)) and (writes or shares()):
-        value = tree_map_only(Tensor, Tensor.clone, value)
+        value = map_tensors(Tensor.clone, value)
         term = opening.term = OwnValues(term)
     matters = bool(changing) and _matter(changing, opening.at, span[0], x.detach(), draws)
     if changing and not matters:
@@ -279,7 +278,7 @@ def pure(
     if draws or matters:
         seed = int(torch.randint(2**62, (), device="cpu")) if draws else None
         term = opening.term = Repeatable(term, seed, x.device, changing if matters else None)
-    first = None if draws or changing else (span[0], tree_map_only(Tensor, partial(_kept, held), value))
+    first = None if draws or changing else (span[0], map_tensors(partial(_kept, held), value))
 
     tensors, own_leaves, changes = found if held else ((), frozenset(), [])
     wanted = held and (moving or x.requires_grad or bool(tensors))
@@ -298,11 +297,12 @@ def pure(
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,
-        constants=Constants(versions, buffers),
+        constants=Constants(versions, buffers) if held else NO_CONSTANTS,
         snapshot=snapshot if wanted else NOTHING_HELD,
         coefficients=coefficients,
         state_size=x.nbytes if saved else 0,
         tape_size=saved.num_bytes if saved else 0,
+        autocast=autocast_state() if held else nullcontext,
     )
 
 

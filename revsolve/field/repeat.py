@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map_only
 
 from revsolve.core.arithmetic import Scalar, Time
 from revsolve.core.tape import Term, Wrapped
 from revsolve.field.functorch import entries_of, is_borrowed, version, watching
-from revsolve.field.snapshot import tensors_in
+from revsolve.field.snapshot import map_tensors, tensors_in
 
 DEVICES = ("cpu", "cuda")
 
@@ -127,7 +126,7 @@ class OwnValues(Guarded):
         self.is_rate = False  # no evaluation is recorded where no gradient is wanted: it would stay in that memory
 
     def evaluate(self, t: Time, call: Callable[..., Any], *args: Any) -> Any:
-        return tree_map_only(Tensor, Tensor.clone, call(*args))
+        return map_tensors(Tensor.clone, call(*args))
 
 
 def own(x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def choose_steps(
     check_fixed(options)
     targets, jumps = (*options.step_t, *options.jump_t), options.jump_t
     if options.grid_constructor is not None:
-        points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
+        with torch.no_grad():
+            points = check_times(options.grid_constructor(*constructed), "grid_constructor(...)")
         return given_grid(times, points, targets, jumps)
     if knots and options.step_size is None:
         return knot_grid(times, knots, x0.real.dtype, targets, jumps)
@@ -58,7 +59,7 @@ def choose_steps(
 def check_fixed(options: SolverOptions) -> None:
     """Raise for options that fixed steps do not have, and warn of tolerances."""
     name = options.scheme.name
-    useless = options.given & {*ADAPTIVE_OPTIONS}
+    useless = options.given.intersection(ADAPTIVE_OPTIONS)
     if useless:
         raise ValueError(f"option {min(useless)!r} is for adaptive steps, but these are fixed ({name!r}).")
     if options.tolerances_given:

@@ -127,11 +127,11 @@ class SolverOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are no such steps."""
-        for name in self.given & {*LIMITS}:
+        for name in LIMITS.keys() & self.given:
             (wanted, holds, why), value = LIMITS[name], getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name} must {wanted}, but it is {value!r:.80}{why}.")
-        for name in self.given & {*TARGETS}:
+        for name in self.given.intersection(TARGETS):
             object.__setattr__(self, name, _times(name, getattr(self, name)))
         if self.min_step > self.max_step:
             raise ValueError(f"min_step = {self.min_step} is larger than max_step = {self.max_step}.")

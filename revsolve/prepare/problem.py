@@ -101,10 +101,7 @@ class InitialValueProblem:
         if options.adaptive:
             posed = self.pose(self.clock(), None)
             term = posed.rates or posed.term
-        with torch.no_grad():
-            return choose_steps(
-                times, options, term, self.x0, arguments, self.knots, self.discontinuities, resolution(t)
-            )
+        return choose_steps(times, options, term, self.x0, arguments, self.knots, self.discontinuities, resolution(t))
 
     def problem(
         self,
