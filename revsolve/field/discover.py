@@ -143,6 +143,23 @@ def discover(
     return list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), changes
 
 
+def refuse_side_results(changes: Changes, own: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Let gradients of what the field computed from the solver's leaf and kept raise, but for `tensors`."""
+    used = set(map(id, tensors))
+    for value in (value for _, found in changes for value in found.values()):
+        for x in tensors_in(value):
+            if x.grad_fn is not None and id(x) not in used and any(leaf is own for leaf in boundary([x])[0]):
+                x.register_hook(_refuse_side_result)
+
+
+def _refuse_side_result(grad: Tensor) -> None:
+    raise RuntimeError(
+        f"a gradient is wanted of a value of shape {tuple(grad.shape)} that the field computed from its state and kept, such as "
+        "a penalty that it adds up. A solve evaluates its field mostly without recording, so neither this value nor its gradient "
+        "would be right: integrate it as a further component of the state."
+    )
+
+
 def _intermediate(
     outside: Sequence[Edge], held: Sequence[Tensor], call: Callable[[], Any], again: Any
 ) -> Iterator[Tensor]:

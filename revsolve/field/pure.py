@@ -23,7 +23,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from revsolve.core.arithmetic import Time
 from revsolve.core.tape import Term, leaf_of
 from revsolve.field.audit import Audit, Constant, Constants, Watched, products
-from revsolve.field.discover import REQUIRES_GRAD, depend_on_each_other, discover, inputs_of, refusing_sharded_calls
+from revsolve.field.discover import (
+    REQUIRES_GRAD,
+    depend_on_each_other,
+    discover,
+    inputs_of,
+    refuse_side_results,
+    refusing_sharded_calls,
+)
 from revsolve.field.functorch import has_hooks, num_nodes, version
 from revsolve.field.repeat import (
     Buffers,
@@ -283,6 +290,7 @@ def pure(
     tensors, own_leaves, changes = found if held else ((), frozenset(), [])
     wanted = held and (moving or x.requires_grad or bool(tensors))
     if changes and wanted:
+        refuse_side_results(snapshot.changes(), opening.x, tensors)
         snapshot.settle(changes)
     del opening.value  # and with it what the graph of an evaluation holds
     opening.x = x0.detach()  # not its copy in the dtype of the pair

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp
 
 from revsolve import odeint, reversible_loop
@@ -229,6 +229,56 @@ def test_a_field_that_changes_its_state_in_place_is_refused() -> None:
 
     with pytest.raises(ValueError, match="changes its state in place"):
         odeint(field, torch.ones(2), [0.0, 1.0])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("method", ["rk4", "rev_rk4"])
+def test_a_sparse_matrix_whose_entries_have_gradients(method: str, layout: torch.layout) -> None:
+    entries, y0 = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.ones(3, 2, dtype=torch.float64)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        dense = torch.zeros(3, 3, dtype=y.dtype).index_put(
+            (torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 2, 0])), entries
+        )
+        return torch.tanh(torch.sparse.mm(dense.to_sparse(layout=layout), y))
+
+    found = [
+        torch.autograd.grad(odeint(func, y0, torch.linspace(0, 1, 9), method=method, gradient=gradient).sum(), entries)
+        for gradient in (None, "direct")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+class Penalty(nn.Module):
+    """Adds up a penalty beside what it returns, in an attribute or a list."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+        self.listed, self.penalty, self.penalties = listed, torch.zeros((), dtype=torch.float64), []
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        value = torch.tanh(self.layer(y))
+        if self.listed:
+            self.penalties.append(value.square().mean())
+        else:
+            self.penalty = self.penalty + value.square().mean()
+        return value
+
+    @property
+    def total(self) -> Tensor:
+        return sum(self.penalties, start=self.penalty)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["attribute", "list"])
+@pytest.mark.parametrize("method", ["rk4", "rev_rk4", "alf", "dopri5"])
+def test_a_gradient_of_what_a_field_adds_up_beside_its_value_is_refused(method: str, listed: bool) -> None:
+    field, t = Penalty(listed), torch.linspace(0.0, 1.0, 9)
+    y0 = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    y = odeint(field, y0, t, method=method)[-1]
+    with pytest.raises(RuntimeError, match=r"kept, such as a penalty|a second time"):
+        (y.sum() + field.total).backward()
 
 
 @pytest.mark.parametrize("method", ["rev_rk4", "rk4"])
