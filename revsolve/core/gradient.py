@@ -96,6 +96,8 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_inference_mode_enabled():  # nothing could be recorded, and all gradients would be zero
+            raise RuntimeError("the gradient of a solve needs autograd: take it outside of torch.inference_mode().")
         return None, *ctx.operation.backward(ctx, *grads)
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from revsolve import cdeint, fixed_point, odeint, odeint_event, sdeint
 from revsolve.paths.control import LinearPath
+from tests.front_doors import DOORS
 
 A = torch.tensor([[-1.0, 0.5], [0.0, -2.0]], dtype=torch.float64)
 FIELDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -60,3 +61,16 @@ def test_other_doors(mode: str) -> None:
         y = sdeint((decay, lambda t, y: 0 * y), y0, [0.0, 1.0], dt=0.01)
         assert y[-1, 0].tolist() == pytest.approx([math.exp(-1)] * 2, abs=1e-3)
         assert fixed_point(lambda z: 0.5 * z + 1, y0).tolist()[0] == pytest.approx([2.0, 2.0], abs=1e-2)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_gradient_in_inference_mode_is_refused_and_under_no_grad_right(door: str) -> None:
+    """Autograd records nothing in inference mode: gradients of the field would be zero."""
+    layer, y0 = torch.nn.Linear(3, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    y = DOORS[door](lambda y: 0.3 * torch.tanh(layer(y)), y0)
+    (wanted,) = torch.autograd.grad(y.sum(), layer.weight, retain_graph=True)
+    loss = y.sum()
+    with torch.no_grad():
+        assert torch.equal(torch.autograd.grad(loss, layer.weight, retain_graph=True)[0], wanted)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch.inference_mode\(\)"):
+        torch.autograd.grad(loss, layer.weight)
