@@ -6,7 +6,7 @@ that nobody holds, a dispatch mode sees them in another call. What the graph nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
 from operator import attrgetter
@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from revsolve.field.functorch import made_before, num_nodes, watching
-from revsolve.field.snapshot import Changes, Snapshot, tensors_in
+from revsolve.field.snapshot import Changes, Snapshot, put, tensors_in
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -143,13 +143,31 @@ def discover(
     return list(found.values()), frozenset(map(SHAPE_AND_DTYPE, unheld.values())), changes
 
 
-def refuse_side_results(changes: Changes, own: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Let gradients of what the field computed from the solver's leaf and kept raise, but for `tensors`."""
-    used = set(map(id, tensors))
-    for value in (value for _, found in changes for value in found.values()):
+def side_results(changes: Changes, own: Tensor, tensors: Sequence[Tensor]) -> set[int]:
+    """What the field computed from the solver's leaf and kept, but for `tensors`: gradients of it raise from now on."""
+    used, found = set(map(id, tensors)), set()
+    for value in (value for _, values in changes for value in values.values()):
         for x in tensors_in(value):
             if x.grad_fn is not None and id(x) not in used and any(leaf is own for leaf in boundary([x])[0]):
                 x.register_hook(_refuse_side_result)
+                found.add(id(x))
+    return found
+
+
+def refuse_side_results(changes: Changes, sides: Collection[int]) -> None:
+    """Let gradients raise, too, of what stands in the places of `sides` now, which was not recorded."""
+    for entries, found in changes:
+        for key, x in found.items():
+            if (
+                id(entries[2].get(key)) in sides
+                and isinstance(x, Tensor)
+                and x.grad_fn is None
+                and x.is_floating_point()
+            ):
+                with torch.enable_grad():
+                    marked = x.detach().requires_grad_().view_as(x)
+                marked.register_hook(_refuse_side_result)
+                put(entries, {key: marked})
 
 
 def _refuse_side_result(grad: Tensor) -> None:

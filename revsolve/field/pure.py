@@ -8,7 +8,7 @@ is held to it, and a difference is an error that says what it is, never another 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
@@ -30,6 +30,7 @@ from revsolve.field.discover import (
     inputs_of,
     refuse_side_results,
     refusing_sharded_calls,
+    side_results,
 )
 from revsolve.field.functorch import has_hooks, num_nodes, version
 from revsolve.field.repeat import (
@@ -63,7 +64,8 @@ class Pure:
     first: time and value of an evaluation at the start. opening: that evaluation, which may be made again. repeats: evaluations
     are made to repeat, for the field draws random numbers, or its buffers matter. untouched: buffers that the first call left
     alone; lent: those of which later calls get copies. random: the state of the generators, where the field draws nothing.
-    own_leaves: shapes and dtypes of leaves that it makes itself. coefficients: of the scheme. The sizes are bytes.
+    own_leaves: shapes and dtypes of leaves that it makes itself. side_results: what it keeps that it computed from its state.
+    coefficients: of the scheme. The sizes are bytes.
     """
 
     term: Term
@@ -77,6 +79,7 @@ class Pure:
     lent: Buffers = field(default_factory=lambda: NO_BUFFERS)
     random: tuple[Tensor, ...] = ()
     own_leaves: frozenset[Any] = frozenset()
+    side_results: Collection[int] = ()
     constants: Constants = field(default_factory=lambda: NO_CONSTANTS)
     snapshot: Snapshot = field(default_factory=lambda: NOTHING_HELD)
     coefficients: Sequence[Tensor] = ()
@@ -140,6 +143,8 @@ class Pure:
             )
         if changes := self.snapshot.changes():
             self._forget(changes, t, y.detach())
+            if self.side_results:
+                refuse_side_results(self.snapshot.changes(), self.side_results)
         before, self.random = self.random, ()  # 5 kB that nobody asks for again
         if before and not same_random_state(before, random_state(y.device)):
             with self.lent, torch.no_grad():
@@ -288,9 +293,10 @@ def pure(
     first = None if draws or changing else (span[0], map_tensors(partial(_kept, held), value))
 
     tensors, own_leaves, changes = found if held else ((), frozenset(), [])
+    sides: Collection[int] = ()
     wanted = held and (moving or x.requires_grad or bool(tensors))
     if changes and wanted:
-        refuse_side_results(snapshot.changes(), opening.x, tensors)
+        sides = side_results(snapshot.changes(), opening.x, tensors)
         snapshot.settle(changes)
     del opening.value  # and with it what the graph of an evaluation holds
     opening.x = x0.detach()  # not its copy in the dtype of the pair
@@ -305,6 +311,7 @@ def pure(
         lent=untouched if matters else buffers if wanted else changing,
         random=() if draws else random,
         own_leaves=own_leaves,
+        side_results=sides,
         constants=Constants(versions, buffers) if held else NO_CONSTANTS,
         snapshot=snapshot if wanted else NOTHING_HELD,
         coefficients=coefficients,

@@ -82,7 +82,7 @@ class Snapshot:
             yield
         finally:
             for entries, found in changes:
-                _put(entries, found)
+                put(entries, found)
 
     @contextmanager
     def undone(self, before: Changes) -> Iterator[None]:
@@ -92,7 +92,7 @@ class Snapshot:
         finally:
             self.forget(self.changes())
             for entries, found in before:
-                _put(entries, found)
+                put(entries, found)
 
     def forget(self, changes: Changes, kept: Callable[[Tensor], bool] | None = None) -> None:
         """Put back what stood there before these changes; if `kept` is given, only where they hold such tensors, or where nobody
@@ -100,7 +100,7 @@ class Snapshot:
         for entries, found in changes:
             _, names, then = entries
             if kept is None or names is CALLS or any(map(kept, computed_in(list(found.values())))):
-                _put(entries, {key: then.get(key, MISSING) for key in found})
+                put(entries, {key: then.get(key, MISSING) for key in found})
 
     def settle(self, changes: Changes) -> None:
         """Take what is there now as it was, after a call of the field that made these changes."""
@@ -236,7 +236,7 @@ def _read(owner: Any, names: Any) -> dict[Any, Any]:
         return {}
 
 
-def _put(entries: Entries, values: dict[Any, Any]) -> None:
+def put(entries: Entries, values: dict[Any, Any]) -> None:
     """Put these values there, or nothing for MISSING."""
     owner, names, then = entries
     if names is CALLS:

@@ -250,6 +250,31 @@ def test_a_sparse_matrix_whose_entries_have_gradients(method: str, layout: torch
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+class Feature(nn.Module):
+    """Keeps its hidden layer, as modules keep their attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+        self.hidden: Any = None
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.hidden = torch.tanh(self.first(y))
+        return self.second(self.hidden)
+
+
+@pytest.mark.parametrize("method", ["rk4", "rev_rk4", "alf", "dopri5"])
+def test_a_gradient_of_what_a_field_keeps_of_its_state_is_refused(method: str) -> None:
+    field, y0 = Feature(), torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        y = odeint(field, y0, torch.linspace(0.0, 1.0, 9), method=method)[-1]
+        torch.testing.assert_close(field.hidden.detach(), torch.tanh(field.first(y)).detach(), rtol=0.2, atol=0.2)
+        y.sum().backward()  # that of the state is right
+        y = odeint(field, y0, torch.linspace(0.0, 1.0, 9), method=method)[-1]
+        with pytest.raises(RuntimeError, match="from its state and kept"):
+            (y.sum() + field.hidden.sum()).backward()
+
+
 class Penalty(nn.Module):
     """Adds up a penalty beside what it returns, in an attribute or a list."""
 
