@@ -15,10 +15,10 @@ from revsolve.core.arithmetic import Scalar, Time, equals, linear, scaled_add
 class Term(Protocol):
     """What is integrated: the value of a field, the control that drives it over a span of time, and the product of both.
 
-    A term may also have `additive`, true where the controls over two spans, one after the other, add up to that over both;
-    `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product as a list of
-    (weight, k) with numbers or tensors as weights; and `late`, true where the value is but the place (t, x) of an evaluation
-    that the product makes.
+    A term may also have `additive`, true where the controls over two spans, one after the other, add up to that over both, or
+    know no spans; `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product
+    as a list of (weight, k) with numbers or tensors as weights; and `late`, true where the value is but the place (t, x) of an
+    evaluation that the product makes.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...

@@ -36,6 +36,8 @@ class ValueTerm:
     name: of an f, in messages. residual: an f adds its value to its input.
     """
 
+    additive = True  # its increments know no spans of time, so that steps may be merged
+
     def __init__(
         self,
         fs: Sequence[Callable[..., Any]],

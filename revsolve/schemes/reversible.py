@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from revsolve.core.arithmetic import Scalar, Time, moment
-from revsolve.core.coupling import CouplingUpdate, Increment, ScheduledUpdate, Scheme
+from revsolve.core.coupling import CouplingUpdate, Increment, ScheduledUpdate, Scheme, scheduled
 from revsolve.schemes.composition import ERROR_NODES, compose, embedded_weights, partial_sums
 from revsolve.schemes.increment import Given, OneEvaluation, RungeKutta
 from revsolve.schemes.tableau import Tableau, as_tableau
@@ -22,6 +22,7 @@ HALF_KICK = CouplingUpdate(target=Y, source=Z, gain=0.5, increment=OneEvaluation
 REFLECT = CouplingUpdate(target=Z, source=Y, keep=-1.0, mix=2.0)
 UNREFLECT = CouplingUpdate(target=Y, source=Z, keep=2.0, mix=-1.0)
 MEAN = CouplingUpdate(target=Y, source=Z, keep=0.5, mix=0.5)
+DIFFERENCE = CouplingUpdate(target=Z, source=Y, keep=-1.0, mix=1.0)
 LEAPS = tuple(CouplingUpdate(target=i, source=1 - i, gain=1.0, increment=OneEvaluation(0.5)) for i in (Y, Z))
 
 
@@ -198,7 +199,25 @@ def two_step(name: str, keep: float, gain: float, first_gain: float) -> Scheme:
     if first_gain != gain:
         started = lambda n: (keep, gain if n else first_gain)  # noqa: E731
         kick = _Numbered(Z, Y, keep=keep, gain=gain, increment=OneEvaluation(0.0), of_step=started)
-    return starting_from(ZERO, Scheme(name, (kick, CouplingUpdate(Y, Z, mix=1.0)), (COPY,), order=1))
+    updates = (kick, CouplingUpdate(Y, Z, mix=1.0))
+    merged = functools.partial(_leaps, updates, gain) if keep == -1.0 else None
+    return starting_from(ZERO, Scheme(name, updates, (COPY,), order=1, merged=merged))
+
+
+def _leaps(updates: Sequence[CouplingUpdate], gain: float, times: Sequence[Time]) -> list[ScheduledUpdate]:
+    """The steps of `two_step` with keep = -1 as leaps: with the state before in the place of v, y_{n+1} = y_{n-1} + gain f(y_n).
+
+    That saves a third of the solver's kernels, 2 % of the gradient of 64 small transformer blocks. The first step is as it was,
+    so that it is undone from the stored state, and one more where y would not end where it began.
+    """
+    first = 1 + len(times) % 2
+    out = [scheduled(update, *step) for step in itertools.pairwise(times[: first + 1]) for update in updates]
+    if first < len(times) - 1:
+        leaps = [replace(leap, gain=gain) for leap in LEAPS]
+        out.append((DIFFERENCE, times[first], times[first], None))
+        out += [(leaps[(n - first + 1) % 2], times[n], times[n + 1], times[n]) for n in range(first, len(times) - 1)]
+        out.append((DIFFERENCE, times[-1], times[-1], None))
+    return out
 
 
 def starting_from(increment: Increment, scheme: Scheme) -> Scheme:

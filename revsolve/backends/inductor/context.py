@@ -233,7 +233,7 @@ def lead_and_rest(scheme: Scheme) -> tuple[Updates, Updates]:
     Where a method evaluates the field at the end of a step and again at the start of the next, at the same state and time
     (reversible Heun), both are one evaluation so.
     """
-    ahead = 1 if scheme.merged is not None and scheme.updates[0].increment is not None else 0
+    ahead = 1 if scheme.merged is not None and scheme.updates[-1].increment is not None else 0
     return scheme.updates[:ahead], scheme.updates[ahead:]
 
 
