@@ -173,6 +173,7 @@ class Opening:
 
     def __init__(self, term: Term, span: tuple[float, float], x: Tensor) -> None:
         self.term, self.span, self.x, self.dtype = term, span, x, x.dtype
+        self.on_demand = getattr(term, "on_demand", False)
 
     def __call__(self) -> list[Tensor]:
         """Evaluate, keep the `value`, and return what is differentiated of it."""
@@ -189,7 +190,9 @@ class Opening:
         return [product]
 
     def repeats(self) -> bool:
-        """Whether the evaluation makes as many nodes as it did."""
+        """Whether the evaluation makes as many nodes as it did; one on demand made those of the product, too."""
+        if self.on_demand:
+            return True
         other = copy(self)
         other.x = leaf_of(self.x.to(self.dtype))
         with torch.enable_grad():
