@@ -21,9 +21,7 @@ from revsolve.core.tape import Memo
 from revsolve.restarts.spectrum import Spectrum
 
 LONGEST = 32  # steps of a segment, or the square root of twice the steps so far
-# Steps of the first segment, in which nothing is known of the field's modes yet; the second number is for pairs to whose gap
-# steps do not add: what z carries of its own is undamped there. Each of the next ones is at most twice as long.
-FIRST_LENGTH = (4, 1)
+FIRST_LENGTH = 4  # steps of the first segment, each of the next ones being at most twice as long as that before
 SETTLED = 2.2  # that many steps' growth is all that is allowed to a gap to which steps do not add
 ODD = 1.25  # growth where the order is odd, for then steps carry errors back along the flow
 ROUNDING = 100.0  # roundings of an entry are no reason to restart
@@ -91,6 +89,9 @@ class Growth:
         self.given = 1 if rough else restarts.longest or scheme.max_segment
         self.multiple = 2 if scheme.alternates else 1
         self.least_stride = max(self.multiple, STRIDE // scheme.num_evaluations if self.smooth else 1)
+        # Where steps do not add to the gap, what z carries of its own is undamped, while nothing is known of the field's modes yet;
+        # a velocity gains its order in pairs of steps.
+        self.first_length = FIRST_LENGTH if self.adds_up else 2 if scheme.has_velocity else 1
         self.start = self.previous = self.bound = 0  # of this segment; the steps of the one before; most of this one
         self.weight: Tensor | None = None
 
@@ -106,7 +107,7 @@ class Growth:
         self.previous, self.start = n - self.start, n
         bound, stride = self.longest(n), self.least_stride
         if n == 0:
-            self.largest, bound = size, min(bound, FIRST_LENGTH[not self.adds_up])
+            self.largest, bound = size, min(bound, self.first_length)
         else:
             t0, t = stepper.grid.times[n - 1 : n + 1]
             lasting = self.spectrum.follow(n, t, y, t - t0, self.previous < self.bound)
