@@ -89,8 +89,8 @@ class Growth:
         self.given = 1 if rough else restarts.longest or scheme.max_segment
         self.multiple = 2 if scheme.alternates else 1
         self.least_stride = max(self.multiple, STRIDE // scheme.num_evaluations if self.smooth else 1)
-        # Where steps do not add to the gap, what z carries of its own is undamped, while nothing is known of the field's modes yet;
-        # a velocity gains its order in pairs of steps.
+        # Nothing is known of the field's modes yet. Where steps do not add to the gap, what z carries of its own is undamped; a
+        # velocity gains its order in pairs of steps.
         self.first_length = FIRST_LENGTH if self.adds_up else 2 if scheme.has_velocity else 1
         self.start = self.previous = self.bound = 0  # of this segment; the steps of the one before; most of this one
         self.weight: Tensor | None = None
