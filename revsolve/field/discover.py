@@ -6,6 +6,7 @@ that nobody holds, a dispatch mode sees them in another call. What the graph nee
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
@@ -80,14 +81,14 @@ def depend_on_each_other(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def inputs_of(call: Callable[[], Any]) -> dict[int, Tensor]:
-    """All tensors that the operations of a call take, by identity."""
-    seen: dict[int, Tensor] = {}
+def inputs_of(call: Callable[[], Any], refer: Callable[[Tensor], Any] = lambda x: x) -> dict[int, Any]:
+    """All tensors that the operations of a call take, by identity; what `refer` makes of them."""
+    seen: dict[int, Any] = {}
 
     def add(things: Sequence[Any]) -> None:
         for x in things:
             if isinstance(x, Tensor):
-                seen[id(x)] = x
+                seen[id(x)] = refer(x)
             elif isinstance(x, (list, tuple)):
                 add(x)
 
@@ -97,9 +98,11 @@ def inputs_of(call: Callable[[], Any]) -> dict[int, Tensor]:
 
 
 def taken_from_outside(call: Callable[[], Any]) -> dict[int, Tensor]:
-    """The tensors that the operations of a call take from outside, by identity: those that another call takes again."""
-    first, second = inputs_of(call), inputs_of(call)
-    return {key: x for key, x in first.items() if key in second}
+    """The tensors that the operations of a call take from outside, by identity: those that are there after it, and that another
+    call takes again. Nothing else is held meanwhile."""
+    first, second = inputs_of(call, weakref.ref), inputs_of(call, weakref.ref)
+    there = {key: x for key, ref in first.items() if (x := ref()) is not None}
+    return {key: x for key, x in there.items() if key in second and second[key]() is x}
 
 
 def discover(
