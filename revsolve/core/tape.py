@@ -17,8 +17,8 @@ class Term(Protocol):
 
     A term may also have `additive`, true where the controls over two spans, one after the other, add up to that over both, or
     know no spans; `is_rate`, true where the value is the time derivative of the state; `summands(value, control)`, the product
-    as a list of (weight, k) with numbers or tensors as weights; and `late`, true where the value is but the place (t, x) of an
-    evaluation that the product makes.
+    as a list of (weight, k) with numbers or tensors as weights; `late`, true where the value is but the place (t, x) of an
+    evaluation that the product makes; and `repeats_graph`, false where evaluations are recorded in parts, as they are needed.
     """
 
     def value(self, t: Time, x: Tensor) -> Any: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -171,9 +172,8 @@ class Watched(Guarded):
             if strange and self.field.opening.repeats():  # else it uses what it has kept since
                 strange -= taken_from_outside(self.field.opening.again).keys()
         for x in map(used.__getitem__, strange):
-            if (
-                x.ndim or x.is_complex() or not torch.isclose(x.double(), torch.as_tensor(t).to(x).double())
-            ):  # the time itself is remembered
+            remembered = not x.ndim and not x.is_complex() and math.isclose(float(x), float(t), rel_tol=1e-6)
+            if not remembered:  # as times are
                 raise lost(x) if x.requires_grad else RuntimeError(KEPT.format("found again in the next call"))
 
 

@@ -99,10 +99,10 @@ class Pure:
 
     @contextmanager
     def at(self, tensors: Sequence[Tensor]) -> Iterator[Term]:
-        """The term with these tensors in the place of its own, watched."""
+        """The term with these tensors in the place of its own, watched where its evaluations make one graph."""
         same = all(map(operator.is_, tensors, self.tensors))
         with nullcontext() if same else Substitution(self.tensors, tensors):
-            yield Watched(self.term, self, tensors)
+            yield Watched(self.term, self, tensors) if self.opening and self.opening.repeatable else self.term
 
     def stand_ins(self, tensors: Sequence[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """The tensors to differentiate by: as they are, but for those computed from another one, or with hooks, which are to
@@ -173,7 +173,7 @@ class Opening:
 
     def __init__(self, term: Term, span: tuple[float, float], x: Tensor) -> None:
         self.term, self.span, self.x, self.dtype = term, span, x, x.dtype
-        self.on_demand = getattr(term, "on_demand", False)
+        self.repeatable = getattr(term, "repeats_graph", True)
 
     def __call__(self) -> list[Tensor]:
         """Evaluate, keep the `value`, and return what is differentiated of it."""
@@ -190,9 +190,7 @@ class Opening:
         return [product]
 
     def repeats(self) -> bool:
-        """Whether the evaluation makes as many nodes as it did; one on demand made those of the product, too."""
-        if self.on_demand:
-            return True
+        """Whether the evaluation makes as many nodes as it did."""
         other = copy(self)
         other.x = leaf_of(self.x.to(self.dtype))
         with torch.enable_grad():

@@ -43,6 +43,7 @@ class SDETerm:
     def __post_init__(self) -> None:
         self.on_demand = self.on_demand and self.shift is None and self.parts.apart is not None
         self.additive = isinstance(self.path, BrownianPath)
+        self.repeats_graph = self.shift is None and not self.on_demand
         self.entrywise = self.parts.noise_type in ("diagonal", "scalar") and not self.parts.product_only
 
     @property
@@ -136,6 +137,7 @@ class LogRatioTerm:
 
     def __init__(self, term: SDETerm) -> None:
         self.term, self.additive, self.control = term, term.additive, term.control
+        self.repeats_graph = term.repeats_graph
 
     def value(self, t: Time, x: Tensor) -> Any:
         y, parts = x[..., :-1], self.term.parts
