@@ -174,7 +174,11 @@ class Watched(Guarded):
         for x in map(used.__getitem__, strange):
             remembered = not x.ndim and not x.is_complex() and math.isclose(float(x), float(t), rel_tol=1e-6)
             if not remembered:  # as times are
-                raise lost(x) if x.requires_grad else RuntimeError(KEPT.format("found again in the next call"))
+                raise (
+                    lost(x)
+                    if x.requires_grad and x.is_leaf
+                    else RuntimeError(KEPT.format("found again in the next call"))
+                )
 
 
 class Constant(Guarded):
