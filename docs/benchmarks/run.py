@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMES = (
     *("overhead", "peers", "compiled", "work_precision", "large_batch", "memory", "sde_speed", "cde_speed", "deq_cost"),
-    *("projects", "ensembles", "reversible_rk", "restarts", "sde_restarts", "horizon", "first_choice"),
+    *("projects", "ensembles", "reversible_rk", "restarts", "sde_restarts", "horizon", "first_choice", "loops"),
     *("cuda_graphs", "gpu_adaptive"),
 )
 PEERS = ("torch", "torchdiffeq", "torchsde", "torchcde", "torchdeq", "torchode")
